@@ -81,11 +81,9 @@ def relative_position_bucket(distance, bidirectional, num_buckets, max_distance)
     """
     if bidirectional:
         num_buckets //= 2
-        offset = (distance > 0).long() * num_buckets
-        distance = distance.abs()
+        offset, distance = (distance > 0).long() * num_buckets, distance.abs()
     else:
-        offset = 0
-        distance = (-distance).clamp(min=0)
+        offset, distance = 0, (-distance).clamp(min=0)
     exact = num_buckets // 2
     # The reference's order of operations, in float32: rounding at the buckets' edges depends on it.
     octaves = torch.log(distance.clamp(min=exact).float() / exact) / math.log(max_distance / exact)
@@ -224,7 +222,7 @@ def read_config(folder):
         raise InputError(f"{path} does not describe a T5: take a model whose model_type is t5")
     form = values.get("feed_forward_proj", "relu")
     if form not in ("relu", "gated-gelu"):
-        raise InputError(f"{path}: feed_forward_proj is {form!r}; take a T5 with relu or gated-gelu")
+        raise InputError(f"{path}: feed_forward_proj is {form!r}; take a T5 of relu or gated-gelu")
 
     def get(key, default=None, kind=int, below=2 ** 20):
         value = values.get(key, default)
