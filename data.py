@@ -1,0 +1,883 @@
+"""From raw text to tasks: documents -> sentences -> token store -> clusters -> meta tasks (SUPMER,
+arXiv 2303.12314, section 3.2 and A.2), and labeled few-shot data (section 4.1).
+
+    tokenizer = load_tokenizer(folder, t5.config)
+    store = build_store("cache", ["text/"], tokenizer, t5, clusters=250, seed=0, model=folder)
+    index = TaskIndex(store, tokenizer)
+    task = meta_task(index, seed=0, step=7, i=2, stream=1)    # the same for the same numbers
+    batch = collate(task.support, range(32))
+
+`python data.py` prints examples of each variant; some ten seconds; needs the model in tiny/.
+
+A sentence is a number i; its tokens are tokens[offsets[i]:offsets[i + 1]] of a memory-mapped file.
+A source is put together from token ids, never by tokenizing a joined string: no text can merge
+with the mask, or be taken for it.
+
+Letters: n sentences or examples, K clusters or label words, d d_model, B batch, T tokens,
+V vectors that stand in place of tokens.
+"""
+
+import csv
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import re
+import sys
+import tarfile
+import tempfile
+import zlib
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from tokenizers import Tokenizer
+
+from kmeans import kmeans, nearest
+from t5 import EOS, PAD, InputError, embed_tokens, encode, load_t5
+
+TINY = Path(__file__).resolve().parent / "tiny"
+MASK, UNK = "<extra_id_0>", 2       # <X> of the templates; the id that holds a vector's place
+MAX_TOKENS = 412                    # of text; with 100 prompt vectors T5's 512 (Table 6)
+FORMATS = ("sp", "mc", "ss")        # sentence pair, multi choice, single sentence: Eq. 17-19
+CHOICE = "{0} ? A. {1} B. {2} C. {3} D. {4} . Answer: <X>"
+TEMPLATES = {"sp": "{0} <X> . {1}", "mc": CHOICE, "ss": CHOICE}     # ss: vectors in {1}..{4}
+WORDS = {"sp-next": ("yes", "no", "maybe"), "sp-cluster": ("yes", "no"),
+         "mc-next": "ABCD", "mc-cluster": "ABCD", "ss-cluster": "ABCD"}
+VARIANTS = tuple(WORDS)
+# What stands beside the anchor. sp: one sentence, by label; mc: the right one, then the wrong ones.
+RELATIONS = {"sp-next": ("next", "far", "near"), "sp-cluster": ("same", "other"),
+             "mc-next": ("next", "near", "far", "far"),
+             "mc-cluster": ("same", "other", "other", "other"), "ss-cluster": ()}
+
+
+# --------------------------------------------------------------------------- tokens and templates
+class Examples(NamedTuple):
+    """n classification examples with the same label words, as the encoder will read them."""
+    ids: list[list[int]]      # <extra_id_0> exactly once, </s> last
+    slots: list[list[int]]    # the V positions in ids where a vector stands in place of a token
+    vectors: torch.Tensor     # (n, V, d) float32; (n, 0, d) or (n, 0, 0) where there are none
+    labels: torch.Tensor      # (n,) long, index into words
+    words: list[list[int]]    # K decoder targets [<extra_id_0>, piece, ...]
+
+
+class Batch(NamedTuple):
+    """Rows of Examples as padded tensors."""
+    ids: torch.Tensor         # (B, T) long
+    mask: torch.Tensor        # (B, T) bool, false at padding
+    slots: torch.Tensor       # (B, V) long
+    vectors: torch.Tensor     # (B, V, d)
+    targets: torch.Tensor     # (B, K) float32, one-hot
+
+
+def collate(examples, rows, device="cpu"):
+    """The given rows of Examples as a Batch, padded to the longest of them.
+
+    ids [[7, 9, 1], [8, 1]] -> ids [[7, 9, 1], [8, 1, 0]], mask [[T, T, T], [T, T, F]]
+    """
+    rows = list(rows)
+    lengths = torch.tensor([len(examples.ids[r]) for r in rows])
+    ids = torch.full((len(rows), int(lengths.max())), PAD)
+    for line, r in zip(ids, rows):
+        line[:len(examples.ids[r])] = torch.tensor(examples.ids[r])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]                            # (B, T)
+    slots = torch.tensor([examples.slots[r] for r in rows], dtype=torch.long)       # (B, V)
+    targets = torch.eye(len(examples.words))[examples.labels[rows]]                 # (B, K)
+    return Batch(*(x.to(device) for x in (ids, mask, slots, examples.vectors[rows], targets)))
+
+
+def load_tokenizer(folder, config):
+    """The tokenizer.json of a model folder. InputError if it is not this T5Config's vocabulary."""
+    path = Path(folder) / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: put the model's tokenizer.json there") from None
+    except Exception as error:  # the tokenizers package raises nothing more precise
+        raise InputError(f"{path} is not a tokenizer ({error}): fetch it again") from None
+    ids = [tokenizer.token_to_id(piece) for piece in ("<pad>", "</s>", "<unk>", MASK)]
+    if ids[:3] != [PAD, EOS, UNK] or ids[3] is None:
+        raise InputError(f"{path}: <pad>, </s>, <unk> must be 0, 1, 2, with {MASK}: take a T5's")
+    size, rows = tokenizer.get_vocab_size(), config.vocab_size
+    if not size <= rows < min(size + 128, 2**16):   # T5 pads its rows to 128s; we store 16 bits
+        raise InputError(f"{path} has {size} pieces, the model {rows} embeddings (at most 65,535):"
+                         " take the tokenizer.json and the weights of one model")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def tokenize(tokenizer, texts):
+    """Texts -> token ids, no </s>. Markers written in a text (`</s>`, `<extra_id_0>`) are left out.
+
+    ["That is good."] -> [[466, 19, 207, 5]] at T5
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    markers = {id for id, token in added.items() if token.special} - {UNK}
+    encoded = (e.ids for e in tokenizer.encode_batch(list(texts), add_special_tokens=False))
+    return [ids if markers.isdisjoint(ids) else [id for id in ids if id not in markers]
+            for ids in encoded]
+
+
+def word_pieces(tokenizer, word):
+    """A label word's pieces, word-initial: "yes" -> [4273] at T5. InputError if one is <unk>."""
+    pieces = tokenize(tokenizer, [word])[0]
+    if not pieces or UNK in pieces:
+        raise InputError(f"label word {word!r} is not in the model's vocabulary: choose another")
+    return pieces
+
+
+def compile_template(tokenizer, template):
+    """A template as parts: ids of what is literal, names of what is not. InputError unless one <X>.
+
+    "{text} It was <X> ?" -> ["text", [94, 47], [32099], [3, 58]] at T5
+    """
+    if template.count("<X>") != 1:
+        raise InputError(f"the template {template!r} must hold the mask <X> exactly once")
+    parts = [part for part in re.split(r"(\{\w+\}|<X>)", template) if part.strip()]
+    return [[tokenizer.token_to_id(MASK)] if part == "<X>" else
+            part[1:-1] if part[0] == "{" else tokenize(tokenizer, [part])[0] for part in parts]
+
+
+def fill_template(parts, fields, max_tokens=MAX_TOKENS):
+    """Put texts into a compiled template -> (ids, slots).
+
+    fields: name -> token ids, or None where a vector is to stand (its position goes to slots). Of a
+    source too long the LONGEST texts are cut, to one length; template and mask never are.
+    ["a", [5], "b"], {"a": [7, 8, 9], "b": [4]}, max_tokens 5 -> [7, 8, 5, 4, 1], []
+    """
+    lengths = [len(fields[p]) for p in parts if isinstance(p, str) and fields[p] is not None]
+    fixed = sum(1 if isinstance(p, str) else len(p) for p in parts) - len(lengths) + 1    # and </s>
+    budget = max_tokens - fixed
+    if budget < len(lengths):
+        raise InputError(f"a template of {fixed} tokens leaves no room in {max_tokens}: shorten it")
+    caps = range(max(lengths, default=0) + 1)       # the largest cap that keeps within the budget:
+    cap = bisect_right(caps, budget, key=lambda c: sum(min(n, c) for n in lengths)) - 1
+    ids, slots = [], []
+    for part in parts:
+        if isinstance(part, str) and fields[part] is None:
+            slots.append(len(ids))
+            ids.append(UNK)
+        else:
+            ids += fields[part][:cap] if isinstance(part, str) else part
+    return ids + [EOS], slots
+
+
+def examples_as_text(tokenizer, examples, row, clusters=()):
+    """One example, to be read: (source, target); a vector is [vector], or its cluster if given.
+
+    ("It rained. <extra_id_0> . We left.</s>", "yes") or ("It rained. ? A. [centroid 3] B. ..", "C")
+    """
+    ids, slots = list(examples.ids[row]), examples.slots[row]
+    names = {MASK: MASK}
+    for v, slot in enumerate(slots):
+        ids[slot] = tokenizer.token_to_id(f"<extra_id_{v + 1}>")    # something that decode keeps
+        names[f"<extra_id_{v + 1}>"] = f"[centroid {clusters[v]}]" if clusters else "[vector]"
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    for marker, name in names.items():
+        text = text.replace(marker, f" {name} ")
+    target = tokenizer.decode(examples.words[int(examples.labels[row])][1:])
+    return " ".join(text.split()).replace(" </s>", "</s>"), target
+
+
+# --------------------------------------------------------------------------- documents, sentences
+def corpus_files(paths):
+    """Files and folders -> corpus files; of a folder, sorted, those whose ends READERS knows."""
+    files = []
+    for path in map(Path, paths):
+        found = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
+                 if file.is_file() and file.name.endswith(tuple(READERS))]
+        if not found:
+            raise InputError(f"{path}: no text there; files, or folders of files, must be"
+                             f" {', '.join(READERS)}")
+        files += found
+    return files
+
+
+def documents(paths, max_bytes=None, counts=None):
+    """Stream the documents of files and folders as lists of paragraphs, until max_bytes were read.
+
+    .txt: blank lines part documents, one paragraph each. .jsonl(.gz): a document a line, with
+    `paragraphs` (a list) or `text` (a paragraph a line). .tar: OpenWebText's.
+    a file "It rained.\\nWe left.\\n\\nThe sun rose." -> ["It rained. We left."], ["The sun rose."]
+    counts: a Counter, receives "bytes" and "broken UTF-8", lines that U+FFFD had to mend.
+    InputError for what is no text, for wrong JSON (file and line), and for a damaged archive.
+    """
+    counts = Counter() if counts is None else counts
+    for path in corpus_files(paths):
+        read = next(READERS[end] for end in READERS if path.name.endswith(end))
+        try:
+            for paragraphs in read(path, counts):
+                if max_bytes is not None and counts["bytes"] >= max_bytes:
+                    return
+                raw = [p.encode("utf-8", "replace") for p in paragraphs]    # JSON's lone surrogates
+                counts["bytes"] += sum(map(len, raw))
+                yield [p.decode() for p in raw]
+        except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, gzip.BadGzipFile) as error:
+            raise InputError(f"{path} is damaged or incomplete ({error}): fetch it again") from None
+
+
+def _decode(raw, where, counts):
+    text = raw.decode("utf-8-sig", errors="replace")
+    counts["broken UTF-8"] += "\ufffd" in text and "\ufffd".encode() not in raw
+    if "\0" in text:
+        raise InputError(f"{where}: NUL characters; give text in UTF-8")
+    return text
+
+
+def _read_txt(path, counts):
+    with open(path, "rb") as file:
+        lines = []
+        for raw in file:
+            line = _decode(raw, path, counts).strip()
+            if line:
+                lines.append(line)
+            elif lines:
+                yield [" ".join(lines)]
+                lines = []
+        yield [" ".join(lines)]
+
+
+def _read_jsonl(path, counts):
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            line = _decode(raw, where, counts)
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{where}: not JSON ({error}); mend or drop it") from None
+            record = record if isinstance(record, dict) else {}
+            text = record.get("text")
+            lines = text.split("\n") if isinstance(text, str) else None
+            paragraphs = record.get("paragraphs", lines)
+            if not isinstance(paragraphs, list) or not all(isinstance(p, str) for p in paragraphs):
+                raise InputError(f"{where}: no `text` (a string) or `paragraphs` (a list of them)")
+            yield paragraphs
+
+
+def _read_openwebtext(path, counts):
+    """A tar of .xz files, each a tar.xz of documents; both are streamed, nothing is unpacked."""
+    with tarfile.open(path, "r|") as outer:
+        for part in outer:
+            if part.isfile() and part.name.endswith(".xz"):
+                with tarfile.open(fileobj=outer.extractfile(part), mode="r|xz") as inner:
+                    for file in filter(tarfile.TarInfo.isfile, inner):
+                        raw = inner.extractfile(file).read()
+                        yield _decode(raw, f"{path}, {file.name}", counts).split("\n")
+
+
+READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl,
+           ".tar": _read_openwebtext}
+
+# A stop: . ! ? and the quotes and brackets that close after it, a space, and what opens the next.
+STOP = re.compile(r"""(?<![.!?…])([.!?…]+)["'”’»)\]]*\s(?=["'“‘«(\[—–-]*\s?(\w+))""")
+OPENING = "\"'“‘«([—–-"
+TITLES = set("""mr mrs ms dr prof st messrs mme mlle rev hon gen col maj capt lt sgt gov sen rep
+    pres fr mt vs cf viz e.g i.e eg ie approx ca adj adv vi vt syn esp""".split())  # never last
+NUMBERED = set("no nos vol vols p pp fig figs ch sec art ed".split())   # not last before a number
+CLOSERS = set("""etc al jr sr esq inc ltd co corp bros dept est ave blvd rd jan feb mar apr jun jul
+    aug sept sep oct nov dec a.m p.m ph.d m.d b.a m.a b.c a.d""".split())   # last before a STARTER
+STARTERS = set("""the a an this that these those he she it we they you i his her its our their my
+    your there here but and or so yet for in on at by as if when while where what who why how then
+    now after before once not no yes""".split())
+
+
+def split_sentences(text):
+    """A paragraph of English prose -> its sentences, white space normalized; by rules.
+
+    'Mr. J. R. Fox paid 3.14 dollars. "Why?" he said. (He left.) Yes!' ->
+    ['Mr. J. R. Fox paid 3.14 dollars.', '"Why?" he said.', '(He left.)', 'Yes!']
+    """
+    text = " ".join(text.split())
+    sentences, start = [], 0
+    for match in STOP.finditer(text):
+        if _ends_sentence(text, start, match):
+            sentences.append(text[start:match.end() - 1])
+            start = match.end()
+    return sentences + [text[start:]] if text[start:] else sentences
+
+
+def _ends_sentence(text, start, match):
+    """Does the sentence that begins at start end with this STOP?"""
+    stop, following = match.groups()
+    if following[0].islower() or stop != ".":
+        return not following[0].islower()
+    begin = max(start, text.rfind(" ", start, match.start()) + 1)
+    word = text[begin:match.start()].lstrip(OPENING).lower()        # its inner stops too: u.s, e.g
+    if word in TITLES or (word in NUMBERED and following[0].isdigit()):
+        return False                                                # "Dr. Fox", "No. 5"
+    if begin == start and word.isdigit():
+        return False                                                # "1. The first point."
+    initials = all(len(part) == 1 and part.isalpha() for part in word.split("."))   # j, u.s
+    return following.lower() in STARTERS if initials or word in CLOSERS else True
+
+
+# --------------------------------------------------------------------------- the store on disk
+SHORT = 4                   # tokens; see join_short
+SAMPLE = 256                # sentences per centroid that K-means sees
+CHUNK = 1 << 16             # sentences that are sorted by length together
+BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 17}    # embedded together; a CPU's cache likes few
+
+
+class Store(NamedTuple):
+    """A corpus as sentences and their clusters, in a folder; the arrays are mapped, not read."""
+    folder: Path
+    tokens: np.ndarray      # (all tokens) uint16
+    offsets: np.ndarray     # (n + 1,) int64: where in tokens a sentence begins
+    document: np.ndarray    # (n,) int32, rising
+    held_out: np.ndarray    # (n,) bool: its document is kept for validation tasks
+    anchor: np.ndarray      # (n,) bool: no earlier sentence has the same text
+    cluster: np.ndarray     # (3, n) int32, a row for each of FORMATS
+    centroids: np.ndarray   # (3, K, d) float32
+    meta: dict              # "made_of": fingerprints and options; "counts"
+
+
+ARRAYS = Store._fields[2:-1]
+
+
+def atomic_write(path, write):
+    """Make a file whole or not at all: write(binary file) fills a temporary one, then renamed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)        # now the new name is on the disk, too
+    os.close(folder)
+
+
+def fingerprint(files):
+    """sha256 over the files' contents, in this order."""
+    whole = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def open_store(folder, made_of=None):
+    """Open a store. InputError if it is damaged or, made_of given, was made of something else."""
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        tokens = np.memmap(folder / "tokens.bin", np.uint16, "r")
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        sizes = {arrays[name].shape[-1] for name in ARRAYS[1:-1]}
+        if len(tokens) != arrays["offsets"][-1] or sizes != {len(arrays["offsets"]) - 1}:
+            raise ValueError("its files do not fit together")
+        other = [key for key in made_of or () if meta["made_of"][key] != made_of[key]]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder} is not a whole store ({error}): delete it") from None
+    if other:
+        raise InputError(f"{folder} was built with another {', another '.join(other)}: delete it")
+    return Store(folder, tokens, **arrays, meta=meta)
+
+
+def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes=None,
+                one_per_format=False, embed=None, progress=lambda stage, done, total: None):
+    """Text files -> Store: sentences, K-means clusters of their embeddings (section 3.2, Eq. 16).
+
+    A store is a folder in cache, named by all that it is made of; the same one is made once only.
+    clusters: K; one clustering serves the three formats, or one_per_format has three, of seed,
+    seed + 1, seed + 2. model: the folder that holds tokenizer and t5, to be fingerprinted.
+    embed(ids (B, T), mask (B, T)) -> (B, d) may replace t5's embedding.
+    5 % of the documents, two at least (a pair from different documents needs two), are held out;
+    K-means sees a sample of the others. progress(stage, done, total or None): called now and then.
+    Memory: some 80 bytes a sentence, SAMPLE * K embeddings. InputError for too small a corpus.
+    """
+    cache, model = Path(cache), Path(model)
+    weights = sorted(model.glob("*.safetensors"))
+    made_of = {"corpus": fingerprint(corpus_files(paths)),
+               "tokenizer": fingerprint([model / "tokenizer.json"]),
+               "model": fingerprint([model / "config.json", *weights]),
+               "options": {"clusters": clusters, "seed": seed, "max_bytes": max_bytes,
+                           "one_per_format": one_per_format}}
+    folder = cache / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    if folder.exists():
+        return open_store(folder, made_of)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=cache) as temporary:
+        new, counts = Path(temporary) / "store", Counter()
+        new.mkdir()
+        texts = documents(paths, max_bytes, counts)
+        with open(new / "tokens.bin", "wb") as file:
+            offsets, document, keys = _tokenize_corpus(texts, tokenizer, file, counts, progress)
+        held_out = _hold_out(document, clusters, seed, counts)
+        anchor = np.zeros(len(keys), dtype=bool)
+        anchor[np.unique(keys, return_index=True)[1]] = True        # of equal texts the first
+        tokens = np.memmap(new / "tokens.bin", np.uint16, "r")
+        embed = embed or (lambda ids, mask: embed_sentences(t5, ids, mask))
+        budget = BATCH_TOKENS[t5.weights["shared.weight"].device.type if t5 else "cpu"]
+        cluster, centroids = _cluster_corpus(
+            lambda rows: _embedded(tokens, offsets, rows, embed, budget), len(keys),
+            np.flatnonzero(anchor & ~held_out), clusters,
+            [seed, seed + 1, seed + 2] if one_per_format else [seed], progress)
+        arrays = (offsets, document, held_out, anchor, cluster, centroids)
+        for name, values in zip(ARRAYS, arrays):
+            np.save(new / f"{name}.npy", values)
+        (new / "meta.json").write_text(json.dumps({"made_of": made_of, "counts": counts}, indent=1))
+        try:
+            os.rename(new, folder)
+        except OSError:             # another process made the same store meanwhile: use that one
+            if not folder.exists():
+                raise
+    return open_store(folder, made_of)
+
+
+def _hold_out(document, clusters, seed, counts):
+    """Choose the held-out documents -> (n,) bool, true for their sentences."""
+    n = counts["documents"]
+    if len(document) < clusters or n < 4:
+        raise InputError(f"the corpus has {len(document)} sentences in {n} documents; {clusters}"
+                         " clusters and 4 documents are wanted: give more text, or fewer clusters")
+    counts["documents held out"] = max(2, round(0.05 * n))
+    chosen = np.random.default_rng((seed, 0, 0, 1)).permutation(n)[:counts["documents held out"]]
+    return np.isin(document, chosen)
+
+
+def join_short(sentences):
+    """Join a document's sentences of fewer than SHORT tokens to the next, at its end to the last.
+
+    "Yes." or "I." says too little to be embedded, but dropping it would make false neighbours.
+    [[7, 5], [1, 2, 3, 4], [6, 7, 8, 9], [3]] -> [[7, 5, 1, 2, 3, 4], [6, 7, 8, 9, 3]]; [[3]] -> []
+    """
+    joined, waiting = [], []
+    for ids in sentences:
+        waiting = waiting + ids
+        if len(waiting) >= SHORT:
+            joined.append(waiting)
+            waiting = []
+    return joined[:-1] + [joined[-1] + waiting] if joined else []
+
+
+def _tokenize_corpus(texts, tokenizer, file, counts, progress):
+    """Append all tokens to file -> offsets (n + 1,), document (n,), keys (n,), 64-bit hashes."""
+    offsets, document, keys = array("q", [0]), array("i"), array("Q")
+    stream = ([s for paragraph in text for s in split_sentences(paragraph)] for text in texts)
+    while batch := list(islice(stream, 256)):
+        encoded = iter(tokenize(tokenizer, [sentence for part in batch for sentence in part]))
+        for sentences in batch:
+            whole = join_short([next(encoded) for _ in sentences])
+            counts["short sentences joined"] += len(sentences) - len(whole)
+            for ids in whole:
+                counts["long sentences cut"] += len(ids) > MAX_TOKENS
+                raw = np.array(ids[:MAX_TOKENS], dtype=np.uint16).tobytes()
+                file.write(raw)
+                offsets.append(offsets[-1] + len(raw) // 2)
+                document.append(counts["documents"])
+                keys.append(int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest()))
+            counts["documents" if whole else "empty documents"] += 1
+        progress("reading text, bytes", counts["bytes"], None)
+    counts["sentences"] = len(keys)
+    return np.array(offsets), np.array(document), np.array(keys)
+
+
+def embed_sentences(t5, ids, mask):
+    """ids, mask (B, T) -> (B, d): the mean over a sentence's tokens of the encoder's last states.
+
+    Without prompt and </s>; the paper does not say.
+    """
+    device = t5.weights["shared.weight"].device
+    ids, mask = ids.to(device), mask.to(device)[..., None]                          # (B, T, 1)
+    with torch.no_grad():
+        H = encode(t5, embed_tokens(t5, ids), mask[..., 0])                         # (B, T, d)
+        return torch.where(mask, H, 0).sum(1) / mask.sum(1)                         # (B, d)
+
+
+def _embedded(tokens, offsets, rows, embed, budget):
+    """Embed the sentences `rows`, sorted by length -> pairs: their positions in rows, (B, d)."""
+    for begin in range(0, len(rows), CHUNK):
+        part = rows[begin:begin + CHUNK]
+        lengths = offsets[part + 1] - offsets[part]
+        order = np.argsort(lengths, kind="stable")
+        while len(order):       # lengths rise: the last sentence of a batch sets its width
+            padded = lengths[order[:budget]] * np.arange(1, len(order[:budget]) + 1)
+            batch, order = np.split(order, [max(1, np.searchsorted(padded, budget, "right"))])
+            ids = torch.zeros(len(batch), lengths[batch[-1]], dtype=torch.long)
+            for line, i in zip(ids, part[batch]):
+                line[:offsets[i + 1] - offsets[i]] = torch.from_numpy(
+                    tokens[offsets[i]:offsets[i + 1]].astype(np.int64))
+            mask = torch.arange(ids.shape[1]) < torch.from_numpy(lengths[batch])[:, None]
+            yield begin + batch, embed(ids, mask)
+
+
+def _cluster_corpus(embedded, n, training, clusters, seeds, progress):
+    """Fit K-means on a sample of `training`, assign all n -> cluster (3, n), centroids (3, K, d).
+
+    embedded(rows): pairs as of _embedded. One of each for a seed, repeated to one for a format.
+    """
+    if len(training) < clusters:
+        raise InputError(f"{len(training)} different training sentences cannot make {clusters}"
+                         " clusters: give more text, or fewer clusters")
+    size = min(len(training), SAMPLE * clusters)
+    sample = np.random.default_rng((seeds[0], 0, 0, 2)).choice(training, size, replace=False)
+    points, done = None, 0
+    for positions, H in embedded(sample):
+        points = H.new_empty(size, H.shape[1]) if points is None else points
+        points[torch.from_numpy(positions).to(H.device)] = H
+        done += len(H)
+        progress("embedding a sample", done, size)
+    if not points.isfinite().all():
+        raise InputError("sentence embeddings are not finite: the model's weights are damaged")
+    centroids = [kmeans(points, clusters, seed).centroids for seed in seeds]
+    cluster, done = np.empty((len(seeds), n), dtype=np.int32), 0
+    for positions, H in embedded(np.arange(n)):
+        cluster[:, positions] = [nearest(H, c)[0].cpu().numpy() for c in centroids]
+        done += len(H)
+        progress("assigning clusters", done, n)
+    repeats = len(FORMATS) // len(seeds)
+    centroids = torch.stack(centroids).float().cpu().numpy()                        # (1 or 3, K, d)
+    return cluster.repeat(repeats, 0), centroids.repeat(repeats, 0)
+
+
+# --------------------------------------------------------------------------- meta tasks
+class Task(NamedTuple):
+    """An anchor meta task tau with support set D^s and query set D^q (section 3.2)."""
+    variant: str
+    clusters: tuple[int, ...]       # of its anchors: one, or in ss four in the options' order
+    support: Examples
+    query: Examples
+
+
+class Pool(NamedTuple):
+    """One split's anchors by cluster, in each first those that next-sentence variants can use."""
+    order: np.ndarray               # sentences; cluster c has order[start[c]:start[c + 1]]
+    start: np.ndarray               # (K + 1,)
+    count: dict[str, np.ndarray]    # "next", "cluster" -> (K,) how many of a cluster are usable
+
+
+class TaskIndex:
+    """What drawing a task needs, made once, so that a task costs the same whatever the corpus.
+
+    support, query: the sets' sizes; variants: those that meta_task draws from; max_tokens: the
+    longest source. A cluster is usable with support + query anchors: sentences of different text,
+    for next-sentence variants not the last of their document, and that of 4 or more. InputError,
+    with the number that is lacking, unless each variant has a usable cluster (ss: four) in training
+    and in held-out documents.
+    """
+
+    def __init__(self, store, tokenizer, *, support=32, query=32, variants=VARIANTS,
+                 max_tokens=MAX_TOKENS):
+        self.store, self.sizes, self.max_tokens = store, (support, query), max_tokens
+        self.variants = tuple(variants)
+        mask = tokenizer.token_to_id(MASK)
+        self.parts = {form: compile_template(tokenizer, TEMPLATES[form]) for form in FORMATS}
+        self.words = {v: [[mask, *word_pieces(tokenizer, w)] for w in WORDS[v]] for v in VARIANTS}
+        if any(len(word) != 2 for words in self.words.values() for word in words):
+            raise InputError("yes, no, maybe, A, B, C, D must be a piece each: take T5's tokenizer")
+        self.first = np.searchsorted(store.document, np.arange(store.document[-1] + 2))
+        follows = (np.diff(self.first) >= 4)[store.document]    # (n,): can anchor a next variant
+        follows[self.first[1:] - 1] = False
+        shared = all(np.array_equal(store.cluster[0], row) for row in store.cluster[1:])
+        self.sentences, self.pools = {}, {}
+        for split, inside in (("train", ~store.held_out), ("validation", store.held_out)):
+            self.sentences[split] = np.flatnonzero(inside)      # rising, so by document
+            anchors = np.flatnonzero(inside & store.anchor)
+            for row, form in enumerate(FORMATS):
+                self.pools[split, form] = (self.pools[split, "sp"] if shared and row else
+                                           self._pool(anchors, follows[anchors], row))
+            for variant in self.variants:
+                self._check(split, variant)
+
+    def _pool(self, anchors, follows, row):
+        cluster, K = self.store.cluster[row][anchors], self.store.centroids.shape[1]
+        size = np.bincount(cluster, minlength=K)
+        return Pool(anchors[np.argsort(2 * cluster + ~follows, kind="stable")],
+                    np.concatenate([[0], np.cumsum(size)]),
+                    {"next": np.bincount(cluster[follows], minlength=K), "cluster": size})
+
+    def _check(self, split, variant):
+        pool, kind = self.pools[split, variant[:2]], variant[3:]
+        wanted, need = 4 if variant[:2] == "ss" else 1, sum(self.sizes)
+        fullest = np.sort(np.append(pool.count[kind], [0] * wanted))[-wanted:]
+        lacking = np.maximum(need - fullest, 0).sum()
+        if lacking:
+            raise InputError(f"{variant}: {lacking} {split} sentences are lacking for {wanted}"
+                             f" cluster(s) of {need} usable: give more text, or fewer clusters")
+        if kind == "cluster" and len(pool.order) - pool.count[kind].max() < 3:
+            raise InputError(f"one cluster holds all {split} sentences: ask for more clusters")
+
+    def tokens(self, sentence):
+        """Its tokens (T,) uint16."""
+        return self.store.tokens[self.store.offsets[sentence]:self.store.offsets[sentence + 1]]
+
+
+def meta_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):
+    """Task i of a step, a pure function of its arguments (section 3.2, A.2; Eq. 17-19).
+
+    variant None draws one of the index's. stream, from 1: keeps uses of one (seed, step, i) apart.
+    avoid: the `clusters` of another task, which this one, its partner in Eq. 4, is not to have too.
+    All sentences are of the split. Anchors (s1 of a pair, s0 of a choice) are of ONE cluster, in ss
+    of four; labels are balanced in each set; the sets share no anchor. Sources -> targets:
+    sp-next     s1 <X> . s2                                  yes: adjacent, no: another document,
+                                                             maybe: its document, not adjacent
+    sp-cluster  the same                                     yes: same cluster, no: another
+    mc-next     s0 ? A. s1 B. s2 C. s3 D. s4 . Answer: <X>   the letter of the sentence after s0
+    mc-cluster  the same                                     the letter of the one of s0's cluster
+    ss-cluster  the same, s1..s4 four centroids, as vectors  the letter of s0's
+    """
+    rng = np.random.default_rng((seed, step, i, stream))
+    drawn = index.variants[rng.integers(len(index.variants))]
+    variant = variant or drawn
+    form, kind, ways = variant[:2], variant[3:], 4 if variant[:2] == "ss" else 1
+    pool, clusters = index.pools[split, form], tuple(avoid)
+    usable = np.flatnonzero(pool.count[kind] >= sum(index.sizes))
+    if ways == 1 and usable.tolist() == list(avoid):
+        raise InputError(f"{variant}: one usable {split} cluster, mixing needs two: give more text")
+    while clusters == tuple(avoid):
+        clusters = tuple(rng.choice(usable, ways, replace=False).tolist())
+    anchors = [_shuffled(rng, pool.order[pool.start[c]:][:pool.count[kind][c]]) for c in clusters]
+    sets = [_examples(index, rng, variant, split, clusters, anchors, n) for n in index.sizes]
+    return Task(variant, clusters, *sets)
+
+
+def _shuffled(rng, items):
+    """Yield the items in random order; a few cost the same however many there are."""
+    seen = set()
+    while len(seen) < len(items):
+        j = int(rng.integers(len(items)))
+        if j not in seen:
+            seen.add(j)
+            yield int(items[j])
+
+
+def _outside(rng, low, high, size):
+    """A random one of 0..size - 1 that is not in low..high - 1."""
+    j = int(rng.integers(size - (high - low)))
+    return j if j < low else j + int(high - low)
+
+
+def _examples(index, rng, variant, split, clusters, anchors, n):
+    """One set of a task. anchors: for each cluster an iterator over its anchors not yet used."""
+    form, K = variant[:2], len(WORDS[variant])
+    options = list(clusters) if form == "ss" else []
+    vectors = torch.from_numpy(index.store.centroids[FORMATS.index(form)][options])     # (V, d)
+    extra = rng.permutation(K)[:n % K]                          # 32 labels of 3: 11 + 11 + 10
+    labels = rng.permutation(np.append(np.repeat(np.arange(K), n // K), extra))
+    filled = []
+    for label in labels:
+        which = label if form == "ss" else 0
+        tries = (_sentences(index, rng, variant, split, clusters[which], anchor, label)
+                 for anchor in anchors[which])
+        chosen = next(filter(None, tries), None)
+        if chosen is None:
+            raise InputError(f"{variant}: cluster {clusters[which]} has too few different sentences"
+                             f" in {split}: give more text")
+        texts = [index.tokens(sentence).tolist() for sentence in chosen] + [None] * len(options)
+        fields = dict(zip("01234", texts))
+        filled.append(fill_template(index.parts[form], fields, index.max_tokens))
+    ids, slots = map(list, zip(*filled))
+    vectors = vectors.expand(n, *vectors.shape)                                         # (n, V, d)
+    return Examples(ids, slots, vectors, torch.from_numpy(labels), index.words[variant])
+
+
+def _sentences(index, rng, variant, split, cluster, anchor, label):
+    """An example's sentences in the template's order, no two alike; None where none were found."""
+    form, relations = variant[:2], RELATIONS[variant]
+    chosen, texts = [anchor], {index.tokens(anchor).tobytes()}
+    for relation in [relations[label]] if form == "sp" else relations:
+        drawn = (_related(index, rng, split, form, cluster, anchor, relation) for _ in range(20))
+        new = next((s for s in drawn if index.tokens(s).tobytes() not in texts), None)
+        if new is None:         # rare: all that stands around the anchor reads like it
+            return None
+        chosen.append(new)
+        texts.add(index.tokens(new).tobytes())
+    if form == "mc":            # the right one to its place among the wrong ones
+        wrong = rng.permutation(chosen[2:]).tolist()
+        chosen = [anchor, *wrong[:label], chosen[1], *wrong[label:]]
+    return chosen
+
+
+def _related(index, rng, split, form, cluster, anchor, relation):
+    """A random sentence of the split, in one of RELATIONS to an anchor of the cluster."""
+    if relation == "next":
+        return anchor + 1
+    if relation in ("same", "other"):       # of its cluster, of another
+        pool = index.pools[split, form]
+        low, high = pool.start[cluster:cluster + 2]
+        return int(pool.order[rng.integers(low, high) if relation == "same" else
+                              _outside(rng, low, high, len(pool.order))])
+    document = index.store.document[anchor]
+    first, end = index.first[document:document + 2]
+    if relation == "near":                  # of its document, not adjacent
+        low, high = max(anchor - 1, first), min(anchor + 2, end)
+        return int(first) + _outside(rng, low - first, high - first, end - first)
+    sentences = index.sentences[split]      # "far": of another document
+    return int(sentences[_outside(rng, *np.searchsorted(sentences, (first, end)), len(sentences))])
+
+
+# --------------------------------------------------------------------------- labeled tasks
+class Row(NamedTuple):
+    label: int
+    fields: dict[str, str]      # by their names in the template
+
+
+class LabeledTask(NamedTuple):
+    train: str                  # inside the data folder: .tsv with a header, .csv of label,text
+    test: str
+    template: str = "{text} It was <X> ?"
+    words: tuple[str, ...] = ("terrible", "great")      # in label order
+    max_tokens: int = 128       # of a source, template and all (C.1)
+
+
+TASKS = {
+    "sst2": LabeledTask("original/SST-2/train.tsv", "original/SST-2/dev.tsv"),  # as the paper tests
+    "movie": LabeledTask("tasks/movie/train.csv", "tasks/movie/test.csv"),
+    "amazon": LabeledTask("tasks/amazon/train.csv", "tasks/amazon/test.csv"),
+    "nyt": LabeledTask("tasks/nyt/train.csv", "tasks/nyt/test.csv"),
+    "tweets": LabeledTask("tasks/tweets/train.csv", "tasks/tweets/test.csv"),
+}
+
+
+def load_train(task, folder=TINY):
+    """A LabeledTask's training split -> [Row]; folder holds original/, or tasks/ as tiny/ does.
+
+    a line `1,"It works, and well."` -> Row(1, {"text": "It works, and well."})
+    """
+    return _read_rows(Path(folder) / task.train, len(task.words))
+
+
+def load_test(task, folder=TINY):
+    """Its test split. Apart from load_train, so that tuning can be shown never to open the file."""
+    return _read_rows(Path(folder) / task.test, len(task.words))
+
+
+def _read_rows(path, K):
+    table, rows = path.suffix == ".tsv", []     # LM-BFF's SST-2: named columns, quotes mean nothing
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, strict=True, delimiter="\t" if table else ",",
+                               quoting=csv.QUOTE_NONE if table else csv.QUOTE_MINIMAL)
+            if table and next(lines, None) != ["sentence", "label"]:
+                raise InputError(f"{path}: the first line must be `sentence`, tab, `label`")
+            for line in lines:
+                text, label = (line if table else line[::-1]) if len(line) == 2 else ("", "")
+                if not text.strip() or label not in map(str, range(K)):
+                    form = "text, tab, label" if table else "label,text"
+                    raise InputError(f"{path}, line {lines.line_num}: {line} is not {form} with a"
+                                     f" label of 0 to {K - 1} and a text: mend or drop it")
+                rows.append(Row(int(label), {"text": text}))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: name the folder that it is in") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} must be UTF-8 and well quoted: {error}") from None
+    if not rows:
+        raise InputError(f"{path} has no rows: fetch it again")
+    return rows
+
+
+def few_shot(rows, shots, seed):
+    """Sample `shots` rows a label for training, as many for validation (section 4.1) -> both lists.
+
+    Ordered by sha256 of seed and row: the same on every machine. No text comes twice. A class of
+    fewer than 2 * shots texts gives half to each; InputError for fewer than two texts in a class.
+    rows [Row(0, a), Row(1, b), Row(0, c), Row(1, d)], shots 1 -> [Row(0, c), Row(1, b)],
+    [Row(0, a), Row(1, d)]
+    """
+    def key(row):
+        parts = (str(seed), str(row.label), *row.fields.values())
+        return hashlib.sha256("\t".join(parts).encode()).digest()
+    first = {tuple(row.fields.values()): row for row in sorted(rows, key=key, reverse=True)}
+    train, validation = [], []
+    for label in range(max(2, 1 + max(row.label for row in rows))):
+        members = sorted((row for row in first.values() if row.label == label), key=key)
+        half = min(shots, len(members) // 2)
+        if not half:
+            raise InputError(f"label {label} has {len(members)} different texts, 2 are the least:"
+                             " give more labeled rows")
+        train += members[:half]
+        validation += members[half:2 * half]
+    return train, validation
+
+
+def task_examples(tokenizer, task, rows):
+    """Labeled rows as Examples; long texts are cut, never the template or the mask.
+
+    Row(1, {"text": "A fine film."}) -> `A fine film. It was <extra_id_0> ?</s>`, target `great`
+    """
+    parts = compile_template(tokenizer, task.template)
+    names = [part for part in parts if isinstance(part, str)]
+    texts = zip(*(tokenize(tokenizer, [row.fields[name] for row in rows]) for name in names))
+    ids = [fill_template(parts, dict(zip(names, text)), task.max_tokens)[0] for text in texts]
+    words = [[tokenizer.token_to_id(MASK), *word_pieces(tokenizer, word)] for word in task.words]
+    labels = torch.tensor([row.label for row in rows])
+    return Examples(ids, [[] for _ in rows], torch.empty(len(rows), 0, 0), labels, words)
+
+
+# --------------------------------------------------------------------------- what is fetched
+MODELS = {"t5-small": "google-t5/t5-small", "t5-base": "google-t5/t5-base",
+          "t5-large": "google-t5/t5-large"}
+OPENWEBTEXT = {"repo_id": "Skylion007/openwebtext", "repo_type": "dataset",     # still with tars:
+               "revision": "f3808c30e817981b845ec549c43e82bb467d8144"}
+SUBSET_BYTES = 1_700_000_000        # of text in each of its 21 files of 630 MB, put low
+
+
+def model_folder(name):
+    """A model's folder: "tiny" (embedded), a folder, or one of MODELS or a hub id, then fetched."""
+    folder = TINY if name == "tiny" else Path(name)
+    if name == "tiny" and not folder.is_dir():
+        raise InputError(f"{folder} is missing: `python tiny.py` builds the embedded model")
+    if folder.is_dir():
+        return folder
+    if "/" not in MODELS.get(name, name):
+        raise InputError(f"no model {name!r}: give tiny, {', '.join(MODELS)}, a hub id owner/name,"
+                         " or a folder with config.json, model.safetensors, tokenizer.json")
+    files = ("config.json", "tokenizer.json", "model.safetensors")
+    return [_fetch(file, repo_id=MODELS.get(name, name)) for file in files][0].parent
+
+
+def openwebtext_files(max_bytes):
+    """Fetch as many of OpenWebText's files as hold max_bytes of text -> paths, for documents()."""
+    count = min(21, -(-max_bytes // SUBSET_BYTES))
+    return [_fetch(f"subsets/urlsf_subset{i:02}.tar", **OPENWEBTEXT) for i in range(count)]
+
+
+def _fetch(file, **source):
+    try:
+        return Path(hf_hub_download(filename=file, **source))
+    except (OSError, EntryNotFoundError, HFValidationError) as error:   # network, name, disk, ...
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{file} of {source['repo_id']} was not fetched ({reason}): check name and"
+                         " network, or get the files by hand and give their folder") from None
+
+
+def demonstrate():
+    """Print four examples of each variant, from a small part of the embedded corpus."""
+    folder = model_folder("tiny")
+    t5 = load_t5(folder)
+    tokenizer = load_tokenizer(folder, t5.config)
+    with tempfile.TemporaryDirectory() as new:
+        store = build_store(Path(new) / "store", [folder / "corpus.jsonl.gz"], tokenizer, t5,
+                            clusters=8, seed=0, model=folder, max_bytes=300_000)
+        index = TaskIndex(store, tokenizer, support=4, query=4)
+        for variant in VARIANTS:
+            task = meta_task(index, 0, 0, 0, variant=variant, stream=1)
+            names = task.clusters if variant == "ss-cluster" else ()
+            print(f"{variant}, anchors of cluster {task.clusters}")
+            for row in range(4):
+                print("  %s -> %s" % examples_as_text(tokenizer, task.support, row, names))
+
+
+if __name__ == "__main__":
+    try:
+        demonstrate()
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,2978 @@
+"""The evidence that this repository does what it says, grouped by what is claimed; each docstring is one claim.
+
+    pytest                       # everything that needs nothing but requirements.txt, under two minutes
+    SUPMER_DATA=FOLDER pytest    # with transformers and scikit-learn installed: also against them, and on real data
+"""
+
+import contextlib
+import copy
+import doctest
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import LocalEntryNotFoundError
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import data
+import eval as evaluation
+import kmeans as km
+import supmer
+import t5 as T
+import train
+from data import TaskIndex, VARIANTS, documents, fill_template, meta_task, split_sentences
+from supmer import Method
+from t5 import InputError
+
+
+try:
+    import transformers
+except ImportError:
+    transformers = None
+try:
+    import sklearn.cluster
+except ImportError:
+    sklearn = None
+
+needs_transformers = pytest.mark.skipif(
+    transformers is None, reason="transformers is not installed: pip install transformers")
+needs_sklearn = pytest.mark.skipif(
+    sklearn is None, reason="scikit-learn is not installed: pip install scikit-learn")
+needs_data = pytest.mark.skipif(
+    not os.environ.get("SUPMER_DATA"), reason="SUPMER_DATA does not name the folder of real data")
+
+# A T5 that fits a screen, in both families. Inner width 2 x 4 is not d_model; 8 buckets up to 16.
+V10 = T.T5Config(6, 4, 10, 2, 2, 2, 11, gated=False, tied=True, scaled=True, num_buckets=8,
+                 max_distance=16, eps=1e-6)
+V11 = V10._replace(gated=True, tied=False, scaled=False)
+BOTH = pytest.mark.parametrize("config", [V10, V11], ids=["v1.0", "v1.1"])
+
+
+def relative(a, b):
+    """max|a - b| / max|b|, which is what every "relative" in this file means."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def formula(config):
+    """Weights from no random generator: element i of all tensors, by sorted name, is 0.7 sin(1.3
+    i^1.5), + 1 in norms."""
+    weights, count = {}, 0
+    for name, shape in sorted(T.expected_shapes(config).items()):
+        i = np.arange(count, count + math.prod(shape), dtype=np.float64)
+        values = torch.from_numpy(0.7 * np.sin(1.3 * i ** 1.5)).view(shape)
+        weights[name] = values + 1 if "layer_norm" in name else values
+        count += math.prod(shape)
+    return weights
+
+
+def model(config, dtype=torch.float64):
+    """The T5 of these weights, without a file."""
+    weights = {name: w.to(dtype) for name, w in formula(config).items()}
+    return T.T5(config, {"lm_head.weight": weights["shared.weight"], **weights})
+
+
+def batch(config):
+    """Literal inputs: x (2, 24, d), mask (the second example has 9 positions), ids (2, 7)."""
+    x = torch.sin(2.1 * torch.arange(2 * 24 * config.d_model, dtype=torch.float64) ** 1.5)
+    mask = torch.ones(2, 24, dtype=torch.bool)
+    mask[1, 9:] = False
+    ids = torch.tensor([[0, 10, 3, 7, 1, 2, 9], [0, 5, 5, 8, 4, 6, 1]])
+    return x.view(2, 24, config.d_model), mask, ids
+
+
+def logits(t5, x, mask, ids):
+    return T.next_token_logits(t5, T.decode(t5, ids, T.encode(t5, x, mask), mask))
+
+
+# ------------------------------------------------------------------- against transformers
+
+KINDS = {"v1.0": dict(feed_forward_proj="relu", num_heads=4, d_kv=16),
+         "v1.1": dict(feed_forward_proj="gated-gelu", num_heads=4, d_kv=16),
+         "3 heads x 24 for d 64": dict(feed_forward_proj="gated-gelu", num_heads=3, d_kv=24)}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, tmp_path_factory):
+    """A random model of transformers, and what load_t5 makes of the folder that it saves."""
+    if transformers is None:
+        pytest.skip("transformers is not installed: pip install transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        d_model=64, d_ff=96, num_layers=3, num_decoder_layers=2, vocab_size=120, dropout_rate=0.,
+        tie_word_embeddings=request.param == "v1.0", **KINDS[request.param])
+    theirs = transformers.T5ForConditionalGeneration(config).eval()
+    if request.param != "v1.0":         # transformers 5 ties the head whatever the config says
+        theirs.lm_head.weight = torch.nn.Parameter(torch.randn(120, 64) * 0.3)
+    with torch.no_grad():
+        for parameter in theirs.parameters():   # at 0.1 the float32 of both is 1.6e-5 off
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("model")
+    theirs.save_pretrained(folder)
+    return theirs, T.load_t5(folder)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("prompt, text, target", [(0, 12, 2), (20, 15, 2), (100, 180, 150)])
+def test_states_and_logits_equal_transformers(pair, prompt, text, target, padded):
+    """Encoder states and logits equal transformers' within 1e-5 relative in float32, with and
+    without padding and prompt vectors in front, below and beyond the 128 positions where the last
+    bucket begins."""
+    theirs, ours = pair
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, 120, (3, text), generator=generator)
+    mask = torch.ones(3, prompt + text, dtype=torch.bool)
+    if padded:
+        for row, kept in ((1, text // 2), (2, 1)):
+            ids[row, kept:], mask[row, prompt + kept:] = T.PAD, False
+    vectors = 3 * torch.randn(3, prompt, 64, generator=generator)
+    x = torch.cat([vectors, T.embed_tokens(ours, ids)], dim=1)
+    targets = torch.randint(2, 120, (3, target), generator=generator)
+    targets[:, 0] = T.PAD
+    source = dict(inputs_embeds=x) if prompt else dict(input_ids=ids)
+    with torch.no_grad():
+        reference = theirs(**source, attention_mask=mask.long(), decoder_input_ids=targets)
+    H = T.encode(ours, x, mask)
+    assert relative(H[mask], reference.encoder_last_hidden_state[mask]) < 1e-5
+    assert relative(logits(ours, x, mask, targets), reference.logits) < 1e-5
+
+
+def test_bfloat16_is_nearer_than_transformers(pair):
+    """In bfloat16 our logits are nearer to the float32 model's than those of transformers, whose
+    residual stream is bfloat16 too, and within 5 % of them."""
+    theirs, ours = pair
+    ids = torch.randint(2, 120, (4, 30), generator=torch.Generator().manual_seed(2))
+    mask, targets = torch.ones_like(ids).bool(), ids[:, :8]
+    exact = logits(ours, T.embed_tokens(ours, ids), mask, targets)
+    narrow = T.T5(ours.config, {name: w.bfloat16() for name, w in ours.weights.items()})
+    out = logits(narrow, T.embed_tokens(narrow, ids), mask, targets)
+    with torch.no_grad():
+        halved = copy.deepcopy(theirs).bfloat16()
+        reference = halved(input_ids=ids, decoder_input_ids=targets).logits
+    error = (out - exact).norm() / exact.norm()
+    assert 1e-4 < error < (reference.float() - exact).norm() / exact.norm()
+    assert error < 0.05
+
+
+@needs_transformers
+@pytest.mark.parametrize("buckets, furthest", [(32, 128), (8, 16), (32, 256)])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_buckets_equal_transformers(bidirectional, buckets, furthest):
+    """relative_position_bucket equals transformers' for every distance from -600 to 600, in both
+    directions."""
+    distance = torch.arange(-600, 601)
+    theirs = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket
+    reference = theirs(distance, bidirectional, buckets, furthest)
+    ours = T.relative_position_bucket(distance, bidirectional, buckets, furthest)
+    assert torch.equal(ours, reference)
+
+
+# What transformers 5 computes in float64 from formula() and batch(), by transformers_logits below:
+# the logits of example 0 at position 1 and of example 1 at position 6 (its norm takes the variance
+# in float32).
+GOLDEN = {
+    V10: [[0.1976496, -0.4147722, -0.1470962, -0.09055217, 0.09269696, 0.4522177, -0.5474502,
+           0.6151549, -0.7505313, -0.1235337, 0.424087],
+          [0.1063094, -0.1494143, 0.04365874, 0.07935473, 0.07689534, 0.1448229, -0.1696267,
+           0.1893235, -0.4808096, 0.2163185, 0.5828813]],
+    V11: [[-0.454249, -1.164439, -1.151857, -0.6712845, 1.018401, 0.03848129, -0.1255734, -1.245551,
+           1.562117, 2.132065, 2.118499],
+          [-0.2497816, -1.811349, -1.832764, -0.6611977, 1.901316, -0.5169874, 0.3336447, -1.757097,
+           1.652492, 2.422858, 2.403443]]}
+
+
+def transformers_logits(config):
+    theirs = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        d_model=6, d_kv=4, d_ff=10, num_layers=2, num_decoder_layers=2, num_heads=2, vocab_size=11,
+        relative_attention_num_buckets=8, relative_attention_max_distance=16, dropout_rate=0.,
+        feed_forward_proj="gated-gelu" if config.gated else "relu",
+        tie_word_embeddings=config.tied)).double().eval()
+    weights, (x, mask, ids) = formula(config), batch(config)
+    if not config.tied:                 # transformers 5 ties the head whatever the config says
+        theirs.lm_head.weight = torch.nn.Parameter(weights["lm_head.weight"].clone())
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and all("embed_tokens" in n or n == "lm_head.weight" for n in missing)
+    with torch.no_grad():
+        return theirs(inputs_embeds=x, attention_mask=mask.long(), decoder_input_ids=ids).logits
+
+
+@BOTH
+def test_golden_logits(config):
+    """Without transformers: the logits of formula weights are those that transformers gave, within
+    1e-6 relative, with inner width not d_model, padding, and distances in every bucket."""
+    out = logits(model(config), *batch(config))
+    assert relative(out[[0, 1], [1, 6]], torch.tensor(GOLDEN[config], dtype=torch.float64)) < 1e-6
+
+
+@needs_transformers
+@BOTH
+def test_golden_literals_are_of_transformers(config):
+    """The golden literals are what the installed transformers computes."""
+    out = transformers_logits(config)[[0, 1], [1, 6]]
+    assert relative(out, torch.tensor(GOLDEN[config], dtype=torch.float64)) < 1e-6
+
+
+# --------------------------------------------------------- against a textbook T5, in numpy
+
+def textbook(t5, x, mask, ids):
+    """One example, one head, one query at a time; keys and values formed, absent keys left out. ->
+    (B, L, V)"""
+    c, w = t5.config, {name: weight.double().numpy() for name, weight in t5.weights.items()}
+
+    def norm(x, name):
+        return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + c.eps) * w[f"{name}layer_norm.weight"]
+
+    def attend(x, memory, kept, name, stack, causal):
+        heads = []
+        for h in range(c.num_heads):
+            rows = slice(h * c.d_kv, (h + 1) * c.d_kv)
+            q, key, value = (y @ w[f"{name}.{m}.weight"][rows].T
+                             for m, y in (("q", x), ("k", memory), ("v", memory)))
+            out = np.zeros_like(q)
+            for i in range(len(x)):
+                keys = [j for j in np.flatnonzero(kept) if j <= i or not causal]
+                scores = np.array([q[i] @ key[j] for j in keys])
+                if stack:
+                    buckets = T.relative_position_bucket(
+                        torch.tensor(keys) - i, stack == "encoder", c.num_buckets, c.max_distance)
+                    table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+                    scores = scores + w[table][buckets.numpy(), h]
+                p = np.exp(scores - scores.max())
+                out[i] = p / p.sum() @ value[keys]
+            heads.append(out)
+        return np.concatenate(heads, -1) @ w[f"{name}.o.weight"].T
+
+    def forward(x, name):
+        if not c.gated:
+            return np.maximum(x @ w[f"{name}.wi.weight"].T, 0) @ w[f"{name}.wo.weight"].T
+        u, v = x @ w[f"{name}.wi_0.weight"].T, x @ w[f"{name}.wi_1.weight"].T
+        gelu = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u ** 3)))
+        return gelu * v @ w[f"{name}.wo.weight"].T
+
+    result = []
+    for m, kept, y in zip(x.double().numpy(), mask.numpy(), w["shared.weight"][ids.numpy()]):
+        for n in range(c.num_layers):
+            at = f"encoder.block.{n}.layer."
+            z = norm(m, f"{at}0.")
+            m = m + attend(z, z, kept, f"{at}0.SelfAttention", "encoder", False)
+            m = m + forward(norm(m, f"{at}1."), f"{at}1.DenseReluDense")
+        m = norm(m, "encoder.final_")
+        for n in range(c.num_decoder_layers):
+            at = f"decoder.block.{n}.layer."
+            z = norm(y, f"{at}0.")
+            y = y + attend(z, z, np.ones(len(y)), f"{at}0.SelfAttention", "decoder", True)
+            y = y + attend(norm(y, f"{at}1."), m, kept, f"{at}1.EncDecAttention", None, False)
+            y = y + forward(norm(y, f"{at}2."), f"{at}2.DenseReluDense")
+        y = norm(y, "decoder.final_")
+        result.append((y * c.d_model ** -0.5 if c.scaled else y) @ w["lm_head.weight"].T)
+    return torch.from_numpy(np.stack(result))
+
+
+@BOTH
+def test_equals_the_textbook_in_float64(config):
+    """Absorbed cross attention, additive masks and shared biases are the textbook's formulas:
+    logits equal those of loops in numpy to 1e-12, so that nothing on the way is narrower than
+    float64."""
+    t5, inputs = model(config), batch(config)
+    out = logits(t5, *inputs)
+    assert out.dtype == torch.float64
+    assert relative(out, textbook(t5, *inputs)) < 1e-12
+    x, mask, ids = inputs
+    narrow = logits(model(config, torch.float32), x.float(), mask, ids)
+    assert 1e-9 < relative(narrow.double(), out) < 1e-5        # anything in float32 would show
+
+
+# -------------------------------------------------------------------------------- properties
+
+def test_docstring_examples():
+    """The literal examples in the docstrings of t5.py and kmeans.py are true, and there are
+    some."""
+    for module in (T, km):
+        outcome = doctest.testmod(module)
+        assert outcome.attempted > 0 and outcome.failed == 0
+
+
+def test_buckets_by_hand():
+    """32 buckets, 128 positions. Decoder: 0..15 exact, the last bucket 31 holds everything from 113
+    back (16 + floor(16 ln(113/16) / ln 8) = 31), and keys to come share bucket 0. Encoder: exact
+    below 8, and keys to come are 16 higher."""
+    def buckets(distance, bidirectional):
+        return T.relative_position_bucket(torch.tensor(distance), bidirectional, 32, 128).tolist()
+    assert buckets([0, -1, -15, -16, -112, -113, -128, -1000, 1, 50], False) == [
+        0, 1, 15, 16, 30, 31, 31, 31, 0, 0]
+    assert buckets([0, -7, -8, -90, -91, -1000], True) == [0, 7, 8, 14, 15, 15]
+    assert buckets([7, 8, 90, 91, 1000], True) == [23, 24, 30, 31, 31]
+
+
+@BOTH
+def test_padding_changes_nothing(config):
+    """An example alone and the same example padded, with garbage at the padding: equal states and
+    logits, 1e-12."""
+    t5, (x, mask, ids) = model(config), batch(config)
+    x = torch.where(mask[..., None], x, 1e6)
+    alone, kept = x[1:, :9], torch.ones(1, 9, dtype=torch.bool)
+    assert relative(T.encode(t5, x, mask)[1:, :9], T.encode(t5, alone, kept)) < 1e-12
+    assert relative(logits(t5, x, mask, ids)[1:], logits(t5, alone, kept, ids[1:])) < 1e-12
+    unmasked = logits(t5, x, torch.ones_like(mask), ids)[1:]
+    assert relative(unmasked, logits(t5, alone, kept, ids[1:])) > 1e-3     # the mask does it
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_masked_keys_get_nothing(dtype):
+    """However large its score, a masked key weighs 0; the others share 1, in the scores' dtype."""
+    scores = torch.tensor([[[[1e9, 2., 2., -1e9]]]], dtype=dtype)
+    bias = T.padding_bias(torch.tensor([[False, True, True, False]]), torch.float32)
+    p = T.attention_weights(scores, bias)
+    assert p.dtype == dtype and p.flatten().tolist() == [0, 0.5, 0.5, 0]
+
+
+@BOTH
+def test_decoder_is_causal_and_encoder_is_not(config):
+    """Another token at position 4 leaves the decoder's positions 0..3 as they were and changes
+    4..6; another last vector changes the encoder's first state."""
+    t5, (x, mask, ids) = model(config), batch(config)
+    other = ids.clone()
+    other[:, 4] = (ids[:, 4] + 1) % 11
+    difference = (logits(t5, x, mask, other) - logits(t5, x, mask, ids)).abs().amax(-1)
+    assert difference[:, :4].max() < 1e-13 and difference[:, 4:].min() > 1e-6
+    moved = x.clone()
+    moved[0, -1] += 1
+    assert (T.encode(t5, moved, mask) - T.encode(t5, x, mask))[0, 0].abs().max() > 1e-6
+
+
+def test_bfloat16_weights_keep_a_float32_stream():
+    """With bfloat16 weights whose branches put out 0 the encoder is its final norm in float32: a
+    change of the input far below a bfloat16 ulp (0.125 at 18) reaches the output whole."""
+    t5 = model(V11, torch.bfloat16)
+    for name, weight in t5.weights.items():
+        if name.endswith(("Attention.o.weight", "wo.weight")):
+            weight.zero_()
+    x, mask, ids = batch(V11)
+    x = 18 + x.float()
+    finer = x + 1e-4 * torch.arange(6)
+    weight = t5.weights["encoder.final_layer_norm.weight"].float()
+    for value in (x, finer):
+        H = T.encode(t5, value, mask)
+        by_hand = value / (value.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+        assert H.dtype == torch.float32 and relative(H, by_hand) < 1e-6
+    assert relative(T.encode(t5, x, mask), T.encode(t5, finer, mask)) > 5e-6
+    y = T.decode(t5, ids, H, mask)
+    for value in (y, T.embed_tokens(t5, ids), T.next_token_logits(t5, y)):
+        assert value.dtype == torch.float32
+
+
+@BOTH
+def test_float64_prompt_in_front_of_any_weights(config):
+    """The residual stream has the input's dtype when that is wider than the weights'."""
+    t5, (x, mask, ids) = model(config, torch.float32), batch(config)
+    H = T.encode(t5, x, mask)
+    assert H.dtype == T.decode(t5, ids, H, mask).dtype == torch.float64
+
+
+@BOTH
+def test_second_derivatives(config):
+    """Through encode and decode, torch.func's gradient and Hessian-vector product of a loss in the
+    encoder's input equal central differences in float64 to 1e-6, on the smooth gated GELU and on
+    ReLU away from its kinks."""
+    t5, (x, mask, ids) = model(config), batch(config)
+    direction = torch.sin(7.3 * torch.arange(x.numel(), dtype=torch.float64) ** 1.5).view(x.shape)
+
+    def loss(x):
+        log_p = torch.log_softmax(logits(t5, x, mask, ids[:, :3]), dim=-1)
+        return -log_p[:, -1, 5].mean()
+
+    gradient = torch.func.grad(loss)
+    value, product = torch.func.jvp(gradient, (x,), (direction,))
+    step = 1e-5
+    ahead, behind = x + step * direction, x - step * direction
+    slope = (loss(ahead) - loss(behind)) / (2 * step)
+    assert abs((value * direction).sum() - slope) < 1e-6 * abs(slope)
+    assert relative(product, (gradient(ahead) - gradient(behind)) / (2 * step)) < 1e-6
+    assert product.abs().max() > 1e-3
+    assert value[1, 9:].eq(0).all() and product[1, 9:].eq(0).all()         # nothing at the padding
+
+
+# --------------------------------------------------------------------------------- the loader
+
+def save_model(folder, config, weights=None, **changes):
+    """A model folder as a user has it; changes: keys of config.json, None drops one."""
+    values = dict(config._asdict(), model_type="t5",
+                  feed_forward_proj="gated-gelu" if config.gated else "relu",
+                  tie_word_embeddings=config.tied, layer_norm_epsilon=config.eps,
+                  relative_attention_num_buckets=config.num_buckets,
+                  relative_attention_max_distance=config.max_distance)
+    for key in ("gated", "tied", "scaled", "num_buckets", "max_distance", "eps"):
+        del values[key]
+    values = {key: value for key, value in {**values, **changes}.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(values))
+    save_file(formula(config) if weights is None else weights, folder / "model.safetensors")
+    return folder
+
+
+def refused(folder, *fragments):
+    """load_t5 raises InputError in one line that holds the fragments; the line is returned."""
+    with pytest.raises(T.InputError) as caught:
+        T.load_t5(folder)
+    message = str(caught.value)
+    assert "\n" not in message and str(folder) in message
+    for fragment in fragments:
+        assert fragment in message, (fragment, message)
+    return message
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_round_trip(config, dtype, tmp_path):
+    """What is saved is what is loaded: the config, and every weight, converted to the dtype that is
+    asked for."""
+    loaded = T.load_t5(save_model(tmp_path, config), dtype)
+    assert loaded.config == config
+    expected = model(config, dtype).weights
+    assert loaded.weights.keys() == expected.keys()
+    assert all(torch.equal(loaded.weights[name], expected[name]) for name in expected)
+
+
+def test_float16(tmp_path):
+    """A file in float16 is widened; a model in float16 is refused."""
+    halves = {name: weight.half() for name, weight in formula(V10).items()}
+    loaded = T.load_t5(save_model(tmp_path, V10, halves))
+    assert all(w.dtype == torch.float32 for w in loaded.weights.values())
+    with pytest.raises(T.InputError, match="float16.*choose float32 or bfloat16"):
+        T.load_t5(tmp_path, torch.float16)
+
+
+def test_defaults_of_old_configs(tmp_path):
+    """A first-release config names neither decoder layers, positions, feed-forward nor head: those
+    of t5-small hold."""
+    config = V10._replace(num_buckets=32, max_distance=128)
+    save_model(tmp_path, config, **dict.fromkeys([
+        "num_decoder_layers", "feed_forward_proj", "model_type", "tie_word_embeddings",
+        "layer_norm_epsilon", "relative_attention_num_buckets", "relative_attention_max_distance"]))
+    assert T.load_t5(tmp_path).config == config
+
+
+@BOTH
+def test_every_tensor_is_needed_in_its_shape(config, tmp_path):
+    """Without any one tensor of the file, or with one row less of it, the model is refused and the
+    tensor named."""
+    for name, weight in formula(config).items():
+        rest = {n: w for n, w in formula(config).items() if n != name}
+        save_model(tmp_path, config, rest)
+        refused(tmp_path, "model.safetensors lacks", name, "one intact model")
+        changed = rest | {name: weight[1:].clone()}
+        refused(save_model(tmp_path, config, changed), "another shape", name, "one intact model")
+
+
+@pytest.mark.parametrize("name", [
+    "extra.weight", "encoder.block.2.layer.0.layer_norm.weight", "lm_head.bias",
+    "encoder.block.0.layer.1.DenseReluDense.wi.weight"])
+def test_extra_tensor(name, tmp_path):
+    """A tensor that the config does not call for is refused and named."""
+    weights = formula(V11) | {name: torch.ones(6)}
+    refused(save_model(tmp_path, V11, weights), "does not call for", name, "one intact model")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite(value, tmp_path):
+    """One NaN or infinity among the weights is refused and its tensor named."""
+    weights = formula(V11)
+    weights["decoder.block.1.layer.2.DenseReluDense.wo.weight"][3, 2] = value
+    refused(save_model(tmp_path, V11, weights), "not finite", "layer.2.DenseReluDense.wo.weight")
+
+
+def test_integer_weights(tmp_path):
+    """Quantized integers are not taken for weights."""
+    weights = formula(V11)
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    weights[name] = (127 * weights[name]).to(torch.int8)
+    refused(save_model(tmp_path, V11, weights), "no floating-point numbers", name)
+
+
+def test_damaged_files(tmp_path):
+    """A weights file cut anywhere, in the length, the header or the data, with a byte too many, or
+    of garbage, is refused with the advice to fetch it again."""
+    save_model(tmp_path, V10)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    cuts = [0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(whole) // 2, -1]
+    others = [whole + b"x", b"<html>Not found</html>" * 20, bytes(4096)]
+    for damaged in [whole[:cut] for cut in cuts] + others:
+        path.write_bytes(damaged)
+        refused(tmp_path, "model.safetensors cannot be read", "fetch it again")
+    path.write_bytes(whole)
+    T.load_t5(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_missing_files(name, tmp_path):
+    """A folder without one of the two files, and no folder at all, is refused by the missing file's
+    name."""
+    save_model(tmp_path, V10)
+    (tmp_path / name).unlink()
+    refused(tmp_path, f"{name} is missing", "put the model's")
+    refused(tmp_path / "nowhere", "config.json is missing")
+
+
+@pytest.mark.parametrize("text", ["", "{", "not json", '{"d_model": 6,}', b"\xff\xfe\x00{"])
+def test_broken_json(text, tmp_path):
+    """A config.json that is no JSON is refused, with the advice to fetch it again."""
+    save_model(tmp_path, V10)
+    (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused(tmp_path, "config.json is not JSON", "fetch it again")
+
+
+@pytest.mark.parametrize("text", [
+    "[]", "3", "null", '{"model_type": "bert", "d_model": 6}', '{"model_type": "mt5"}'])
+def test_other_models(text, tmp_path):
+    """A config.json of something other than a T5 is refused."""
+    save_model(tmp_path, V10)
+    (tmp_path / "config.json").write_text(text)
+    refused(tmp_path, "config.json does not describe a T5", "take a model")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("d_model", 0), ("d_model", -6), ("d_model", 6.0), ("d_model", "6"), ("d_model", True),
+    ("d_model", None), ("d_kv", 10 ** 9), ("d_ff", [10]), ("num_layers", 10 ** 6),
+    ("num_decoder_layers", 0), ("num_heads", 2 ** 40), ("vocab_size", -1),
+    ("layer_norm_epsilon", 0), ("layer_norm_epsilon", -1e-6), ("layer_norm_epsilon", "1e-6"),
+    ("layer_norm_epsilon", math.nan), ("layer_norm_epsilon", 1e6),
+    ("relative_attention_num_buckets", 0), ("relative_attention_max_distance", 0),
+    ("tie_word_embeddings", "no"), ("feed_forward_proj", "gated-silu"),
+    ("feed_forward_proj", "gelu"), ("feed_forward_proj", 3)])
+def test_absurd_configs(key, value, tmp_path):
+    """An absurd size or an unknown kind in config.json is refused by its key and value, before
+    weights are read."""
+    save_model(tmp_path, V10, **{key: value})
+    (tmp_path / "model.safetensors").unlink()
+    refused(tmp_path, f"config.json: {key} is {value!r}", "take ")
+
+
+@pytest.mark.parametrize("buckets, distance", [(2, 16), (3, 16), (8, 4), (32, 16)])
+def test_impossible_buckets(buckets, distance, tmp_path):
+    """Buckets that leave no room for the logarithmic half (the formula would divide by 0) are
+    refused."""
+    save_model(tmp_path, V10, relative_attention_num_buckets=buckets,
+               relative_attention_max_distance=distance)
+    refused(tmp_path, "config.json", "relative_attention", "T5 has 32 and 128")
+
+
+@pytest.mark.parametrize("names", [
+    ["encoder.embed_tokens.weight"], ["decoder.embed_tokens.weight"], ["lm_head.weight"],
+    ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
+     "lm_head.weight"]])
+def test_tied_table_under_any_name(names, tmp_path):
+    """The table of a tied model may be stored under any of its names, or all: the model is the
+    same."""
+    weights = formula(V10)
+    table = weights.pop("shared.weight")
+    save_model(tmp_path, V10, weights | {name: table.clone() for name in names})
+    loaded = T.load_t5(tmp_path, torch.float64)
+    expected = model(V10).weights
+    assert loaded.config == V10 and loaded.weights.keys() == expected.keys()
+    assert all(torch.equal(loaded.weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("config, name", [
+    (V10, "encoder.embed_tokens.weight"), (V10, "lm_head.weight"),
+    (V11, "decoder.embed_tokens.weight")])
+def test_copies_must_be_equal(config, name, tmp_path):
+    """A copy of the table that differs from it in one number is refused: nobody can tell which one
+    is meant."""
+    weights = formula(config)
+    weights[name] = weights["shared.weight"].clone()
+    weights[name][4, 4] += 1e-3
+    refused(save_model(tmp_path, config, weights), "differ", name)
+
+
+def test_untied_under_a_tied_config(tmp_path):
+    """transformers 5 saves v1.1 with tie_word_embeddings true and scale_decoder_outputs false: the
+    head in the file counts."""
+    save_model(tmp_path, V11, tie_word_embeddings=True, scale_decoder_outputs=False)
+    loaded = T.load_t5(tmp_path, torch.float64)
+    assert loaded.config == V11
+    assert torch.equal(loaded.weights["lm_head.weight"], formula(V11)["lm_head.weight"])
+
+
+def test_stray_bias_of_v10_is_ignored(tmp_path):
+    """The cross-attention bias in v1.0's files, which no T5 reads, is left out of the model."""
+    weights = formula(V10) | {T.STRAY: torch.ones(8, 2)}
+    assert T.load_t5(save_model(tmp_path, V10, weights)).weights.keys() == model(V10).weights.keys()
+
+
+@needs_data
+@pytest.mark.parametrize("name, sizes, parameters", [
+    ("t5-small", (512, 64, 2048, 6, 6, 8, 32128), 60_506_624),
+    ("t5-base", (768, 64, 3072, 12, 12, 12, 32128), 222_903_552),
+    ("t5-large", (1024, 64, 4096, 24, 24, 16, 32128), 737_668_096)])
+def test_real_configs(name, sizes, parameters, tmp_path):
+    """The published configs parse to the published sizes, and expected_shapes counts the published
+    parameters."""
+    source = Path(os.environ["SUPMER_DATA"]) / "t5_tokenizer" / "configs" / f"{name}.config.json"
+    (tmp_path / "config.json").write_bytes(source.read_bytes())
+    config = T.read_config(tmp_path)
+    assert config == T.T5Config(*sizes, gated=False, tied=True, scaled=True, num_buckets=32,
+                                max_distance=128, eps=1e-6)
+    assert sum(math.prod(shape) for shape in T.expected_shapes(config).values()) == parameters
+
+
+# ------------------------------------------------------------------------------------- K-means
+
+def cloud(n=300, d=4, seed=0, dtype=torch.float64):
+    return torch.rand(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def planted_points(dtype=torch.float64, clusters=6, each=40, d=5):
+    """Points 100 apart with noise 1 around -> points (n, d), their clusters (n,) in mixed order."""
+    generator = torch.Generator().manual_seed(3)
+    label = torch.arange(clusters).repeat(each)
+    centres = torch.cat([100 * torch.eye(d), torch.zeros(1, d)])[:clusters]
+    return (centres[label] + torch.randn(len(label), d, generator=generator)).to(dtype), label
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_finds_planted_clusters(dtype):
+    """From every one of ten seeds: one cluster per planted one, its centroid the mean of its
+    points, in the points' dtype."""
+    points, label = planted_points(dtype)
+    for seed in range(10):
+        found = km.kmeans(points, 6, seed)
+        assert found.centroids.dtype == dtype and found.assignments.dtype == torch.long
+        pairs = set(zip(label.tolist(), found.assignments.tolist()))
+        assert len(pairs) == 6
+        for truth, cluster in pairs:
+            assert relative(found.centroids[cluster], points[label == truth].mean(0)) < 1e-6
+
+
+def test_inertia_never_rises_and_is_equation_16():
+    """Over 30 starts, half with centroids that no point is near to: the inertia falls from
+    iteration to iteration, its last value is the sum of squared distances that Eq. 16 defines, and
+    the end is a fixed point with no cluster empty."""
+    refilled = 0
+    for seed in range(30):
+        points = cloud(seed=seed)
+        start = km.plus_plus(points, 12, seed)
+        if seed % 2:
+            start[3:9] += 50
+            refilled += len(km.nearest(points, start)[0].unique()) < 12
+        centroids, assignments, inertia = km.kmeans(points, 12, seed, 200, centroids=start)
+        assert all(b <= a * (1 + 1e-12) for a, b in zip(inertia, inertia[1:]))
+        assert 2 < len(inertia) < 200
+        squared = ((points[:, None] - centroids) ** 2).sum(-1)                 # (n, K)
+        assert torch.equal(squared.argmin(1), assignments)
+        assert inertia[-1] == pytest.approx(squared.min(1).values.sum().item(), rel=1e-12)
+        means = torch.stack([points[assignments == j].mean(0) for j in range(12)])
+        assert relative(centroids, means) < 1e-12
+    assert refilled == 15
+
+
+@needs_sklearn
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_scikit_learn(seed):
+    """From the same start scikit-learn's Lloyd ends with the same assignments, centroids and
+    inertia, 1e-9 relative."""
+    points = cloud(500, 6, seed)
+    start = km.plus_plus(points, 9, seed)
+    ours = km.kmeans(points, 9, seed, iterations=300, centroids=start)
+    theirs = sklearn.cluster.KMeans(9, init=start.numpy(), n_init=1, max_iter=300, tol=0,
+                                    algorithm="lloyd")
+    theirs.fit(points.numpy())
+    assert ours.assignments.tolist() == theirs.labels_.tolist()
+    assert relative(ours.centroids, torch.from_numpy(theirs.cluster_centers_)) < 1e-9
+    assert ours.inertia[-1] == pytest.approx(theirs.inertia_, rel=1e-9)
+
+
+def test_one_chunk_equals_many():
+    """Chunks of 1, 7 or 128 points give what one chunk of all gives: assignments, and centroids and
+    inertia to 1e-12."""
+    points = cloud()
+    whole = km.kmeans(points, 10, 0, chunk=len(points))
+    for chunk in (1, 7, 128):
+        parts = km.kmeans(points, 10, 0, chunk=chunk)
+        assert torch.equal(parts.assignments, whole.assignments)
+        assert relative(parts.centroids, whole.centroids) < 1e-12
+        assert parts.inertia == pytest.approx(whole.inertia, rel=1e-12)
+
+
+def test_a_seed_fixes_the_result():
+    """The same seed gives the same bits whatever the global generators hold, and leaves them alone;
+    another seed, and a seed of several numbers, start elsewhere."""
+    points = cloud()
+    torch.manual_seed(1)
+    np.random.seed(1)
+    first = km.kmeans(points, 10, 5)
+    torch.manual_seed(2)
+    np.random.seed(2)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    second = km.kmeans(points, 10, 5)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
+    assert torch.equal(first.centroids, second.centroids) and first.inertia == second.inertia
+    for seed in (6, (5, 1)):
+        assert not torch.equal(km.plus_plus(points, 10, seed), km.plus_plus(points, 10, 5))
+
+
+def test_plus_plus_draws_by_squared_distance():
+    """Of the points 0, 1, 3 the second centroid is, after 0, 3 with probability 9/10, after 1 4/5,
+    after 3 9/13 (for 0): the frequencies over 3,000 seeds are within 4 standard errors, and no
+    point is drawn twice."""
+    points = torch.tensor([[0.], [1.], [3.]])
+    drawn = [tuple(km.plus_plus(points, 2, seed)[:, 0].tolist()) for seed in range(3000)]
+    for first, second, p in ((0, 3, 9 / 10), (1, 3, 4 / 5), (3, 0, 9 / 13)):
+        after = [pair for pair in drawn if pair[0] == first]
+        share = sum(pair[1] == second for pair in after) / len(after)
+        assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / len(after))
+        assert abs(len(after) / 3000 - 1 / 3) < 4 * math.sqrt(2 / 9 / 3000)
+    assert all(a != b for a, b in drawn)
+
+
+def test_empty_clusters_by_hand():
+    """Points 0, 1, 2, 10; centroids 1, 100, 200. All go to the first (inertia 1 + 0 + 1 + 81); the
+    farthest, 10, fills the second; of 0 and 2, as far, 0 fills the third. Means 1.5, 10, 0; inertia
+    0.25 + 0.25; nothing changes then."""
+    points = torch.tensor([[0.], [1.], [2.], [10.]], dtype=torch.float64)
+    start = torch.tensor([[1.], [100.], [200.]], dtype=torch.float64)
+    found = km.kmeans(points, 3, 0, centroids=start)
+    assert found.centroids.tolist() == [[1.5], [10.], [0.]]
+    assert found.assignments.tolist() == [2, 0, 0, 1]
+    assert found.inertia == pytest.approx([83, 0.5], abs=1e-9)
+    assert km.kmeans(points, 3, 0, 0, centroids=start).assignments.tolist() == [0, 0, 0, 0]
+
+
+def test_ties_among_the_farthest():
+    """Of 1,000 points equally far the first ones fill the empty clusters, whatever sorts them."""
+    filled = km.fill_empty(torch.zeros(1000, dtype=torch.long), torch.ones(1000), 4)
+    assert filled[:3].tolist() == [1, 2, 3] and filled[3:].eq(0).all()
+
+
+def test_distances_are_never_negative():
+    """The distance of a point that is a centroid is 0 up to rounding, in float32, and not below."""
+    points = cloud(200, 50, dtype=torch.float32)
+    assignments, distances = km.nearest(points, points)
+    assert assignments.tolist() == list(range(200))
+    assert distances.min() >= 0 and distances.max() < 1e-5
+
+
+def test_fewer_distinct_points_than_clusters():
+    """All points equal, or two distinct ones for four clusters: it ends, at inertia 0, every
+    centroid one of the points."""
+    for points in (torch.full((6, 2), 3.5), torch.tensor([[1., 2.], [4., 6.]]).repeat(3, 1)):
+        found = km.kmeans(points, 4, 0)
+        assert found.inertia[-1] == pytest.approx(0, abs=1e-10) and len(found.inertia) < 5
+        assert all((points == centroid).all(1).any() for centroid in found.centroids)
+
+
+def test_as_many_clusters_as_points_and_one():
+    """k = n: every point alone, inertia 0. k = 1: the centroid is the mean."""
+    points = cloud(40)
+    assert sorted(km.kmeans(points, 40, 0).assignments.tolist()) == list(range(40))
+    one = km.kmeans(points, 1, 0)
+    assert relative(one.centroids[0], points.mean(0)) < 1e-14 and one.assignments.eq(0).all()
+
+
+def test_the_limit_on_iterations():
+    """At most `iterations` updates; 0 assigns to the start; what is returned belongs together at
+    any limit."""
+    points = cloud()
+    start = km.plus_plus(points, 12, 0)
+    for limit in (0, 1, 2):
+        found = km.kmeans(points, 12, 0, iterations=limit)
+        assert len(found.inertia) == limit + 1
+        assignments, distances = km.nearest(points, found.centroids)
+        assert torch.equal(found.assignments, assignments)
+        assert found.inertia[-1] == distances.sum().item()
+        assert torch.equal(found.centroids, start) == (limit == 0)
+
+
+def test_a_shared_component_costs_no_digits():
+    """Clusters 1 apart at a distance of 5,000 from 0, in float32: |x|^2 is 2.5e7, its ulp 2, yet
+    all are found and the distances are true."""
+    points, label = planted_points(torch.float32)
+    points = points / 100 + 5000
+    centroids = torch.stack([points[label == j].double().mean(0).float() for j in range(6)])
+    assignments, distances = km.nearest(points, centroids)
+    assert torch.equal(assignments, label)
+    assert relative(distances, (points - centroids[label]).square().sum(1)) < 1e-4
+
+
+def test_sums_are_wider_than_float32():
+    """The mean of 20,000 float32 points near 10,000 is the exact one, rounded once: float32 sums,
+    of 2e8, would miss it."""
+    points = 10_000 + 10 * cloud(20_000, 3, dtype=torch.float32)
+    exact = points.double().mean(0).float()
+    assert torch.equal(km.kmeans(points, 1, 0).centroids[0], exact)
+
+
+def test_kmeans_errors():
+    """Fewer points than clusters, no cluster, no points, NaN or infinity, and centroids that do not
+    fit are ValueErrors that say the numbers."""
+    points = cloud(5)
+    for k in (0, -1, 6):
+        with pytest.raises(ValueError, match=f"{k} clusters of 5 points"):
+            km.kmeans(points, k, 0)
+    with pytest.raises(ValueError, match="1 clusters of 0 points"):
+        km.kmeans(points[:0], 1, 0)
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            km.kmeans(torch.where(points == points[3, 1], value, points), 2, 0)
+        with pytest.raises(ValueError, match="2 finite rows of width 4"):
+            km.kmeans(points, 2, 0, centroids=torch.full((2, 4), value, dtype=torch.float64))
+    with pytest.raises(ValueError, match="2 finite rows of width 4"):
+        km.kmeans(points, 2, 0, centroids=points[:3])
+
+
+# ---------------------------------------------------------------------------------------- the method: small worlds
+
+def random_t5(d=8, gated=True, dtype=torch.float64, vocabulary=40, seed=0, scale=0.3):
+    """A T5 of two tiny blocks a stack with random weights, heads x d_kv != d_model."""
+    config = T.T5Config(d_model=d, d_kv=6, d_ff=12, num_layers=2, num_decoder_layers=2, num_heads=2,
+                                vocab_size=vocabulary, gated=gated, tied=False, scaled=False, num_buckets=32,
+                                max_distance=128, eps=1e-6)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: (1.0 if "layer_norm" in name else 0.0) +
+               scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+               for name, shape in T.expected_shapes(config).items()}
+    return T.T5(config, {name: w.to(dtype) for name, w in weights.items()})
+
+
+SENTINEL, WORDS = 39, [[39, 5], [39, 6], [39, 7]]
+
+
+def random_examples(n, seed, d=8, slots=0, shortest=3, longest=9, words=WORDS):
+    """n examples of unequal length, labels in turn; with slots, vectors stand at positions 1..slots."""
+    rng = np.random.default_rng(seed)
+    ids = [[*rng.integers(8, 38, rng.integers(max(shortest, slots + 1), longest)), SENTINEL, 1] for _ in range(n)]
+    return data.Examples([list(map(int, row)) for row in ids], [list(range(1, slots + 1))] * n,
+                         torch.from_numpy(rng.normal(size=(n, slots, d))).float(),
+                         torch.arange(n) % len(words), words)
+
+
+def random_task(seed, n=5, **options):
+    return data.Task("sp-next", (0,), random_examples(n, seed, **options), random_examples(n, seed + 100, **options))
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A gated float64 T5, a prompt, a phi away from its start, a task and a partner, lambda, b and a large a1."""
+    generator = torch.Generator().manual_seed(3)
+    d, P = 8, 3
+    phi = {name: value + 0.3 * torch.randn(value.shape, generator=generator, dtype=torch.float64)
+           for name, value in supmer.init_regularizer(d, torch.float64).items()}
+    return SimpleNamespace(t5=random_t5(d), theta=torch.randn(P, d, generator=generator, dtype=torch.float64), phi=phi,
+                           task=random_task(1), partner=random_task(2), lam=0.3, b=0.4,
+                           method=Method(inner_rate=20.0, micro_batch=2, gate_weight=0.7))
+
+
+def plain_loss(t5, theta, examples, partner=None, lam=0.0):
+    """The (mixed) loss, written again the plainest way: one example at a time, nothing padded but the shorter of a pair."""
+    total = 0.0
+    for row in range(len(examples.ids)):
+        def states(e):
+            batch = data.collate(e, [row], "cpu")
+            return supmer.encode_with_prompt(t5, theta, batch)[0][0], F.one_hot(e.labels[row], len(e.words)).double()
+        H, Y = states(examples)
+        if partner is not None:
+            H_j, Y_j = states(partner)
+            S = max(len(H), len(H_j))
+            H = (1 - lam) * F.pad(H, (0, 0, 0, S - len(H))) + lam * F.pad(H_j, (0, 0, 0, S - len(H_j)))
+            Y = (1 - lam) * Y + lam * Y_j
+        everywhere = torch.ones(1, len(H), dtype=torch.bool)
+        y = T.decode(t5, torch.tensor([[0, SENTINEL]]), H[None], everywhere)[0, 1]
+        log_p = torch.log_softmax(T.next_token_logits(t5, y), -1)
+        total = total - sum(Y[k] * log_p[word[1]] for k, word in enumerate(examples.words))
+    return total / len(examples.ids)
+
+
+def meta_loss(w, theta, phi, method, frozen_H):
+    """L_q(theta - a1 psi(grad L_s(theta))) + lambda_reg L_reg, from plain_loss; the gate's H is frozen (SPEC 6)."""
+    g = torch.func.grad(lambda x: plain_loss(w.t5, x, w.task.support))(theta)
+    adapted = supmer.inner_step(theta, phi, g, frozen_H, method)
+    return (plain_loss(w.t5, adapted, w.task.query, w.partner.query, w.lam)
+            + method.gate_weight * supmer.gate_loss(phi, frozen_H, w.b))
+
+
+def finite_differences(w, method, step=1e-5, directions=4):
+    """Central differences of meta_loss along random directions: {name: [(direction, derivative), ...]}."""
+    _, H, _ = supmer.prompt_gradient(w.t5, w.theta, w.task.support, method)
+    parameters, generator = {"theta": w.theta, **w.phi}, torch.Generator().manual_seed(5)
+
+    def along(name, direction):
+        with torch.no_grad():
+            ends = [{**parameters, name: parameters[name] + sign * step * direction} for sign in (1, -1)]
+            up, down = (meta_loss(w, p["theta"], {k: p[k] for k in w.phi}, method, H) for p in ends)
+        return float((up - down) / (2 * step))
+
+    found = {}
+    for name, value in parameters.items():
+        drawn = [torch.randn(value.shape, generator=generator, dtype=value.dtype) for _ in range(directions)]
+        found[name] = [(direction, along(name, direction)) for direction in drawn]
+    return found
+
+
+def disagreement(gradient, differences):
+    """max |<gradient, direction> - derivative| / max |derivative|."""
+    errors = [abs(float((gradient * direction).sum()) - derivative) for direction, derivative in differences]
+    return max(errors) / max(abs(derivative) for _, derivative in differences)
+
+
+def computed(w, method):
+    part = supmer.meta_gradient(w.t5, w.theta, w.phi, w.task, w.partner, w.lam, w.b, method)
+    return {"theta": part.d_theta, **part.d_phi}
+
+
+@pytest.fixture(scope="module")
+def differences(world):
+    return finite_differences(world, world.method)
+
+
+# ------------------------------------------------------------------------------- the method: the meta-gradient is exact
+
+def test_meta_gradient_equals_finite_differences(world, differences):
+    """d theta and d phi are the derivative of the meta-loss: mixing, psi, L_reg and the Hessian all on, to 1e-6."""
+    found = computed(world, world.method)
+    for name, reference in differences.items():
+        assert max(abs(derivative) for _, derivative in reference) > 1e-4, f"the test must move {name}"
+        assert disagreement(found[name], reference) < 1e-6, name
+
+
+def test_meta_gradient_through_a_relative_step(world):
+    """With relative_step the rate depends on theta, phi and g, and the gradient knows it."""
+    method = Method(relative_step=0.3, micro_batch=3, gate_weight=0.7)
+    found = computed(world, method)
+    for name, reference in finite_differences(world, method, directions=2).items():
+        assert disagreement(found[name], reference) < 1e-6, name
+
+
+@pytest.mark.parametrize("removed", ["hessian", "dpsi/dg", "mixing", "L_reg", "zeroed padding"])
+def test_each_part_of_the_meta_gradient_is_needed(world, differences, monkeypatch, removed):
+    """Take one part away and the gradient is no longer the derivative: the proof above can fail."""
+    method, w = world.method, SimpleNamespace(**vars(world))
+    if removed == "hessian":
+        method = Method(**{**vars(method), "first_order": True})
+    elif removed == "dpsi/dg":
+        monkeypatch.setattr(supmer, "regularize", _without_derivative_in_g(supmer.regularize))
+    elif removed == "mixing":
+        w.lam = 0.0
+    elif removed == "L_reg":
+        method = Method(**{**vars(method), "gate_weight": 0.0})
+    else:
+        monkeypatch.setattr(supmer, "mix", _careless(supmer.mix))
+    found = computed(w, method)
+    worst = max(disagreement(found[name], reference) for name, reference in differences.items())
+    assert worst > 1e-3, f"without {removed} nothing changed"
+
+
+def _without_derivative_in_g(regularize):
+    """psi with the right value whose derivative in g is the identity: what forgetting (dpsi/dg)^T computes."""
+    def forgetful(phi, g, H):
+        return regularize(phi, g.detach(), H) + g - g.detach()
+    return forgetful
+
+
+def _careless(mix):
+    """Mixing that leaves at padding whatever the encoder put there."""
+    def careless(H_i, mask_i, Y_i, H_j, mask_j, Y_j, lam):
+        _, mask, Y = mix(H_i, mask_i, Y_i, H_j, mask_j, Y_j, lam)
+        everywhere_i, everywhere_j = torch.ones_like(mask_i), torch.ones_like(mask_j)
+        return mix(H_i, everywhere_i, Y_i, H_j, everywhere_j, Y_j, lam)[0], mask, Y
+    return careless
+
+
+@pytest.mark.parametrize("change", ["micro-batch", "order", "padding"])
+def test_meta_gradient_does_not_depend_on_how_examples_are_batched(world, monkeypatch, change):
+    """Micro-batch size, order of the examples and extra padding leave the gradient unchanged to 1e-12."""
+    reference, w, method = computed(world, world.method), SimpleNamespace(**vars(world)), world.method
+    if change == "micro-batch":
+        method = Method(**{**vars(method), "micro_batch": 64})
+    elif change == "order":
+        def reordered(e, order):
+            return data.Examples([e.ids[r] for r in order], [e.slots[r] for r in order], e.vectors[order],
+                                 e.labels[order], e.words)
+        order = [3, 0, 4, 2, 1]
+        w.task, w.partner = (data.Task(t.variant, t.clusters, reordered(t.support, order[::-1]), reordered(t.query, order))
+                             for t in (world.task, world.partner))
+    else:
+        def padded(examples, rows, device, collate=data.collate):
+            batch = collate(examples, rows, device)
+            return batch._replace(ids=F.pad(batch.ids, (0, 5), value=9), mask=F.pad(batch.mask, (0, 5)))
+        monkeypatch.setattr(supmer, "collate", padded)
+    for name, value in computed(w, method).items():
+        assert relative(value, reference[name]) < 1e-12, name
+
+
+def test_first_order_keeps_everything_but_the_hessian(world):
+    """first_order: d theta is v itself, d phi is unchanged (it needs no second derivative)."""
+    first = computed(world, Method(**{**vars(world.method), "first_order": True}))
+    exact = computed(world, world.method)
+    g, H, _ = supmer.prompt_gradient(world.t5, world.theta, world.task.support, world.method)
+    adapted = supmer.inner_step(world.theta, world.phi, g, H, world.method)
+    v, _, _ = supmer.prompt_gradient(world.t5, adapted, world.task.query, world.method, world.partner.query, world.lam)
+    assert torch.equal(first["theta"], v)
+    assert relative(first["theta"], exact["theta"]) > 1e-2
+    assert all(torch.equal(first[name], exact[name]) for name in world.phi)
+
+
+def test_inserted_vectors_carry_through(world):
+    """Slots: the vector replaces the token, so the token's id there is irrelevant and the vector is not."""
+    examples = random_examples(4, 5, slots=2)
+    loss = supmer.prompt_gradient(world.t5, world.theta, examples, world.method)[2]
+    other_ids = examples._replace(ids=[[row[0], 9, 9, *row[3:]] for row in examples.ids])
+    assert torch.equal(loss, supmer.prompt_gradient(world.t5, world.theta, other_ids, world.method)[2])
+    moved = examples._replace(vectors=examples.vectors + 1)
+    assert loss != supmer.prompt_gradient(world.t5, world.theta, moved, world.method)[2]
+
+
+# -------------------------------------------------------------------------------------- the method: Eq. 1, loss and words
+
+def test_loss_is_the_full_vocabulary_cross_entropy(world):
+    """Eq. 1: the batched loss equals the plainest computation, and g its gradient."""
+    g, _, loss = supmer.prompt_gradient(world.t5, world.theta, world.task.support, world.method)
+    reference_g, reference = torch.func.grad_and_value(lambda x: plain_loss(world.t5, x, world.task.support))(world.theta)
+    assert abs(loss - reference) < 1e-12 and relative(g, reference_g) < 1e-12
+
+
+def test_words_of_several_pieces_are_scored_by_their_sum(world):
+    """log p("6 7 8") = log p(6) + log p(7 | 6) + log p(8 | 6 7), each from a decoder run of its own."""
+    H, mask = supmer.encode_with_prompt(world.t5, world.theta, data.collate(world.task.support, [0, 1], "cpu"))
+    found = supmer.word_log_probs(world.t5, H, mask, [[SENTINEL, 5], [SENTINEL, 6, 7, 8]])
+
+    def log_p(prefix, token):
+        ids = torch.tensor([[0, SENTINEL, *prefix]] * 2)
+        return torch.log_softmax(T.next_token_logits(world.t5, T.decode(world.t5, ids, H, mask)), -1)[:, -1, token]
+    by_hand = torch.stack([log_p([], 5), log_p([], 6) + log_p([6], 7) + log_p([6, 7], 8)], 1)
+    assert relative(found, by_hand) < 1e-12
+    only = supmer.word_log_probs(world.t5, H, mask, [[SENTINEL, 5], [SENTINEL, 6, 7, 8]], words_only=True)
+    assert torch.allclose(only.exp().sum(-1), torch.ones(2, dtype=torch.float64))
+
+
+# ------------------------------------------------------------------------------------------------ the method: psi (Eq. 5)
+
+def test_psi_is_the_identity_at_the_start():
+    """A = I, a = 0, W = 0, c = 0: psi(g) = g, so meta-training begins as plain MAML."""
+    g, H = torch.randn(5, 16, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
+    assert relative(supmer.regularize(supmer.init_regularizer(16, torch.float64), g, H), g) < 1e-14
+
+
+def test_psi_by_hand():
+    """d = 2, one row: g = (3, 4), A a quarter turn, a = 0: h = (-4, 3); z = (sigmoid(1), 1/2)."""
+    phi = {"A": torch.tensor([[0., -1.], [1., 0.]]), "a": torch.zeros(2),
+           "W": torch.tensor([[1., 0.], [0., 0.]]), "c": torch.zeros(2)}
+    g, H, z = torch.tensor([[3., 4.]]), torch.tensor([1., 7.]), torch.tensor([1 / (1 + math.exp(-1)), 0.5])
+    assert torch.allclose(supmer.affine(phi, g), torch.tensor([[-4., 3.]]))
+    assert torch.allclose(supmer.gate(phi, H), z)
+    assert torch.allclose(supmer.regularize(phi, g, H), z * torch.tensor([-4., 3.]) + (1 - z) * g)
+
+
+def test_affine_keeps_row_lengths_and_zero_rows_have_finite_gradients(world):
+    """|h(g)| = |g| for rows from 1e-30 to 1e3 (psi need not keep it); a zero row stays zero and no derivative is NaN."""
+    phi = {name: value.float() for name, value in world.phi.items()}
+    g = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.], [1e-30], [1e3], [0.], [1e-7]])
+    h = supmer.affine(phi, g)
+    lengths = (h.double().norm(dim=-1), g.double().norm(dim=-1))
+    assert torch.allclose(*lengths, rtol=1e-5, atol=0)
+    assert torch.equal(h[3], torch.zeros(8))
+    psi, pull_back = torch.func.vjp(lambda phi, g: supmer.regularize(phi, g, torch.ones(8)), phi, g)
+    d_phi, d_g = pull_back(torch.ones_like(psi))
+    assert all(x.isfinite().all() for x in (psi, d_g, *d_phi.values()))
+    assert not torch.allclose(psi[0].norm(), g[0].norm(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e4, -1e4])
+def test_gate_stays_in_its_range_with_finite_gradients(size):
+    """However extreme W H is, 0 <= z <= 1 and L_reg's gradient is finite."""
+    phi = supmer.init_regularizer(4)
+    phi["c"] = phi["c"] + size
+    z = supmer.gate(phi, torch.ones(4))
+    assert ((0 <= z) & (z <= 1)).all()
+    assert all(x.isfinite().all() for x in torch.func.grad(supmer.gate_loss)(phi, torch.ones(4), 0.3).values())
+
+
+def test_gate_input_ignores_padding():
+    """Each example's mean over its own positions only: literal numbers."""
+    H = torch.tensor([[[1.], [3.], [100.]], [[2.], [4.], [6.]]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    assert torch.equal(supmer.gate_input(H, mask), torch.tensor([[2.], [4.]]))
+
+
+# ------------------------------------------------------------------------------- the method: the curriculum (Eq. 4, 10)
+
+@pytest.mark.parametrize("s, curve, b", [(-1, 2, 0.0), (0, 2, math.sqrt(2) - 1), (1, 2, 1.0), (0, 1, 0.5), (0.5, 4, (4 ** 0.75 - 1) / 3)])
+def test_curriculum_by_hand(s, curve, b):
+    """Eq. 10 at s = -1, 0, 1, its limit at m = 1, and one more."""
+    assert supmer.curriculum(s, curve) == pytest.approx(b, abs=1e-15)
+
+
+def test_lambda_is_zero_at_b_zero_and_has_the_beta_mean():
+    """lambda ~ Beta(b alpha, alpha): 0 at b = 0, mean b / (1 + b), in [0, 1], one number per (seed, step, task)."""
+    assert supmer.draw_lambda(0.0, 1.0, 1, 2, 3) == 0.0
+    for b in (0.05, 0.5, 1.0):
+        draws = np.array([supmer.draw_lambda(b, 1.0, 10, step, 0) for step in range(4000)])
+        assert ((0 <= draws) & (draws <= 1)).all()
+        assert abs(draws.mean() - b / (1 + b)) < 4 * draws.std() / math.sqrt(len(draws))
+    assert supmer.draw_lambda(0.5, 1.0, 1, 2, 3) == supmer.draw_lambda(0.5, 1.0, 1, 2, 3) != supmer.draw_lambda(0.5, 1.0, 1, 2, 4)
+
+
+def test_mix_by_hand():
+    """Eq. 4 on literal states: padding zeroed before mixing, the union of the masks, label weights added."""
+    H, mask, Y = supmer.mix(torch.tensor([[[2.], [4.], [50.]]]), torch.tensor([[True, True, False]]), torch.tensor([[1., 0.]]),
+                            torch.tensor([[[10.], [20.], [30.], [40.]]]), torch.tensor([[True] * 4]), torch.tensor([[0., 1.]]), 0.25)
+    assert torch.equal(H, torch.tensor([[[4.], [8.], [7.5], [10.]]]))
+    assert torch.equal(mask, torch.tensor([[True] * 4])) and torch.equal(Y, torch.tensor([[0.75, 0.25]]))
+
+
+def test_equal_labels_mix_to_one_hot():
+    """Label weights are added: two examples of one class stay a certain example of it."""
+    one = (torch.zeros(1, 2, 1), torch.ones(1, 2, dtype=torch.bool), torch.tensor([[0., 1.]]))
+    assert torch.equal(supmer.mix(*one, *one, 0.3)[2], torch.tensor([[0., 1.]]))
+
+
+def test_no_mixing_encodes_no_partner(world, monkeypatch):
+    """At lambda = 0 the query gradient equals that of the unmixed query, to the last bit, and takes half the encodings."""
+    rows = []
+    monkeypatch.setattr(supmer, "encode", lambda t5, x, mask, encode=supmer.encode: rows.append(len(x)) or encode(t5, x, mask))
+    v, _, _ = supmer.prompt_gradient(world.t5, world.theta, world.task.query, world.method, world.partner.query, 0.0)
+    assert sum(rows) == len(world.task.query.ids)
+    g, _, _ = supmer.prompt_gradient(world.t5, world.theta, world.task.query, world.method)
+    assert torch.equal(v, g)
+
+
+# ----------------------------------------------------------------------------------------------- the method: whole steps
+
+def small_state(method, dtype=torch.float32, P=3, d=8):
+    t5 = random_t5(d, dtype=dtype)
+    return t5, supmer.init_state(supmer.init_prompt(t5, P, 0), supmer.init_regularizer(d), method)
+
+
+def test_meta_step_is_adam_on_the_mean_with_clip_and_linear_decay():
+    """The step equals Adam by hand: mean over tasks, norm clipped at 1, rate (1 - step/max_steps) b1; s is the mean cosine."""
+    method = Method(inner_rate=5.0, max_steps=10, micro_batch=4, clip=0.01)
+    t5, state = small_state(method)
+    state.step, state.s = 4, 0.2
+    theta, phi = state.theta.clone(), {name: value.clone() for name, value in state.phi.items()}
+    tasks = [(random_task(1), random_task(2)), (random_task(3), random_task(4))]
+    b = supmer.curriculum(0.2, 2.0)
+    parts = [supmer.meta_gradient(t5, theta, phi, task, partner, supmer.draw_lambda(b, 1.0, 7, 4, i), b, method)
+             for i, (task, partner) in enumerate(tasks)]
+    gradient = (parts[0].d_theta + parts[1].d_theta) / 2
+    gradient = gradient * (0.01 / (gradient.norm() + 1e-6))
+    supmer.meta_step(t5, state, tasks, method, seed=7)
+    # Adam's first step from zero moments is rate * g / (|g| + eps), whatever the betas
+    by_hand = theta - 0.1 * (1 - 4 / 10) * gradient / (gradient.abs() + 1e-8)
+    assert torch.allclose(state.theta, by_hand, atol=1e-6)
+    assert state.s == pytest.approx(float(parts[0].s + parts[1].s) / 2) and state.step == 5
+    a = (parts[0].d_phi["a"] + parts[1].d_phi["a"]) / 2
+    assert torch.allclose(state.phi["a"], phi["a"] - 1e-4 * 0.6 * a.sign(), atol=1e-7)
+
+
+def test_meta_step_stops_on_numbers_that_are_not_finite():
+    """A NaN in the weights stops the step with its number and a remedy, and changes nothing."""
+    method = Method()
+    t5, state = small_state(method)
+    t5.weights["lm_head.weight"][0, 0] = float("nan")
+    before = state.theta.clone()
+    with pytest.raises(T.InputError, match="step 0.*not finite.*inner_rate"):
+        supmer.meta_step(t5, state, [(random_task(1), random_task(2))], method, 0)
+    assert torch.equal(state.theta, before) and state.step == 0
+
+
+def test_meta_training_lowers_the_loss_after_adaptation():
+    """Forty steps on one planted task: the query loss falls, and the inner step lowers it further."""
+    method = Method(relative_step=0.05, prompt_rate=0.2, max_steps=40, micro_batch=16)
+    t5, state = small_state(method)
+    planted = random_examples(9, 3, longest=6)
+    task = data.Task("sp-next", (0,), planted, planted._replace(ids=[row[:1] + row for row in planted.ids]))
+    before = supmer.validate_task(t5, state.theta, state.phi, task, method)
+    for _ in range(40):
+        supmer.meta_step(t5, state, [(task, task)], method, 0)
+    after = supmer.validate_task(t5, state.theta, state.phi, task, method)
+    assert after["after"]["loss"] < before["after"]["loss"] - 1
+    assert after["after"]["loss"] < after["before"]["loss"]
+    assert after["step_size"] == pytest.approx(0.05, rel=1e-3)
+
+
+def test_validation_measures_the_query_set_before_and_after():
+    """measure() on literal scores: nll over the vocabulary, cross entropy over the words, number correct."""
+    scores = torch.log(torch.tensor([[0.2, 0.6], [0.3, 0.1]]))
+    found = supmer.measure(scores, torch.tensor([1, 1]))
+    assert found["correct"] == 1
+    assert found["loss"] == pytest.approx(-(math.log(0.6) + math.log(0.1)) / 2)
+    assert found["word_loss"] == pytest.approx(-(math.log(0.75) + math.log(0.25)) / 2)
+
+
+def test_bfloat16_weights_do_not_swallow_the_inner_step():
+    """A step of 1/300 of the prompt's length, below bfloat16's resolution, still lowers the loss as in float32."""
+    wide = random_t5(32, dtype=torch.float32, gated=False)
+    narrow = T.T5(wide.config, {name: w.bfloat16() for name, w in wide.weights.items()})
+    rounded = T.T5(wide.config, {name: w.float() for name, w in narrow.weights.items()})
+    theta, examples = supmer.init_prompt(wide, 3, 0) * 20, random_examples(24, 1, d=32)
+    g, _, _ = supmer.prompt_gradient(rounded, theta, examples, Method())
+    adapted = theta - theta.norm() / 300 * g / g.norm()
+
+    def drop(t5):
+        return float(supmer.prompt_gradient(t5, adapted, examples, Method())[2]
+                     - supmer.prompt_gradient(t5, theta, examples, Method())[2])
+    assert drop(rounded) < -0.02
+    assert drop(narrow) == pytest.approx(drop(rounded), rel=0.5)
+
+
+SUPMER_DATA = os.environ.get("SUPMER_DATA")
+real_data = pytest.mark.skipif(not SUPMER_DATA,
+                               reason="SUPMER_DATA, the folder of real data, is not set")
+
+
+# ------------------------------------------------------------------------------ data: a small world
+
+def write_model(folder, words):
+    """A model folder with a tokenizer of one piece a word, weights never read -> both."""
+    pieces = ["<pad>", "</s>", "<unk>", *dict.fromkeys(words),
+              *(f"<extra_id_{i}>" for i in range(9, -1, -1))]
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)},
+                                           unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {piece for piece in pieces if piece[0] == "<"} - {"<unk>"}
+    tokenizer.add_special_tokens(sorted(special))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    config = SimpleNamespace(vocab_size=len(pieces))
+    return folder, data.load_tokenizer(folder, config)
+
+
+TEMPLATE_WORDS = [".", "?", "A.", "B.", "C.", "D.", "Answer:", "yes", "no", "maybe", "A", "B", "C",
+                  "D"]
+
+
+def sentence(document, number):
+    """A sentence of the planted corpus; its first word is its topic, one of five."""
+    return f"T{(7 * document + number) % 5} d{document} s{number} end."
+
+
+def by_topic(tokenizer):
+    """An embedding that tells only topics apart: (B, 5), one-hot of the sentence's first word."""
+    first = tokenizer.token_to_id("T0")
+    return lambda ids, mask: torch.eye(5)[ids[:, 0] - first]
+
+
+def planted_paths(folder, documents=200, length=40):
+    path = folder / "corpus.jsonl"
+    lines = [json.dumps({"text": " ".join(sentence(d, s) for s in range(length))})
+             for d in range(documents)]
+    path.write_text("\n".join(lines))
+    return [path]
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory):
+    """200 documents of 40 sentences on five topics -> (tokenizer, store, index)."""
+    folder = tmp_path_factory.mktemp("planted")
+    words = [*(f"T{i}" for i in range(5)), *(f"d{i}" for i in range(200)),
+             *(f"s{i}" for i in range(40)), "end."]
+    model, tokenizer = write_model(folder / "model", words + TEMPLATE_WORDS)
+    store = data.build_store(folder / "store", planted_paths(folder), tokenizer, None, 5, 0,
+                             model=model,
+                             embed=by_topic(tokenizer))
+    return tokenizer, store, TaskIndex(store, tokenizer)
+
+
+# ---------------------------------------------------------------------------------- data: sentences
+
+@pytest.mark.parametrize("text", [
+    # each sentence is parted from the next by " | "
+    "It rained. | We left.", "It rained! | We left? | Yes.", "What?! | No!", "Really?? | Yes.",
+    "One.", "no stop at all",
+    "Mr. Fox met Dr. Hall and Mrs. Dean. | They sat.", "St. Paul came. | He spoke.",
+    "Messrs. Smith and Co. were there.",
+    "He read Tolkien, i.e. J. R. R. Tolkien, with joy. | Then he slept.",
+    "See e.g. Plato. | He knew.",
+    "J. Smith left. | R. Jones stayed.", "The U.S. Army won. | It was 1945.",
+    "He lives in the U.S. | He likes it.",
+    "Pi is 3.14 or so. | We use 3.1.", "It cost $5.50. | Ten came.",
+    "At 5 p.m. Tom left. | At 6 p.m. | He was back.",
+    "On Jan. 5 he came. | On Feb. 7 he left.", "Apples, pears, etc. were sold.",
+    "Apples, pears, etc. | The end.",
+    "Ford Inc. sued Jones Ltd. over it. | They won.", "See No. 5 and vol. 3, p. 12. | Read on.",
+    "I said no. | He left.",
+    '"Why?" he said. | "Go."', '"Why? | Because," he said.', '"It rained." | We left.',
+    '"It rained," he said. | "Yes."',
+    "'Go,' said I. | 'Now!' | He went.", "“It rained.” | “So?” | “We left.”",
+    "(It rained.) | We left.",
+    "It rained (a lot). | We left.", "He said [sic.]. | We left.",
+    "It rained (U.S. time). | We left.",
+    "Well... maybe not.", "Well... | We left.", "Well… | We left.", "He was . . . not here.",
+    "He left. . . . | She stayed.",
+    "it rained. and then we left.", "eBay fell. iPhones rose.",
+    "1. The first point. | 2. The second.",
+    "In 1842. | In 1843 too.", "Vitamin C. | The study ended.", "It was I. | He knew.",
+    "Stop. | — He ran.",
+    "Der Weg ist weit. | Über uns nichts.", "It rained. | 5 left.",
+    "Smith et al. proved it. | We use it.",
+    "He met Gen. Grant vs. Lee. | They fought.", "Plain v. Fancy was the case.",
+    "Version 2.0.1 is out. | Get it at a.b.com.",
+])
+def test_sentences_are_split_where_a_reader_would(text):
+    """Abbreviations, initials, decimals, quotes, brackets, ellipses: every case is cut exactly at
+    its bars."""
+    assert split_sentences(text.replace(" | ", " ")) == text.split(" | ")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="aB. ?!\"'()…1\n\t“”Mr", max_size=60) | st.text(max_size=60))
+def test_splitting_loses_no_text(text):
+    """The sentences of any text, joined by spaces, are that text with its white space normalized;
+    none is empty."""
+    sentences = split_sentences(text)
+    assert " ".join(sentences) == " ".join(text.split())
+    assert all(s == s.strip() != "" for s in sentences)
+
+
+@real_data
+def test_sentences_of_novels_look_like_sentences():
+    """Of a million characters of real novels: 97 % of the sentences end in a stop, 3 to 60 words
+    hold 93 %."""
+    files = [Path(SUPMER_DATA) / "text" / "english_novels_100.jsonl.gz"]
+    sentences = [s for d in documents(files, max_bytes=1_000_000) for p in d
+                 for s in split_sentences(p)]
+    assert np.mean([s.rstrip("\"'”’)]")[-1:] in ".!?…:" for s in sentences]) > 0.97
+    assert np.mean([3 <= len(s.split()) <= 60 for s in sentences]) > 0.93
+
+
+# ---------------------------------------------------------------------------------- data: documents
+
+def openwebtext_tar(path, parts):
+    """A tar of .xz files, each a tar.xz of documents, as the subsets of OpenWebText are."""
+    with tarfile.open(path, "w") as outer:
+        for i, texts in enumerate(parts):
+            inner_file = io.BytesIO()
+            with tarfile.open(fileobj=inner_file, mode="w:xz") as inner:
+                for j, text in enumerate(texts):
+                    member = tarfile.TarInfo(f"{j:07}-abc.txt")
+                    member.size = len(text)
+                    inner.addfile(member, io.BytesIO(text))
+            member = tarfile.TarInfo(f"openwebtext/urlsf_subset00-{i}_data.xz")
+            member.size = inner_file.tell()
+            inner_file.seek(0)
+            outer.addfile(member, inner_file)
+
+
+def test_documents_of_each_format_literally(tmp_path):
+    """.txt, .jsonl with either field, .jsonl.gz, a tar as OpenWebText's, and a folder of them, in
+    order."""
+    (tmp_path / "a.txt").write_text("It rained.\nWe left.\n\n \nThe sun rose.")
+    (tmp_path / "b.jsonl").write_text('{"text": "One.\\nTwo."}\n\n'
+                                      '{"paragraphs": ["Three.", "Four."], "id": 7}\n')
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
+        file.write('{"text": "Five."}')
+    openwebtext_tar(tmp_path / "d.tar", [[b"Six.\n\nSeven.", b"Eight."], ["N\u00efne.".encode()]])
+    (tmp_path / "README.md").write_text("not a corpus")
+    expected = [["It rained. We left."], ["The sun rose."], ["One.", "Two."], ["Three.", "Four."],
+                ["Five."],
+                ["Six.", "", "Seven."], ["Eight."], ["N\u00efne."]]
+    assert [d for d in documents([tmp_path]) if d != [""]] == expected
+    found = list(documents([tmp_path / "d.tar", tmp_path / "b.jsonl"]))
+    assert found == expected[5:] + expected[2:4]
+
+
+def test_reading_stops_after_max_bytes(tmp_path):
+    """Documents are whole: the one that reaches the limit is the last, and a limit of 0 reads
+    nothing."""
+    (tmp_path / "a.txt").write_text("12345\n\n67890\n\nabc")
+    found = [len(list(documents([tmp_path], max_bytes=limit))) for limit in (0, 1, 5, 6, 11, 99)]
+    assert found == [0, 1, 1, 2, 3, 3]
+
+
+def test_broken_utf8_is_replaced_and_counted(tmp_path):
+    """A corpus survives bytes that are not UTF-8: they become U+FFFD, their lines are counted;
+    U+FFFD itself is not."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9\n\nok \xef\xbf\xbd\n\n\xff\xfe")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "\\ud800 half"}')
+    counts = Counter()
+    found = list(documents([tmp_path], counts=counts))
+    assert found == [["caf\ufffd"], ["ok \ufffd"], ["\ufffd\ufffd"], ["? half"]]
+    assert counts["broken UTF-8"] == 2
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("a.jsonl", b'{"text": "ok"}\n{"text": ', "a.jsonl, line 2: not JSON"),
+    ("a.jsonl", b'{"body": "ok"}', "line 1: no `text`"),
+    ("a.jsonl", b'["ok"]', "line 1: no `text`"),
+    ("a.jsonl", b'{"text": 5}', "line 1: no `text`"),
+    ("a.jsonl", b'{"paragraphs": "ok"}', "line 1: no `text`"),
+    ("a.jsonl", b'{"paragraphs": ["ok"]}\n{"paragraphs": [1]}', "line 2"),
+    ("a.txt", "not UTF-8".encode("utf-16"), "a.txt: NUL"),
+    ("a.jsonl.gz", b"not gzip", "damaged or incomplete"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "ok"}' * 99)[:-9], "damaged or incomplete"),
+    ("a.tar", b"not a tar", "damaged or incomplete"), ("a.csv", b"1,ok", "a.csv: no text there"),
+])
+def test_bad_corpus_files_are_refused_with_file_and_reason(tmp_path, name, content, says):
+    """Each is an InputError of one line that names the file, and the line where there is one."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(says)) as error:
+        list(documents([tmp_path / name]))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_truncated_openwebtext_subset_is_refused(tmp_path):
+    """Cut anywhere inside its data, a tar is an InputError, never a shorter corpus."""
+    openwebtext_tar(tmp_path / "a.tar", [[os.urandom(3000).hex().encode()] * 2,
+                                         [os.urandom(3000).hex().encode()]])
+    whole = (tmp_path / "a.tar").read_bytes()
+    for cut in (600, 2000, 4000, 5000, 8000):
+        (tmp_path / "b.tar").write_bytes(whole[:cut])
+        with pytest.raises(InputError, match="damaged or incomplete"):
+            list(documents([tmp_path / "b.tar"]))
+
+
+# -------------------------------------------------------------------------- data: tokens, templates
+
+def test_fill_template_by_hand():
+    """Vectors hold their places, </s> is last, the longest texts are cut to one length, short ones
+    stay whole."""
+    parts = ["0", [5], "1", [6], "2", [7, 8]]
+    short, mixed = {"0": [10, 11], "1": [12], "2": [13]}, {"0": [10, 11], "1": None, "2": None}
+    assert fill_template(parts, short) == ([10, 11, 5, 12, 6, 13, 7, 8, 1], [])
+    assert fill_template(parts, mixed) == ([10, 11, 5, 2, 6, 2, 7, 8, 1], [3, 5])
+    long = {"0": [10] * 50, "1": [11] * 2, "2": [12] * 40}
+    cut = [10, 10, 10, 5, 11, 11, 6, 12, 12, 12, 7, 8, 1]
+    assert fill_template(parts, long, 13) == fill_template(parts, long, 14) == (cut, [])
+    with pytest.raises(InputError, match="shorten it"):
+        fill_template(parts, long, 7)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=5), st.integers(16, 80))
+def test_truncation_keeps_the_template_and_as_much_text_as_fits(lengths, limit):
+    """Never over the limit; each text keeps its beginning; one more token for the texts that were
+    cut would not fit."""
+    parts = [part for i in range(len(lengths)) for part in (str(i), [100 + i])] + [[99]]
+    ids, _ = fill_template(parts, {str(i): [10 + i] * n for i, n in enumerate(lengths)}, limit)
+    kept = [ids.count(10 + i) for i in range(len(lengths))]
+    cap = max(kept)
+    template = [i for i in ids if i >= 99]
+    assert len(ids) <= limit and template == [100 + i for i in range(len(lengths))] + [99]
+    assert kept == [min(n, cap) for n in lengths]
+    assert kept == lengths or sum(min(n, cap + 1) for n in lengths) > limit - 2 - len(lengths)
+
+
+def test_text_cannot_put_in_markers(tmp_path):
+    """A corpus or a review that contains `<extra_id_0>` or `</s>` adds no second mask and no early
+    end."""
+    _, tokenizer = write_model(tmp_path, ["a", "b", "It", "was", "?"])
+    task = data.LabeledTask("", "", words=("a", "b"))
+    rows = [data.Row(0, {"text": "a <extra_id_0> b </s> a <pad>"})]
+    examples = data.task_examples(tokenizer, task, rows)
+    source, target = data.examples_as_text(tokenizer, examples, 0)
+    assert (source, target) == ("a b a It was <extra_id_0> ?</s>", "a")
+
+
+def test_a_label_word_outside_the_vocabulary_is_refused(tmp_path):
+    """Neither <unk> nor an empty word can be scored."""
+    _, tokenizer = write_model(tmp_path, ["great"])
+    assert data.word_pieces(tokenizer, "great") == [3]
+    for word in ("unseen", ""):
+        with pytest.raises(InputError, match="not in the model's vocabulary"):
+            data.word_pieces(tokenizer, word)
+
+
+def test_a_template_has_one_mask(tmp_path):
+    """Without a mask, or with two, there is nothing to predict."""
+    _, tokenizer = write_model(tmp_path, ["a"])
+    for template in ("{text} a", "<X> {text} <X>"):
+        with pytest.raises(InputError, match="exactly once"):
+            data.compile_template(tokenizer, template)
+
+
+def test_tokenizers_that_do_not_fit_the_model_are_refused(tmp_path):
+    """Missing, broken, of another size in either direction, without sentinels, with other special
+    ids."""
+    def refused(says, vocab_size=13):
+        with pytest.raises(InputError, match=says):
+            data.load_tokenizer(tmp_path, SimpleNamespace(vocab_size=vocab_size))
+    refused("is missing")
+    path = write_model(tmp_path, [])[0] / "tokenizer.json"
+    good = path.read_text()
+    for vocab_size in (12, 141, 32128):
+        refused("13 pieces", vocab_size)
+    for broken in (good[:-20], "{}", "[]", "text"):
+        path.write_text(broken)
+        refused("is not a tokenizer")
+    path.write_bytes(b"\xff\xfe")
+    refused("is not a tokenizer")
+    for old, new in (("<extra_id_0>", "<mask>"), ("</s>", "<eos>"), ("<pad>", "[PAD]")):
+        path.write_text(good.replace(old, new))
+        refused("take a T5's")
+
+
+def test_collate_by_hand():
+    """Chosen rows, in the given order, padded to the longest of them; targets are one-hot over the
+    words."""
+    vectors = torch.arange(12.0).reshape(3, 2, 2)
+    examples = data.Examples([[7, 2, 2, 1], [7, 8, 2, 2, 9, 1], [2, 2, 1]],
+                             [[1, 2], [2, 3], [0, 1]], vectors,
+                             torch.tensor([0, 2, 1]), [[5, 6], [5, 7], [5, 8]])
+    batch = data.collate(examples, [2, 0])
+    assert batch.ids.tolist() == [[2, 2, 1, 0], [7, 2, 2, 1]] and batch.ids.dtype == torch.long
+    assert batch.mask.tolist() == [[True, True, True, False], [True] * 4]
+    assert batch.slots.tolist() == [[0, 1], [1, 2]] and torch.equal(batch.vectors, vectors[[2, 0]])
+    assert batch.targets.tolist() == [[0, 1, 0], [1, 0, 0]]
+    plain = data.collate(data.Examples([[3, 1]], [[]], torch.empty(1, 0, 0), torch.tensor([1]),
+                                       [[5, 6], [5, 7]]), [0])
+    assert plain.slots.shape == (1, 0) and plain.slots.dtype == torch.long
+
+
+@real_data
+def test_ids_equal_those_of_transformers():
+    """1,000 sources from real sentences with the official tokenizer: ids put together from parts
+    equal what transformers gives for the whole string, sentinel and </s> included; and the label
+    words are single, word-initial pieces."""
+    transformers = pytest.importorskip("transformers")
+    folder = Path(SUPMER_DATA) / "t5_tokenizer"
+    tokenizer = data.load_tokenizer(folder, SimpleNamespace(vocab_size=32128))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"),
+                                                  eos_token="</s>")
+    files = sorted((Path(SUPMER_DATA) / "text").glob("*.jsonl.gz"))
+    paragraphs = (p for file in files for d in documents([file], max_bytes=500_000) for p in d)
+    texts = [s for paragraph in paragraphs for s in split_sentences(paragraph)]
+    texts = np.random.default_rng(0).choice(texts, 2000, replace=False).tolist()
+    parts = {form: data.compile_template(tokenizer, data.TEMPLATES[form]) for form in ("sp", "mc")}
+    encoded = data.tokenize(tokenizer, texts)
+    for i in range(1000):
+        form, use = ("sp", 2) if i % 2 else ("mc", 5)
+        rows = [i, *np.random.default_rng(i).choice(2000, use - 1, replace=False)]
+        joined = data.TEMPLATES[form].replace("<X>", data.MASK).format(*(texts[r] for r in rows))
+        ours, _ = fill_template(parts[form], dict(zip("01234", (encoded[r] for r in rows))),
+                                max_tokens=10**6)
+        assert ours == theirs(joined).input_ids, joined
+    pieces = [data.word_pieces(tokenizer, word) for word in ("yes", "no", "maybe", *"ABCD")]
+    assert pieces == [[4273], [150], [2087], [71], [272], [205], [309]]
+    assert data.tokenize(tokenizer, ["translate English to German: That is good."]) == \
+        [[13959, 1566, 12, 2968, 10, 466, 19, 207, 5]]
+
+
+# ---------------------------------------------------------------------------------- data: the store
+
+def test_short_sentences_join_their_neighbours():
+    """The docstring's cases; nothing is lost or reordered unless the whole document is too
+    short."""
+    assert data.join_short([[7, 5], [1, 2, 3, 4], [6, 7, 8, 9], [3]]) == [[7, 5, 1, 2, 3, 4],
+                                                                          [6, 7, 8, 9, 3]]
+    assert data.join_short([[1], [2], [3], [4], [5]]) == [[1, 2, 3, 4, 5]]
+    assert data.join_short([[3]]) == data.join_short([]) == []
+
+
+def test_a_store_holds_the_text_in_order(planted):
+    """Decoding every sentence gives the corpus back; documents, first occurrences and counts are
+    right."""
+    tokenizer, store, index = planted
+    texts = tokenizer.decode_batch([index.tokens(i).tolist() for i in range(8000)])
+    assert texts == [sentence(d, s) for d in range(200) for s in range(40)]
+    assert store.document.tolist() == [d for d in range(200)
+                                       for _ in range(40)] and store.anchor.all()
+    counts = store.meta["counts"]
+    assert (counts["sentences"], counts["documents"]) == (8000, 200)
+    assert counts["documents held out"] == 10
+
+
+def test_five_percent_of_the_documents_are_held_out_whole(planted):
+    """10 of 200 documents, each with all its sentences, and not simply the first or the last
+    ones."""
+    store = planted[1]
+    held_out = store.held_out.reshape(200, 40)
+    assert held_out.all(1).sum() == 10 and held_out.any(1).sum() == 10
+    assert not held_out[:10].any(1).all() and not held_out[-10:].any(1).all()
+
+
+def test_clusters_are_those_planted(planted):
+    """The five topics are found, and centroids are their means; one clustering serves the three
+    formats."""
+    tokenizer, store, _ = planted
+    topics = np.array([(7 * d + s) % 5 for d in range(200) for s in range(40)])
+    for row in range(3):
+        assert len(set(zip(topics, store.cluster[row]))) == 5
+        assert np.allclose(store.centroids[row][store.cluster[row]], np.eye(5)[topics])
+
+
+def test_one_clustering_per_format_has_three_seeds(planted, tmp_path):
+    """With noisy points three seeds give three clusterings: each row of cluster belongs to its own
+    centroids."""
+    tokenizer, store, _ = planted
+    noise = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    embed = lambda ids, mask: noise[ids].mean(1)
+    model = write_model(tmp_path / "m", [])[0]
+    new = data.build_store(tmp_path / "s", planted_paths(tmp_path, 30), tokenizer, None, 7, 3,
+                           model=model,
+                           one_per_format=True, embed=embed)
+    assert new.centroids.shape == (3, 7, 6) and not np.array_equal(new.cluster[0], new.cluster[1])
+    for row in range(3):
+        points = np.stack([noise[torch.from_numpy(new.tokens[a:b].astype(int))].mean(0).numpy()
+                           for a, b in zip(new.offsets, new.offsets[1:])])
+        distances = ((points[:, None] - new.centroids[row]) ** 2).sum(-1)
+        assert np.allclose(distances.min(1), distances[np.arange(len(points)), new.cluster[row]],
+                           atol=1e-5)
+
+
+def test_kmeans_never_sees_a_held_out_document(planted, tmp_path):
+    """Eq. 16 is fitted on training documents: what is embedded before the assignment comes from
+    none other."""
+    tokenizer, store, _ = planted
+    seen, stages, embed = set(), [], by_topic(tokenizer)
+
+    def spy(ids, mask):
+        if "assigning clusters" not in stages:
+            seen.update(ids[:, 1].tolist())
+        return embed(ids, mask)
+    done = Counter()
+
+    def progress(stage, count, total):
+        done[stage] = count
+        if stage == "embedding a sample" and count == total:
+            stages.append("assigning clusters")
+    paths = planted_paths(tmp_path)
+    new = data.build_store(tmp_path / "s", paths, tokenizer, None, 5, 0,
+                           model=write_model(tmp_path / "m", [])[0],
+                           embed=spy, progress=progress)
+    held_out = {tokenizer.token_to_id(f"d{d}") for d in set(new.document[new.held_out].tolist())}
+    assert len(held_out) == 10 and len(seen) > 150 and not seen & held_out
+    assert done["embedding a sample"] == 5 * data.SAMPLE and done["assigning clusters"] == 8000
+
+
+def test_repeated_texts_are_no_anchors(planted, tmp_path):
+    """Of equal sentences only the first can be an anchor."""
+    tokenizer = planted[0]
+    text = " ".join(sentence(0, number) for number in (0, 1, 0))
+    others = [sentence(document, document) for document in range(5)]
+    (tmp_path / "a.txt").write_text("\n\n".join([text, text, *others]))
+    store = data.build_store(tmp_path / "s", [tmp_path / "a.txt"], tokenizer, None, 1, 0,
+                             embed=by_topic(tokenizer),
+                             model=write_model(tmp_path / "m", [])[0])
+    assert np.flatnonzero(store.anchor).tolist() == [0, 1, 7, 8, 9, 10]
+
+
+def test_embedding_is_the_mean_of_the_encoders_states():
+    """Padding changes nothing: a batch gives each sentence what it gets alone, without prompt and
+    without </s>."""
+    config = T.T5Config(d_model=8, d_kv=6, d_ff=12, num_layers=2, num_decoder_layers=1,
+                                num_heads=2, vocab_size=40,
+                                gated=True, tied=False, scaled=False, num_buckets=32,
+                                max_distance=128, eps=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    t5 = T.T5(config, {name: torch.randn(shape, generator=generator, dtype=torch.float64)
+                               for name, shape in T.expected_shapes(config).items()})
+    sentences = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    ids = torch.tensor([s + [0] * (5 - len(s)) for s in sentences])
+    H = data.embed_sentences(t5, ids, torch.arange(5) < torch.tensor([[3], [1], [5]]))
+    for row, s in zip(H, sentences):
+        alone = T.encode(t5, T.embed_tokens(t5, torch.tensor([s])),
+                                 torch.ones(1, len(s), dtype=torch.bool))
+        assert (row - alone[0].mean(0)).abs().max() < 1e-12 * row.abs().max()
+
+
+def test_batches_keep_to_their_budget_and_lose_no_sentence():
+    """Sorted by length, padded batches hold at most the budget (or one sentence), and every
+    sentence once, intact."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 50, 500)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = rng.integers(3, 900, offsets[-1]).astype(np.uint16)
+    rows, shapes = rng.permutation(500)[:300], []
+
+    def embed(ids, mask):
+        shapes.append(ids.shape)
+        assert not ids[~mask].any()
+        return torch.stack([ids.sum(1), mask.sum(1)], 1)
+    found = {}
+    for positions, H in data._embedded(tokens, offsets, rows, embed, 200):
+        found.update(zip(positions.tolist(), H.tolist()))
+    sums = np.add.reduceat(tokens.astype(int), offsets[:-1])
+    assert found == {i: [sums[r], lengths[r]] for i, r in enumerate(rows)}
+    assert max(a * b for a, b in shapes) <= 200 and len(shapes) < 60
+
+
+def build_again(planted, tmp_path, cache="cache", **changes):
+    tokenizer = planted[0]
+    if not (tmp_path / "corpus.jsonl").exists():
+        planted_paths(tmp_path, 20)
+        write_model(tmp_path / "m", [])
+    arguments = {"clusters": 3, "seed": 0, "model": tmp_path / "m",
+                 "embed": by_topic(tokenizer)} | changes
+    return data.build_store(tmp_path / cache, [tmp_path / "corpus.jsonl"], tokenizer, None,
+                            **arguments)
+
+
+def test_a_store_is_made_once_for_the_same_things(planted, tmp_path):
+    """The same corpus, model and options: no work. Another of any of them: another store."""
+    def forbidden(ids, mask):
+        raise AssertionError("embedded again")
+    first = build_again(planted, tmp_path)
+    again = build_again(planted, tmp_path, embed=forbidden)
+    assert all(np.array_equal(a, b) for a, b in zip(first[1:-1], again[1:-1]))
+    assert first.meta == again.meta and first.folder == again.folder
+    folders = {build_again(planted, tmp_path, **changes).folder for changes in (
+        {}, {"seed": 1}, {"clusters": 4}, {"max_bytes": 9000}, {"one_per_format": True})}
+    for file in ("corpus.jsonl", "m/tokenizer.json", "m/model.safetensors", "m/config.json"):
+        content = (tmp_path / file).read_bytes()
+        (tmp_path / file).write_bytes(content + b" ")
+        folders.add(build_again(planted, tmp_path).folder)
+        (tmp_path / file).write_bytes(content)
+    assert len(folders) == 9 and sorted(folders) == sorted((tmp_path / "cache").iterdir())
+
+
+def test_a_store_of_other_things_is_not_opened(planted, tmp_path):
+    """Under whatever name: made of another corpus, tokenizer, model or options is an InputError
+    that says which."""
+    store = build_again(planted, tmp_path)
+    assert data.open_store(store.folder, store.meta["made_of"]).meta == store.meta
+    for key in ("corpus", "tokenizer", "model", "options"):
+        with pytest.raises(InputError, match=f"built with another {key}: delete it"):
+            data.open_store(store.folder, store.meta["made_of"] | {key: "other"})
+
+
+def test_building_is_deterministic(planted, tmp_path):
+    """The same call with another cache gives the same bytes."""
+    stores = [build_again(planted, tmp_path, cache=name) for name in "ab"]
+    for file in sorted(p.name for p in stores[0].folder.iterdir()):
+        a, b = ((store.folder / file).read_bytes() for store in stores)
+        assert a == b, file
+
+
+def test_an_interrupted_build_leaves_nothing_half_made(planted, tmp_path):
+    """Stopped while embedding: no store and no temporary folder; the next build succeeds."""
+    def stopped(ids, mask):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        build_again(planted, tmp_path, embed=stopped)
+    assert not list((tmp_path / "cache").iterdir())
+    assert build_again(planted, tmp_path).meta["counts"]["documents"] == 20
+
+
+@pytest.mark.parametrize("file", ["tokens.bin", "offsets.npy", "document.npy", "cluster.npy",
+                                  "centroids.npy", "meta.json"])
+def test_a_damaged_store_is_refused(planted, tmp_path, file):
+    """Missing or cut short: an InputError that says what to do."""
+    path = build_again(planted, tmp_path).folder / file
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match="not a whole store.*delete it"):
+        build_again(planted, tmp_path)
+    path.unlink()
+    with pytest.raises(InputError, match="not a whole store.*delete it"):
+        build_again(planted, tmp_path)
+
+
+@pytest.mark.parametrize("text, clusters, says", [
+    ("", 2, "0 sentences in 0 documents"), ("\n\n \n", 2, "0 sentences"),
+    ("a a a a\n\nb b b b\n\na b a b", 2, "4 documents"),
+    ("\n\n".join(["a a a a", "b b b b", "a b b b", "b a a a"]), 5,
+     "4 sentences in 4 documents; 5 clusters"),
+    ("\n\n".join(["a a a a"] * 9), 2, "different training sentences cannot make 2 clusters"),
+])
+def test_too_small_a_corpus_is_refused(tmp_path, text, clusters, says):
+    """Empty, fewer sentences than clusters, one document, all sentences equal: what is there and
+    what is wanted."""
+    model, tokenizer = write_model(tmp_path / "m", ["a", "b"])
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(InputError, match=says):
+        data.build_store(tmp_path / "s", [tmp_path / "a.txt"], tokenizer, None, clusters, 0,
+                         model=model,
+                         embed=lambda ids, mask: ids[:, :2].float())
+    assert not list((tmp_path / "s").iterdir())
+
+
+def test_embeddings_that_are_not_finite_stop_the_build(planted, tmp_path):
+    """A model that gives NaN is not clustered in silence."""
+    with pytest.raises(InputError, match="not finite"):
+        nan = torch.full((1, 2), float("nan"))
+        build_again(planted, tmp_path, embed=lambda ids, mask: nan.expand(len(ids), 2))
+
+
+def test_atomic_write_is_all_or_nothing(tmp_path):
+    """A failure while writing keeps the old file and leaves no other; success replaces it."""
+    path = tmp_path / "state"
+    data.atomic_write(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("no space left on device")
+    with pytest.raises(OSError, match="no space"):
+        data.atomic_write(path, fail)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with open(path, "rb") as reader:
+        data.atomic_write(path, lambda file: file.write(b"new"))
+        assert reader.read() == b"old"      # replaced, not overwritten
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+# --------------------------------------------------------------------------------- data: meta tasks
+
+def parsed(source):
+    """The planted sentences of a source as (topic, document, number), in order."""
+    return [tuple(map(int, found)) for found in re.findall(r"T(\d) d(\d+) s(\d+) end\.", source)]
+
+
+def relation(a, b):
+    """What b is to a in the planted corpus, read off the text alone."""
+    (_, document, number), (_, other, following) = a, b
+    return "far" if document != other else "next" if following == number + 1 else \
+        "adjacent" if following == number - 1 else "self" if following == number else "near"
+
+
+PAIR = r"T\d d\d+ s\d+ end\. <extra_id_0> \. T\d d\d+ s\d+ end\.</s>"
+CHOICE = r"T\d d\d+ s\d+ end\. \? A\. {0} B\. {0} C\. {0} D\. {0} \. Answer: <extra_id_0></s>"
+SENTENCES, VECTORS = CHOICE.format(r"T\d d\d+ s\d+ end\."), CHOICE.format(r"\[vector\]")
+
+
+@pytest.mark.parametrize("variant, source, target", [
+    ("sp-next", PAIR, "yes no maybe"), ("sp-cluster", PAIR, "yes no"),
+    ("mc-next", SENTENCES, "A B C D"),
+    ("mc-cluster", SENTENCES, "A B C D"), ("ss-cluster", VECTORS, "A B C D"),
+])
+def test_each_variant_says_what_the_corpus_says(planted, variant, source, target):
+    """Eq. 17-19 and section 3.2: over ten tasks each source has the exact form, and its label is
+    what the sentences' places in the planted corpus (read off the text) make it."""
+    tokenizer, store, index = planted
+    topic_of = {int(store.cluster[0][i]): (7 * d + s) % 5 for i, (d, s) in
+                enumerate((d, s) for d in range(200) for s in range(40))}
+    for step in range(10):
+        task = meta_task(index, 0, step, 0, variant=variant, stream=1)
+        for examples in (task.support, task.query):
+            for row in range(32):
+                text, answer = data.examples_as_text(tokenizer, examples, row)
+                assert re.fullmatch(source, text) and answer in target.split()
+                anchor, *others = parsed(text)
+                relations = [relation(anchor, other) for other in others]
+                same = [anchor[0] == other[0] for other in others]
+                if variant == "sp-next":
+                    assert {"next": "yes", "far": "no", "near": "maybe"}[relations[0]] == answer
+                elif variant == "sp-cluster":
+                    assert same == [answer == "yes"] and relations != ["self"]
+                elif variant == "mc-next":
+                    assert sorted(relations) == ["far", "far", "near", "next"]
+                    assert "ABCD"[relations.index("next")] == answer
+                elif variant == "mc-cluster":
+                    assert sum(same) == 1 and "ABCD"[same.index(True)] == answer
+                else:
+                    assert topic_of[task.clusters["ABCD".index(answer)]] == anchor[0]
+                assert len({anchor, *others}) == 1 + len(others)
+                assert variant[:2] == "ss" or topic_of[task.clusters[0]] == anchor[0]
+
+
+LITERAL = {     # target -> source: the first of each label, at most three, in the first task
+    "sp-next": {
+        "yes": "T1 d131 s34 end. <extra_id_0> . T2 d131 s35 end.</s>",
+        "no": "T1 d47 s27 end. <extra_id_0> . T1 d50 s36 end.</s>",
+        "maybe": "T1 d183 s10 end. <extra_id_0> . T3 d183 s12 end.</s>",
+    },
+    "sp-cluster": {
+        "yes": "T1 d48 s30 end. <extra_id_0> . T1 d51 s14 end.</s>",
+        "no": "T1 d187 s37 end. <extra_id_0> . T4 d13 s13 end.</s>",
+    },
+    "mc-next": {
+        "A": "T1 d118 s20 end. ? A. T2 d118 s21 end."
+             " B. T3 d101 s16 end. C. T1 d148 s5 end. D. T3 d118 s7 end."
+             " . Answer: <extra_id_0></s>",
+        "B": "T1 d167 s37 end. ? A. T4 d98 s23 end."
+             " B. T2 d167 s38 end. C. T3 d76 s21 end. D. T0 d167 s16 end."
+             " . Answer: <extra_id_0></s>",
+        "C": "T1 d40 s36 end. ? A. T3 d40 s38 end."
+             " B. T0 d156 s28 end. C. T2 d40 s37 end. D. T0 d115 s25 end."
+             " . Answer: <extra_id_0></s>",
+    },
+    "mc-cluster": {
+        "A": "T1 d106 s39 end. ? A. T1 d174 s3 end."
+             " B. T2 d160 s27 end. C. T2 d192 s3 end. D. T0 d193 s29 end."
+             " . Answer: <extra_id_0></s>",
+        "B": "T1 d96 s9 end. ? A. T3 d111 s36 end."
+             " B. T1 d79 s33 end. C. T3 d129 s35 end. D. T4 d191 s37 end."
+             " . Answer: <extra_id_0></s>",
+        "C": "T1 d42 s7 end. ? A. T0 d20 s15 end."
+             " B. T2 d8 s36 end. C. T1 d197 s32 end. D. T3 d56 s6 end."
+             " . Answer: <extra_id_0></s>",
+    },
+    "ss-cluster": {
+        "A": "T3 d61 s21 end. ? A. [centroid 3]"
+             " B. [centroid 4] C. [centroid 2] D. [centroid 0] . Answer: <extra_id_0></s>",
+        "B": "T0 d197 s6 end. ? A. [centroid 3]"
+             " B. [centroid 4] C. [centroid 2] D. [centroid 0] . Answer: <extra_id_0></s>",
+        "C": "T4 d117 s35 end. ? A. [centroid 3]"
+             " B. [centroid 4] C. [centroid 2] D. [centroid 0] . Answer: <extra_id_0></s>",
+    },
+}
+
+
+@pytest.mark.parametrize("variant, literal", LITERAL.items())
+def test_each_variant_literally(planted, variant, literal):
+    """Whole strings out of the planted corpus, to be checked by eye: topic, document, place."""
+    tokenizer, _, index = planted
+    task = meta_task(index, 0, 0, 0, variant=variant, stream=1)
+    shown = {}
+    for row in range(32):
+        names = task.clusters if variant[:2] == "ss" else ()
+        source, target = data.examples_as_text(tokenizer, task.support, row, names)
+        shown.setdefault(target, source)
+    assert {target: shown[target] for target in literal} == literal
+
+
+def test_centroids_stand_at_the_letters(planted):
+    """ss: four slots, each right after its letter, holding this task's centroids unscaled, shown by
+    their cluster."""
+    tokenizer, store, index = planted
+    task = meta_task(index, 0, 3, 0, variant="ss-cluster", stream=1)
+    letters = [tokenizer.token_to_id(letter) for letter in ("A.", "B.", "C.", "D.")]
+    for examples in (task.support, task.query):
+        centroids = torch.from_numpy(store.centroids[2][list(task.clusters)])
+        assert torch.equal(examples.vectors, centroids.expand(32, 4, 5))
+        for ids, slots in zip(examples.ids, examples.slots):
+            assert [ids[slot - 1] for slot in slots] == letters
+            assert [ids[slot] for slot in slots] == [data.UNK] * 4
+    source, _ = data.examples_as_text(tokenizer, task.support, 0, task.clusters)
+    assert [int(c) for c in re.findall(r"\[centroid (\d)\]", source)] == list(task.clusters)
+
+
+def test_a_thousand_tasks_are_balanced_and_honest(planted):
+    """Over 1,000 tasks of both splits: labels balanced within one in each set, the extra one and
+    the right answer's place uniform; anchors of one cluster; support and query share no anchor and
+    no example; training tasks hold no held-out document, validation tasks no other; all five
+    variants come up alike."""
+    tokenizer, store, index = planted
+    document_of = {tokenizer.token_to_id(f"d{d}"): d for d in range(200)}
+    held_out = set(store.document[store.held_out].tolist())
+    topics = {tokenizer.token_to_id(f"T{i}") for i in range(5)}
+    variants, labels, extras = Counter(), Counter(), Counter()
+    for step in range(1000):
+        split = "validation" if step % 5 == 0 else "train"
+        task = meta_task(index, 7, step, step % 4, split=split, stream=1)
+        variants[task.variant] += 1
+        for examples in (task.support, task.query):
+            counts = np.bincount(examples.labels, minlength=len(examples.words))
+            assert counts.sum() == 32 and counts.max() - counts.min() <= 1
+            assert len(counts) == len(data.WORDS[task.variant])
+            labels.update((task.variant, int(label)) for label in examples.labels[:8])
+            extras.update([int(counts.argmin())] if task.variant == "sp-next" else [])
+            shown = {document_of[id] for ids in examples.ids for id in ids if id in document_of}
+            assert shown <= held_out if split == "validation" else not shown & held_out
+            assert all(ids.count(tokenizer.token_to_id(data.MASK)) == 1 and ids[-1] == 1
+                       for ids in examples.ids)
+        anchors = [tuple(ids[:4]) for ids in task.support.ids + task.query.ids]
+        assert len(set(anchors)) == 64 and {anchor[0] for anchor in anchors} <= topics
+        ways = 4 if task.variant == "ss-cluster" else 1
+        assert len({anchor[0] for anchor in anchors}) == len(task.clusters) == ways
+    assert min(variants.values()) > 150 and len(variants) == 5
+    for variant in VARIANTS:
+        found = [labels[variant, k] for k in range(len(data.WORDS[variant]))]
+        assert max(found) < 1.25 * min(found), (variant, found)     # of the first eight rows
+    assert min(extras[k] for k in range(3)) > 0.6 * max(extras.values())
+
+
+def test_a_task_is_a_pure_function_of_its_arguments(planted):
+    """Whatever was drawn before, and for a variant drawn or given; any other number gives another
+    task."""
+    _, store, index = planted
+    task = meta_task(index, 1, 2, 3, stream=4)
+    np.random.seed(0)
+    for step in range(5):
+        meta_task(index, 1, step, 3, stream=4)
+    fresh = TaskIndex(store, planted[0])
+    for other in (meta_task(index, 1, 2, 3, stream=4),
+                  meta_task(fresh, 1, 2, 3, stream=4, variant=task.variant)):
+        assert other.support.ids == task.support.ids and other.query.ids == task.query.ids
+        assert torch.equal(other.query.labels, task.query.labels)
+    for seed, step, i, stream in ((0, 2, 3, 4), (1, 1, 3, 4), (1, 2, 2, 4), (1, 2, 3, 5)):
+        other = meta_task(index, seed, step, i, stream=stream, variant=task.variant)
+        assert other.support.ids != task.support.ids
+
+
+def test_the_partner_is_another_task(planted):
+    """avoid: never the same anchor cluster again, in ss never the same four in the same order."""
+    index = planted[2]
+    for variant in VARIANTS:
+        for step in range(40):
+            task = meta_task(index, 0, step, 0, variant=variant, stream=1)
+            partner = meta_task(index, 0, step, 0, variant=variant, stream=2, avoid=task.clusters)
+            assert partner.clusters != task.clusters
+
+
+def test_variants_can_be_chosen(planted):
+    """An index of some variants draws only those."""
+    tokenizer, store, _ = planted
+    index = TaskIndex(store, tokenizer, support=4, query=6, variants=("mc-next", "ss-cluster"),
+                      max_tokens=20)
+    tasks = [meta_task(index, 0, step, 0, stream=1) for step in range(40)]
+    choices = [task for task in tasks if task.variant == "mc-next"]
+    assert {len(ids) for task in choices for ids in task.query.ids} == {19}     # of 20
+    assert {task.variant for task in tasks} == {"mc-next", "ss-cluster"}
+    assert {(len(task.support.ids), len(task.query.ids)) for task in tasks} == {(4, 6)}
+
+
+def test_mask_and_letters_survive_very_long_sentences(planted, tmp_path):
+    """Of sentences of 412 tokens every source has at most 412, its whole template, and </s>."""
+    words = [f"w{i}" for i in range(3000)]
+    model, tokenizer = write_model(tmp_path / "m", words + TEMPLATE_WORDS)
+    rng = np.random.default_rng(0)
+    texts = [[" ".join(rng.choice(words, 500)) for _ in range(8)] for _ in range(80)]
+    lines = [json.dumps({"paragraphs": paragraphs}) for paragraphs in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    store = data.build_store(tmp_path / "s", [tmp_path / "a.jsonl"], tokenizer, None, 4, 0,
+                             model=model,
+                             embed=lambda ids, mask: torch.eye(4)[ids[:, 0] % 4])
+    assert store.meta["counts"]["long sentences cut"] == 640
+    index = TaskIndex(store, tokenizer, support=2, query=2)
+    mask = tokenizer.token_to_id(data.MASK)
+    letters = [tokenizer.token_to_id(letter) for letter in ("A.", "B.", "C.", "D.")]
+    for variant in VARIANTS:
+        for step in range(20):
+            for ids in meta_task(index, 0, step, 0, variant=variant, stream=1).support.ids:
+                assert 405 < len(ids) <= 412 and ids.count(mask) == 1 and ids[-1] == 1
+                assert variant[:2] == "sp" or [id for id in ids if id in letters] == letters
+                assert ids[-2] == mask or variant[:2] == "sp" and mask in ids[200:-200]
+
+
+def test_small_clusters_are_skipped(planted):
+    """A cluster of 63 anchors is never drawn for tasks of 32 + 32, one of 64 is; their sentences
+    still stand elsewhere."""
+    tokenizer, store, _ = planted
+    cluster, training = store.cluster.copy(), np.flatnonzero(~store.held_out)
+    cluster[:, training[:63]], cluster[:, training[63:127]] = 5, 6
+    small = store._replace(cluster=cluster, centroids=np.zeros((3, 7, 5), np.float32))
+    index = TaskIndex(small, tokenizer, variants=("mc-cluster", "ss-cluster"))
+    drawn = {c for step in range(150) for c in meta_task(index, 0, step, 0, stream=1).clusters}
+    assert drawn == {0, 1, 2, 3, 4, 6}
+
+
+def test_too_few_sentences_for_the_tasks_are_counted(planted):
+    """The message says which variant and split, and how many sentences are lacking."""
+    tokenizer, store, _ = planted
+    held_out = sorted(set(store.document[store.held_out].tolist()))
+    last = np.bincount([(7 * d + 39) % 5 for d in held_out], minlength=5)   # nothing follows them
+    says = f"sp-next: {20 + last.min()} validation sentences are lacking"
+    with pytest.raises(InputError, match=says):
+        TaskIndex(store, tokenizer, support=50, query=50)
+    with pytest.raises(InputError, match="ss-cluster: 80 validation sentences are lacking"):
+        TaskIndex(store, tokenizer, support=50, query=50, variants=("ss-cluster",))
+    one = store._replace(cluster=np.zeros_like(store.cluster), centroids=store.centroids[:, :1])
+    with pytest.raises(InputError, match="ask for more clusters"):
+        TaskIndex(one, tokenizer, variants=("mc-cluster",))
+    index = TaskIndex(one, tokenizer, variants=("sp-next",))
+    with pytest.raises(InputError, match="mixing needs two"):
+        meta_task(index, 0, 0, 0, stream=1, avoid=(0,))
+
+
+def test_a_corpus_of_one_sentence_repeated_is_refused_not_looped_over(planted):
+    """Where all that can stand beside an anchor reads like it, drawing stops with an InputError."""
+    tokenizer, store, _ = planted
+    same = store._replace(tokens=np.full(len(store.tokens), 5, dtype=np.uint16))
+    index = TaskIndex(same, tokenizer, variants=("sp-next",))
+    with pytest.raises(InputError, match="too few different sentences"):
+        meta_task(index, 0, 0, 0, stream=1)
+
+
+def test_words_of_several_pieces_cannot_be_meta_labels(planted, tmp_path):
+    """A tokenizer that cuts `maybe` in two is refused before any task is drawn."""
+    model, tokenizer = write_model(tmp_path, TEMPLATE_WORDS)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),
+                                                       pre_tokenizers.Split("y", "removed")])
+    with pytest.raises(InputError):
+        TaskIndex(planted[1], tokenizer)
+
+
+# ------------------------------------------------------------------------------ data: labeled tasks
+
+def write_sst2(folder, train, dev=None):
+    (folder / "original" / "SST-2").mkdir(parents=True, exist_ok=True)
+    for name, content in (("train", train), ("dev", dev)):
+        if content is not None:
+            (folder / "original" / "SST-2" / f"{name}.tsv").write_bytes(content)
+
+
+def test_labeled_files_literally(tmp_path):
+    """LM-BFF's tsv, where a quote is a character, and label,text csv, where it is a quote; training
+    and test apart."""
+    write_sst2(tmp_path, b'sentence\tlabel\n"fine film\t1\nno , thanks\t0\n',
+               b"sentence\tlabel\nok .\t1\n")
+    assert data.load_train(data.TASKS["sst2"], tmp_path) == [data.Row(1, {"text": '"fine film'}),
+                                                             data.Row(0, {"text": "no , thanks"})]
+    assert data.load_test(data.TASKS["sst2"], tmp_path) == [data.Row(1, {"text": "ok ."})]
+    (tmp_path / "tasks" / "movie").mkdir(parents=True)
+    content = '1,"It works, and ""well"".\nTwice."\r\n0,caf\u00e9\n'
+    (tmp_path / "tasks" / "movie" / "train.csv").write_text(content)
+    found = data.load_train(data.TASKS["movie"], tmp_path)
+    assert found == [data.Row(1, {"text": 'It works, and "well".\nTwice.'}),
+                     data.Row(0, {"text": "caf\u00e9"})]
+    with pytest.raises(InputError, match="test.csv is missing"):
+        data.load_test(data.TASKS["movie"], tmp_path)
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"", "first line must be"), (b"text\tlabel\nok\t1\n", "first line must be"),
+    (b"sentence\tlabel\n", "no rows"),
+    (b"sentence\tlabel\nok\t1\nok\t2\n", "line 3"), (b"sentence\tlabel\nok\tpositive\n", "line 2"),
+    (b"sentence\tlabel\nok\t1\textra\n", "line 2"), (b"sentence\tlabel\nok\n", "line 2"),
+    (b"sentence\tlabel\n \t1\n", "line 2"), (b"sentence\tlabel\ncaf\xe9\t1\n", "must be UTF-8"),
+])
+def test_bad_labeled_rows_are_refused_with_file_and_line(tmp_path, content, says):
+    """A wrong header, label, number of columns, a blank text, other encodings: an InputError of one
+    line."""
+    write_sst2(tmp_path, content)
+    with pytest.raises(InputError, match=says) as error:
+        data.load_train(data.TASKS["sst2"], tmp_path)
+    assert "train.tsv" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_csv_with_an_open_quote_is_refused(tmp_path):
+    """It would swallow the rest of the file as one text."""
+    (tmp_path / "tasks" / "nyt").mkdir(parents=True)
+    (tmp_path / "tasks" / "nyt" / "train.csv").write_text('1,"never closed\n0,text\n')
+    with pytest.raises(InputError, match="well quoted"):
+        data.load_train(data.TASKS["nyt"], tmp_path)
+
+
+def labeled_rows(counts):
+    return [data.Row(label, {"text": f"text {label} {i}"})
+            for label, n in enumerate(counts) for i in range(n)]
+
+
+def test_few_shot_samples_are_balanced_disjoint_and_fixed():
+    """16 + 16 a label, no text twice, the same for the same seed in whatever order rows come,
+    another for another seed."""
+    rows = labeled_rows([100, 50, 40])
+    train, validation = data.few_shot(rows, 16, 10)
+    for part in (train, validation):
+        assert Counter(row.label for row in part) == {0: 16, 1: 16, 2: 16}
+    assert len({r.fields["text"] for r in train + validation}) == 96
+    assert data.few_shot(rows[::-1], 16, 10) == (train, validation)
+    assert data.few_shot(rows, 16, 20)[0] != train
+    by_hash = sorted(rows[100:150],
+                     key=lambda r: hashlib.sha256(f"10\t1\t{r.fields['text']}".encode()).digest())
+    assert train[16:32] == by_hash[:16] and validation[16:32] == by_hash[16:32]
+
+
+def test_few_shot_with_small_classes_duplicates_and_contradictions():
+    """A class of 7 texts gives 3 and 3; a text that comes often, even under both labels, is used
+    once."""
+    train, validation = data.few_shot(labeled_rows([40, 7]), 16, 0)
+    assert Counter(r.label for r in train) == Counter(r.label for r in validation) == {0: 16, 1: 3}
+    rows = [data.Row(label, {"text": f"text {i}"}) for i in range(20) for label in (0, 1, 1)]
+    for seed in range(20):
+        sample = [r.fields["text"] for part in data.few_shot(rows, 4, seed) for r in part]
+        assert len(set(sample)) == len(sample)
+    for bad in (labeled_rows([5, 1]), labeled_rows([5]),
+                labeled_rows([5]) + [data.Row(1, {"text": "same"})] * 3):
+        with pytest.raises(InputError, match="label 1 has"):
+            data.few_shot(bad, 16, 0)
+
+
+def test_task_examples_literally(tmp_path):
+    """`s It was <X> ?`, terrible and great; a long text is cut to the task's 128 tokens, the
+    template stays."""
+    _, tokenizer = write_model(tmp_path, "A fine film. It was ? terrible great".split())
+    rows = [data.Row(1, {"text": "A fine film."}), data.Row(0, {"text": "A " * 300})]
+    examples = data.task_examples(tokenizer, data.TASKS["sst2"], rows)
+    end = "It was <extra_id_0> ?</s>"
+    shown = [data.examples_as_text(tokenizer, examples, row) for row in (0, 1)]
+    assert shown == [(f"A fine film. {end}", "great"), ("A " * 123 + end, "terrible")]
+    assert len(examples.ids[1]) == 128 and examples.labels.tolist() == [1, 0]
+    assert data.collate(examples, [0, 1]).ids.shape == (2, 128)
+
+
+@real_data
+def test_sst2_is_read_whole():
+    """6,920 and 872 rows, as the paper's Table 5 has them; and the first one, literally."""
+    train = data.load_train(data.TASKS["sst2"], SUPMER_DATA)
+    assert (len(train), len(data.load_test(data.TASKS["sst2"], SUPMER_DATA))) == (6920, 872)
+    text = ("a stirring , funny and finally transporting re-imagining of beauty and the beast and"
+            " 1930s horror films")
+    assert train[0] == data.Row(1, {"text": text})
+
+
+# ---------------------------------------------------------------------------- data: what is fetched
+
+def test_model_names(tmp_path, monkeypatch):
+    """A folder is itself; short names and hub ids are fetched, three files each; anything else is
+    refused."""
+    asked = []
+
+    def download(filename, **source):
+        asked.append((source, filename))
+        return str(tmp_path / filename)
+    monkeypatch.setattr(data, "hf_hub_download", download)
+    assert data.model_folder(str(tmp_path)) == tmp_path and not asked
+    assert data.model_folder("t5-base") == tmp_path == data.model_folder("google/flan-t5-base")
+    assert [(source["repo_id"], file) for source, file in asked[:3]] == [
+        ("google-t5/t5-base", file)
+        for file in ("config.json", "tokenizer.json", "model.safetensors")]
+    with pytest.raises(InputError, match="t5-small, t5-base, t5-large"):
+        data.model_folder("t5-huge")
+    asked.clear()
+    assert len(data.openwebtext_files(10**10)) == 6 and len(data.openwebtext_files(10**12)) == 21
+    assert asked[5] == ({"repo_id": "Skylion007/openwebtext", "repo_type": "dataset",
+                         "revision": "f3808c30e817981b845ec549c43e82bb467d8144"},
+                         "subsets/urlsf_subset05.tar")
+
+
+def test_what_cannot_be_fetched_says_what_to_do(monkeypatch):
+    """No network, no such model, a name that is none: an InputError with the way out."""
+    def download(filename, **source):
+        raise LocalEntryNotFoundError("cannot reach the hub\nmore lines")
+    monkeypatch.setattr(data, "hf_hub_download", download)
+    for fetch in (lambda: data.model_folder("t5-base"), lambda: data.openwebtext_files(1)):
+        with pytest.raises(InputError, match=r"was not fetched \(cannot reach the hub\).*folder"):
+            fetch()
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="was not fetched"):
+        data.model_folder("too/many/parts")
+
+
+def test_the_demonstration_without_the_embedded_model(tmp_path):
+    """`python data.py` beside no tiny/ ends with status 2 and says how to build it."""
+    for name in ("data.py", "t5.py", "kmeans.py"):
+        (tmp_path / name).write_bytes((Path(data.__file__).parent / name).read_bytes())
+    done = subprocess.run([sys.executable, "data.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "python tiny.py" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not (data.TINY / "model.safetensors").is_file(),
+                    reason="tiny/ has not been built: python tiny.py")
+def test_the_demonstration_prints_each_variant():
+    """`python data.py` shows examples of the five variants from the embedded corpus, as source ->
+    target."""
+    done = subprocess.run([sys.executable, data.__file__], capture_output=True, text=True)
+    assert done.returncode == 0 and all(f"{variant}, anchors of cluster" in done.stdout
+                                        for variant in VARIANTS)
+    assert done.stdout.count("<extra_id_0>") == done.stdout.count("</s> -> ") == 20
+    assert "[centroid " in done.stdout
+
+
+# ------------------------------------------------------------------------------- eval.py: few-shot prompt tuning
+
+
+POSITIVE, NEGATIVE = "good fine nice warm".split(), "bad poor dull cold".split()
+FILLER = "the a film food day place and with of very".split()
+PIECES = ["<pad>", "</s>", "<unk>", "It", "was", "?", "terrible", "great", *POSITIVE, *NEGATIVE, *FILLER, "<extra_id_0>"]
+
+
+def small_config(**changes):
+    config = T.T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=2, num_decoder_layers=1, num_heads=4,
+                                vocab_size=len(PIECES), gated=True, tied=False, scaled=False, num_buckets=32,
+                                max_distance=128, eps=1e-6)
+    return config._replace(**changes)
+
+
+def small_t5(dtype=torch.float32, seed=0, scale=0.4):
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: (1.0 if "layer_norm" in name else 0.0) + scale * torch.randn(shape, generator=generator)
+               for name, shape in T.expected_shapes(small_config()).items()}
+    return T.T5(small_config(), {name: w.to(dtype) for name, w in weights.items()})
+
+
+def small_examples(n, seed=0):
+    """n sentences of three words; the label, which word of two classes is among them, in turn."""
+    rng, mask = np.random.default_rng(seed), len(PIECES) - 1
+    ids = [[int(rng.integers(16, 26)), int(rng.integers(8, 12) + 4 * (1 - i % 2)), int(rng.integers(16, 26)),
+            3, 4, mask, 5, 1][i % 3 == 0:] for i in range(n)]
+    return data.Examples(ids, [[]] * n, torch.zeros(n, 0, 0), torch.arange(n) % 2, [[mask, 6], [mask, 7]])
+
+
+def eval_settings(**changes):
+    return evaluation.Settings(**{"epochs": 2, "batch": 4, "prompt_length": 3, **changes})
+
+
+def write_rows(path, n, seed, flip=False):
+    """n distinct labeled sentences as a CSV file of label,text."""
+    rng, lines = np.random.default_rng(seed), set()
+    while len(lines) < n:
+        label = int(len(lines) % 2)
+        words = [*rng.choice(FILLER, 5), str(rng.choice((NEGATIVE, POSITIVE)[label]))]
+        lines.add(f"{label ^ flip},{' '.join(rng.permutation(words))}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(sorted(lines)) + "\n")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder to run in: a model folder `small`, a labeled task `planted` in `data`."""
+    monkeypatch.chdir(tmp_path)
+    t5 = small_t5()
+    folder = tmp_path / "small"
+    folder.mkdir()
+    c = t5.config
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "t5", "d_model": c.d_model, "d_kv": c.d_kv, "d_ff": c.d_ff, "num_layers": c.num_layers,
+        "num_decoder_layers": c.num_decoder_layers, "num_heads": c.num_heads, "vocab_size": c.vocab_size,
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}))
+    save_file({name: w.contiguous() for name, w in t5.weights.items()}, folder / "model.safetensors")
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(PIECES)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>", "<extra_id_0>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_rows(tmp_path / "data/planted/train.csv", 60, 1)
+    write_rows(tmp_path / "data/planted/test.csv", 40, 2)
+    monkeypatch.setitem(data.TASKS, "planted", data.LabeledTask("planted/train.csv", "planted/test.csv"))
+    return tmp_path
+
+
+SMALL = ("--data data --model small --task planted --prompt-length 3 --shots 4 --batch 8 --epochs 3 --validate-every 2 "
+         "--seeds 10 20 --rates 0.1 0.3").split()
+
+
+def run_script(argv, monkeypatch):
+    """python eval.py ARGV, in this process -> its exit status."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
+    try:
+        runpy.run_path(str(Path(evaluation.__file__)), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def write_run(folder, model="small", finished=True, ended=1.0, P=3, d=16):
+    """A run's folder as train.py leaves it."""
+    Path(folder).mkdir(parents=True)
+    (Path(folder) / "run.json").write_text(json.dumps(
+        {"model": model, "training": {}, "method": {}, "finished": finished, "ended": ended if finished else None}))
+    generator = torch.Generator().manual_seed(1)
+    phi = {k: v + 0.2 * torch.randn(v.shape, generator=generator) for k, v in supmer.init_regularizer(d).items()}
+    supmer.save_prompt(Path(folder) / "prompt.safetensors", torch.randn(P, d, generator=generator), phi,
+                       {"model": model, "corpus": "embedded", "step": "7", "steps": "9", "seed": "0"})
+
+
+def tuning_record(path):
+    """The tuning part of a JSON file as bytes, without its times."""
+    return json.dumps(without_times(json.loads(Path(path).read_text())["tasks"]["planted"]["tuning"])).encode()
+
+
+def without_times(record):
+    if isinstance(record, dict):
+        return {key: without_times(value) for key, value in record.items() if key != "time"}
+    return [without_times(value) for value in record] if isinstance(record, list) else record
+
+
+# ------------------------------------------------------------------------------------------------ worked by hand
+
+def test_tuning_step_by_hand(monkeypatch):
+    """Three tuning steps equal AdamW, written out here, on the clipped psi(g) of each batch, with psi's H from that
+    batch and a rate that falls linearly; the gradient here is autograd's, example by example."""
+    monkeypatch.setattr(evaluation, "rank", lambda validation: -validation["step"])      # keep the last step
+    t5, generator = small_t5(torch.float64), torch.Generator().manual_seed(2)
+    start = torch.randn(3, 16, generator=generator, dtype=torch.float64)
+    phi = {key: value + 0.3 * torch.randn(value.shape, generator=generator, dtype=torch.float64)
+           for key, value in supmer.init_regularizer(16, torch.float64).items()}
+    train, rate, steps = small_examples(6), 0.2, 3
+    _, best, found = evaluation.tune(t5, start, phi, (train, small_examples(4, 9)), 10, rate,
+                                     eval_settings(epochs=1, batch=2, validate_every=1))
+    theta, m, v, clipped = start.clone(), 0.0, 0.0, 0
+    for step in range(steps):
+        rows = evaluation.batch_rows(6, step, 10, 2)
+        leaf, losses, states = theta.clone().requires_grad_(), [], []
+        for row in rows:
+            batch = data.collate(train, [row])
+            H, mask = supmer.encode_with_prompt(t5, leaf, batch)
+            y = T.decode(t5, torch.tensor([[0, train.words[0][0]]]), H, mask)[0, 1]
+            log_p = torch.log_softmax(T.next_token_logits(t5, y), -1)
+            losses.append(-log_p[train.words[int(train.labels[row])][1]])
+            states.append(H[0].mean(0))
+        g, = torch.autograd.grad(sum(losses) / 2, leaf)
+        psi = supmer.regularize(phi, g, (sum(states) / 2).detach())
+        clipped += float(psi.norm()) > 1
+        psi = psi * min(1.0, 1.0 / (float(psi.norm()) + 1e-6))
+        m, v = 0.9 * m + 0.1 * psi, 0.999 * v + 0.001 * psi ** 2
+        unbiased, square = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+        theta = theta - rate * (1 - step / steps) * unbiased / (square.sqrt() + 1e-8)
+    assert best["step"] == 3 and torch.allclose(found, theta, rtol=1e-9, atol=1e-9)
+    assert not torch.equal(found, start)
+
+
+def test_clipping_acts(monkeypatch):
+    """A long gradient reaches AdamW with norm 1."""
+    seen = []
+    original = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda parameters, limit: (seen.append(limit), original(parameters, limit),
+                                                   seen.append(float(parameters[0].grad.norm()))))
+    g = torch.ones(3, 16)
+    monkeypatch.setattr(evaluation, "prompt_gradient", lambda t5, theta, examples, method: (50 * g, None, torch.tensor(1.0)))
+    evaluation.tune(small_t5(), torch.zeros(3, 16), None, (small_examples(4), small_examples(4)), 10, 0.1, eval_settings())
+    assert seen[0::2] == [1.0] * 2 and all(abs(norm - 1) < 1e-5 for norm in seen[1::2])
+
+
+def scripted(monkeypatch, values):
+    """Let validations return these (correct, loss) pairs in turn."""
+    values = iter(values)
+    monkeypatch.setattr(evaluation, "measure", lambda scores, labels: dict(
+        zip(("correct", "loss", "word_loss"), [*next(values), 99.0])))
+
+
+@pytest.mark.parametrize("values, chosen", [
+    ([(2, 1.0), (3, 1.0), (3, 0.5), (3, 0.5), (1, 0.1)], 4),      # accuracy, then loss, then the earlier step
+    ([(3, 1.0), (3, 1.0), (2, 0.1), (3, 1.0), (3, 1.0)], 0),      # step 0 counts, and wins ties
+    ([(0, 1.0), (1, 9.0), (1, 9.0), (2, 9.0), (2, 8.0)], 8),
+])
+def test_step_is_chosen_by_hand(monkeypatch, values, chosen):
+    """Of the validations at steps 0, 2, 4, 6, 8 the one of highest accuracy is kept, with the prompt of that step; ties
+    go to the lower loss, then to the earlier step."""
+    thetas = {}
+    original = evaluation.score
+    monkeypatch.setattr(evaluation, "score", lambda t5, theta, examples, method: (
+        thetas.setdefault(2 * len(thetas), theta.clone()), original(t5, theta, examples, method))[1])
+    scripted(monkeypatch, values)
+    sample = small_examples(4), small_examples(4, 1)
+    curve, best, theta = evaluation.tune(small_t5(), torch.ones(3, 16), None, sample, 10, 0.1,
+                                         eval_settings(epochs=8, validate_every=2))
+    assert [entry["step"] for entry in curve] == [0, 2, 4, 6, 8]
+    assert best["step"] == chosen and torch.equal(theta, thetas[chosen])
+    assert [entry["accuracy"] for entry in curve] == [25 * correct for correct, _ in values]
+
+
+def test_rate_is_chosen_by_hand():
+    """Between rates: accuracy, loss, earlier step, and only then the smaller rate."""
+    def entry(accuracy, loss, step, rate):
+        return {"accuracy": accuracy, "loss": loss, "step": step, "rate": rate}
+    order = [entry(90.0, 2.0, 50, 0.3), entry(80.0, 1.0, 20, 0.3), entry(80.0, 1.5, 10, 0.2), entry(80.0, 1.5, 10, 0.3),
+             entry(80.0, 1.5, 20, 0.1)]
+    assert sorted(reversed(order), key=evaluation.rank) == order
+
+
+def test_standard_deviation_is_the_samples(place, monkeypatch):
+    """Accuracies of 60, 70, 80 % have mean 70 and standard deviation 10 (n - 1), not 8.16."""
+    values = iter([24, 28, 32, 20, 20, 20, 20])
+    monkeypatch.setattr(evaluation, "measure", lambda scores, labels: {"correct": next(values)})
+    t5 = small_t5()
+    choices = eval_settings(seeds=(1, 2, 3))
+    prompt = evaluation.open_prompt("vocab", t5, choices)
+    result = evaluation.test_task(t5, data.load_tokenizer("small", t5.config), data.TASKS["planted"], Path("data"), [prompt],
+                                  {"vocab": prompt.starts}, choices)
+    assert result["prompts"]["vocab"] == {"tuned": [60, 70, 80], "untuned": [50, 50, 50], "mean": 70, "sample_std": 10}
+    assert (result["rows"], result["of"], result["majority"], result["no_prompt"]) == (40, 40, 50, 50)
+
+
+# -------------------------------------------------------------------------------------- properties, determinism
+
+def test_batches_are_a_pure_function():
+    """Each epoch holds every row once, in batches of at most `size`; the same arguments give the same rows, another
+    epoch or seed others."""
+    epochs = [[evaluation.batch_rows(70, 3 * epoch + k, 10, 32) for k in range(3)] for epoch in range(2)]
+    for epoch in epochs:
+        assert [len(rows) for rows in epoch] == [32, 32, 6] and sorted(sum(epoch, [])) == list(range(70))
+    assert epochs[0] != epochs[1] and epochs[0][1] == evaluation.batch_rows(70, 1, 10, 32)
+    assert evaluation.batch_rows(70, 1, 20, 32) != epochs[0][1]
+
+
+def test_tuning_repeats_exactly():
+    """The same start, sample, seed and rate give the same curve and the same prompt, bit for bit; start is unchanged;
+    another seed gives another curve."""
+    start, sample = torch.ones(3, 16), (small_examples(10), small_examples(6, 1))
+    first, again, other = (evaluation.tune(small_t5(), start, None, sample, seed, 0.1, eval_settings()) for seed in (10, 10, 20))
+    assert first[:2] == again[:2] and torch.equal(first[2], again[2]) and torch.equal(start, torch.ones(3, 16))
+    assert first[0] != other[0]
+
+
+def test_identity_regularizer_is_plain_tuning():
+    """A learned start whose psi is the identity is tuned exactly as the same start without psi; another psi is not."""
+    t5, start = small_t5(torch.float64), torch.ones(3, 16, dtype=torch.float64)
+    sample = small_examples(10), small_examples(6, 1)
+    phi = supmer.init_regularizer(16, torch.float64)
+    turned = {**phi, "A": phi["A"].flip(0)}
+    plain, identity, other = (evaluation.tune(t5, start, p, sample, 10, 0.1, eval_settings())[0] for p in (None, phi, turned))
+
+    def losses(curve):
+        return np.array([entry["loss"] for entry in curve])
+    assert np.allclose(losses(plain), losses(identity), rtol=1e-8) and not np.allclose(losses(plain), losses(other), rtol=1e-4)
+
+
+def test_untuned_prompts(place):
+    """random has the embedding table's deviation and vocab rows of the table; both differ from seed to seed and repeat."""
+    t5 = small_t5()
+    choices = eval_settings(prompt_length=2000, seeds=(10, 20))
+    table = t5.weights["shared.weight"]
+    for name in ("random", "vocab"):
+        first, second = evaluation.open_prompt(name, t5, choices).starts
+        assert first.shape == (2000, 16) and first.dtype == torch.float32 and not torch.equal(first, second)
+        assert torch.equal(first, evaluation.open_prompt(name, t5, choices).starts[0])
+        if name == "random":
+            assert abs(float(first.std() / table.std()) - 1) < 0.02 and abs(float(first.mean())) < 0.02
+        else:
+            assert ((first[:, None] - table).abs().sum(-1) == 0).any(1).all()
+
+
+def test_learns_a_planted_task():
+    """16 examples per label of a planted task (which of two classes of words is in the sentence) teach a prompt of a
+    frozen RANDOM T5 to classify new sentences; the untuned prompt is near chance."""
+    t5 = small_t5(seed=3)
+    start = evaluation.normal_prompt(t5, 8, 10)
+    sample, new = (small_examples(32), small_examples(32, 1)), small_examples(200, 2)
+    _, best, theta = evaluation.tune(t5, start, None, sample, 10, 0.1, eval_settings(epochs=80, batch=32, words_only=True))
+
+    def accuracy(theta):
+        return supmer.measure(supmer.score(t5, theta, new, supmer.Method()), new.labels)["correct"] / 200
+    assert accuracy(start) < 0.6 and accuracy(theta) > 0.85 and best["step"] > 0
+
+
+# ------------------------------------------------------------------------- the test set is not seen while tuning
+
+def test_tuning_needs_no_test_file(place):
+    """With the test file absent the tuning record is the same, byte for byte, as with it."""
+    t5 = small_t5()
+    tokenizer = data.load_tokenizer("small", t5.config)
+    choices = eval_settings(shots=4, seeds=(10,), rates=(0.1,))
+    prompts = [evaluation.open_prompt("vocab", t5, choices)]
+
+    def record():
+        records, thetas = evaluation.tune_task(t5, tokenizer, data.TASKS["planted"], Path("data"), prompts, choices)
+        return json.dumps(without_times(records)), thetas["vocab"][0].numpy().tobytes()
+    present = record()
+    os.remove("data/planted/test.csv")
+    assert record() == present
+
+
+def test_test_labels_do_not_reach_tuning(place, monkeypatch):
+    """With every label of the test file turned round, the tuning record of a whole evaluation is byte-identical, while
+    the test accuracies become 100 % minus what they were; and load_test is called after the last tuning run."""
+    order = []
+    for name in ("tune", "load_test"):
+        original = getattr(evaluation, name)
+        monkeypatch.setattr(evaluation, name, lambda *a, _name=name, _original=original: (order.append(_name), _original(*a))[1])
+    evaluation.main([*SMALL, "--prompt", "vocab", "random", "--out", "one.json"])
+    assert order == ["tune"] * 8 + ["load_test"]
+    write_rows(place / "data/planted/test.csv", 40, 2, flip=True)
+    evaluation.main([*SMALL, "--prompt", "vocab", "random", "--out", "two.json"])
+    assert tuning_record("one.json") == tuning_record("two.json")
+    one, two = (json.loads(Path(f"{name}.json").read_text())["tasks"]["planted"]["test"] for name in ("one", "two"))
+    for name in ("vocab", "random"):
+        assert np.allclose(np.array(one["prompts"][name]["tuned"]) + two["prompts"][name]["tuned"], 100)
+
+
+# --------------------------------------------------------------------------------------- what comes out of a run
+
+def test_json_is_complete(place, capsys):
+    """The JSON file holds each seed, rate and validation, and what was chosen is the best of the seed's validations; the
+    test results are one per seed; the learned prompt's metadata stand there; and the printed table agrees."""
+    write_run("runs/small-1")
+    evaluation.main(SMALL)                                      # the newest finished run, and random
+    written = json.loads(Path("runs/eval/small-planted.json").read_text())
+    assert set(written) == {"command", "settings", "prompts", "tasks"}
+    assert written["prompts"]["runs/small-1"] == {
+        "file": "runs/small-1/prompt.safetensors", "model": "small", "corpus": "embedded", "step": "7", "steps": "9",
+        "seed": "0", "regularizer": "affine"}
+    result = written["tasks"]["planted"]
+    for name in ("runs/small-1", "random"):
+        records, tested = result["tuning"][name], result["test"]["prompts"][name]
+        assert [record["seed"] for record in records] == [10, 20] and len(tested["tuned"]) == 2
+        for record in records:
+            assert [[(e["rate"], e["step"]) for e in curve] for curve in record["validations"]] == [
+                [(rate, step) for step in (0, 2, 3)] for rate in (0.1, 0.3)]
+            assert record["best"] == min(sum(record["validations"], []), key=evaluation.rank)
+        assert tested["mean"] == pytest.approx(np.mean(tested["tuned"]))
+        assert tested["sample_std"] == pytest.approx(np.std(tested["tuned"], ddof=1))
+    assert len(result["test"]["prompts"]["runs/small-1"]["untuned"]) == 1       # one prompt, whatever the seed
+    printed = capsys.readouterr().out
+    for name in ("runs/small-1", "random"):
+        line = next(line for line in printed.splitlines() if line.startswith(name) and "+-" in line)
+        figures = result["test"]["prompts"][name]
+        assert f"{statistics.mean(figures['untuned']):.1f}" in line
+        assert f"{figures['mean']:.1f} +- {figures['sample_std']:.1f}" in line
+    assert "40 of 40 test rows" in printed and "majority" in printed and "paper" not in printed.split("\n\n")[1]
+    assert "runs/small-1/prompt.safetensors" in printed and "embedded" in printed
+
+
+def test_first_test_rows_are_fixed(place, monkeypatch):
+    """--test-rows takes the same rows whatever the file's order."""
+    t5 = small_t5()
+    tokenizer, choices = data.load_tokenizer("small", t5.config), eval_settings(seeds=(10,), test_rows=7)
+    prompts, seen = [evaluation.open_prompt("vocab", t5, choices)], []
+    monkeypatch.setattr(evaluation, "score", lambda t5, theta, examples, method: (
+        seen.append(examples.ids), torch.zeros(len(examples.ids), 2))[1])
+    for _ in range(2):
+        result = evaluation.test_task(t5, tokenizer, data.TASKS["planted"], Path("data"), prompts, {"vocab": prompts[0].starts},
+                                      choices)
+        lines = Path("data/planted/test.csv").read_text().splitlines()
+        Path("data/planted/test.csv").write_text("\n".join(reversed(lines)))
+    assert (result["rows"], result["of"]) == (7, 40) and all(ids == seen[0] for ids in seen)
+
+
+def test_paper_column_only_beside_the_same_backbone():
+    """Table 1 stands beside t5-base itself: not beside the embedded model, nor beside a small model in a folder that is
+    called t5-base, nor beside a task that the table has not."""
+    prompts = [evaluation.Prompt("runs/x", [], {"A": 0}, {}), evaluation.Prompt("random", [], None, {})]
+    tested = {"untuned": [50.0], "tuned": [60.0], "mean": 60.0, "sample_std": None}
+    record = {"seed": 10, "examples": 32, "best": {"rate": 0.1, "step": 10}, "time": {"seconds": 1.0}}
+    result = {"minutes": 1.0, "tuning": {p.name: [record] for p in prompts}, "test": {
+        "rows": 10, "of": 872, "no_prompt": 50.0, "majority": 50.0, "prompts": {p.name: tested for p in prompts}}}
+    base = small_config(d_model=768, num_layers=12, gated=False)
+
+    def shown(task, model, config):
+        return evaluation.table(task, result, prompts, config, eval_settings(model=model, seeds=(10,)))
+    beside = shown("sst2", "google-t5/t5-base", base)
+    assert "87.3 +- 0.5" in beside and "71.9 +- 3.4" in beside
+    for task, model, config in (("sst2", "tiny", base), ("sst2", "models/t5-base", small_config()), ("movie", "t5-base", base)):
+        assert "paper" not in shown(task, model, config) and "87.3" not in shown(task, model, config)
+
+
+def test_newest_finished_run(place):
+    """Of the runs under runs/ the one of this model that finished last is taken: not an unfinished or a newer one of
+    another model, whatever the folders' names and order."""
+    write_run("runs/b", ended=20.0)
+    write_run("runs/a", ended=30.0)
+    write_run("runs/z", ended=10.0)
+    write_run("runs/y", ended=99.0, model="other")
+    write_run("runs/x", finished=False)
+    assert evaluation.newest_run("small") == "runs/a"
+    chosen, sources = evaluation.parse(SMALL)
+    assert chosen.prompt == ("runs/a", "random")
+    assert evaluation.newest_run("elsewhere/other") == "runs/y"
+
+
+def test_quick_is_short_for_its_options(place):
+    """--quick sets one seed, one rate, some 60 steps, 300 test rows and four prompts, and says so in its help."""
+    write_run("runs/tiny-1", model="tiny")
+    chosen, sources = evaluation.parse(["--quick"])
+    assert (chosen.seeds, chosen.rates, chosen.epochs, chosen.test_rows) == ((10,), (0.2,), 60, 300)
+    assert chosen.prompt == ("random", "vocab", "runs/tiny-1", "released") and chosen.task == ("movie",)
+    assert chosen.prompt_length == 20 and chosen.rate_scale == "rms"
+    assert evaluation.parse(["--quick", "--prompt", "random"])[0].prompt == ("random",)
+
+
+def test_protocol_estimate_by_hand():
+    """A demonstration of 60 s of tuning (60 epochs, 1 rate, 1 seed) and 6 s of testing 300 of 3,000 rows: the protocol
+    takes 60 * 200/60 * 3 * 5 = 3,000 s and 6 * 10 * 5 = 300 s, 55 minutes; what was cut and the command are told."""
+    record = {"validations": [[{"step": 0}, {"step": 60}]], "time": {"seconds": 30.0}}
+    result = {"tuning": {"random": [record], "vocab": [record]}, "test": {"rows": 300, "of": 3000}, "test_seconds": 6.0}
+    quick = eval_settings(epochs=60, task=("movie",), prompt=("random", "vocab"))
+    said = evaluation.protocol(["--quick", "--dtype", "bfloat16"], result, quick)
+    assert "not the protocol" in said and "60 steps of 200" in said and "300 test rows of 3,000" in said
+    assert said.endswith("55 minutes at this speed: python eval.py --task movie --dtype bfloat16 --prompt random vocab")
+
+
+# ------------------------------------------------------------------------------------------------- mistakes
+
+@pytest.mark.parametrize("argv, said", [
+    (["--task", "sst3"], "sst2"),
+    (["--prompt", "random", "random"], "twice"),
+    (["--prompt", "random", "--seeds", "10", "10"], "twice"),
+    (["--prompt", "random", "--shots", "0"], "above 0"),
+    (["--prompt", "random", "--rates", "nan"], "above 0"),
+    (["--prompt", "random", "--seeds", "-1"], "at least 0"),
+    (["--epochs", "many"], "invalid int"),
+    (["--dtype", "float16"], "bfloat16"),
+    (["--quick", "--epochs", "60"], "sets epochs"),
+    (["--quick", "--seeds=20"], "sets seeds"),
+    (["--nonsense"], "--nonsense"),
+    ([], "RUN|released|random|vocab"),                                  # no finished run
+    ([*SMALL, "--prompt", "released"], "RUN|random|vocab"),
+    ([*SMALL, "--prompt", "runs/none"], "runs/none"),
+    ([*SMALL, "--prompt", "runs/other"], "other"),
+    ([*SMALL, "--prompt", "runs/long"], "--prompt-length 5"),
+    ([*SMALL, "--prompt", "runs/wide"], "width 16"),
+    ([*SMALL, "--prompt", "random", "--data", "nowhere"], "nowhere"),
+    ([*SMALL, "--prompt", "random", "--rates", "1e39"], "below 1e9"),
+    ([*SMALL, "--prompt", "random", "--model", "no_such_model"], "no_such_model"),
+])
+def test_mistakes_end_in_one_line(place, monkeypatch, capsys, argv, said):
+    """What the user got wrong is told in one line on stderr that names it, with exit status 2."""
+    write_run("runs/other", model="other", finished=False)
+    write_run("runs/long", finished=False, P=5)
+    write_run("runs/wide", finished=False, d=24)
+    assert run_script(argv, monkeypatch) == 2
+    error = capsys.readouterr().err.split("\r")[-1]
+    line = error[error.index("error: "):]
+    assert line.count("\n") == 1 and said in line
+
+
+def test_loss_that_is_not_finite_is_told(monkeypatch):
+    """A loss that is not finite, at once or through a gradient of a later step, stops tuning and names step and rate."""
+    sample, start = (small_examples(4), small_examples(4)), torch.ones(3, 16)
+    broken = small_t5()
+    broken.weights["lm_head.weight"][0] = float("nan")
+    with pytest.raises(InputError, match=r"nan at step 0, rate 0\.1, seed 10.*--rates"):
+        evaluation.tune(broken, start, None, sample, 10, 0.1, eval_settings())
+    monkeypatch.setattr(evaluation, "prompt_gradient", lambda t5, theta, examples, method: (
+        theta * float("nan"), None, torch.tensor(float("nan"))))
+    with pytest.raises(InputError, match=r"nan at step 2, rate 0\.1"):
+        evaluation.tune(small_t5(), start, None, sample, 10, 0.1, eval_settings(validate_every=2))
+
+
+def test_interrupt_is_one_line(place, monkeypatch, capsys):
+    """Ctrl-C while tuning: one line, exit status 130, no file."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(supmer, "prompt_gradient", interrupt)
+    assert run_script([*SMALL, "--prompt", "random"], monkeypatch) == 130
+    assert "stopped" in capsys.readouterr().err and not list(place.glob("runs/eval/*"))
+
+
+@pytest.mark.skipif("SUPMER_DATA" not in os.environ, reason="SUPMER_DATA is not set: a folder with original/SST-2")
+def test_real_sst2(place):
+    """A micro evaluation on the real SST-2: its 872 test sentences, of which 444 are positive."""
+    argv = "--task sst2 --prompt random vocab --seeds 10 --rates 0.1 --epochs 2".split()
+    evaluation.main([*SMALL, *argv, "--data", os.environ["SUPMER_DATA"], "--out", "sst2.json"])
+    test = json.loads(Path("sst2.json").read_text())["tasks"]["sst2"]["test"]
+    assert (test["rows"], test["of"]) == (872, 872) and test["majority"] == pytest.approx(100 * 444 / 872)
+
+
+# ----------------------------------------------------------------------------------------- train.py: a whole run
+
+
+HERE = Path(train.__file__).parent
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory):
+    """A folder with a random T5 `model` of one piece a word and a corpus of 60 planted documents -> (folder, options)."""
+    folder = tmp_path_factory.mktemp("train")
+    words = [*(f"T{i}" for i in range(5)), *(f"d{i}" for i in range(60)), *(f"s{i}" for i in range(30)), "end."]
+    model, tokenizer = write_model(folder / "model", words + TEMPLATE_WORDS)
+    t5 = random_t5(16, dtype=torch.float32, vocabulary=tokenizer.get_vocab_size())
+    c = t5.config
+    (model / "config.json").write_text(json.dumps({
+        "d_model": c.d_model, "d_kv": c.d_kv, "d_ff": c.d_ff, "num_layers": c.num_layers, "num_heads": c.num_heads,
+        "vocab_size": c.vocab_size, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}))
+    save_file(t5.weights, model / "model.safetensors")
+    planted_paths(folder, documents=60, length=30)
+    options = ["--model", "model", "--corpus", "corpus.jsonl", "--clusters", "6", "--prompt-length", "4", "--tasks", "2",
+               "--support", "4", "--query", "4", "--validation-tasks", "1", "--validate-every", "2", "--steps", "6",
+               "--relative-step", "0.05", "--device", "cpu"]
+    return folder, options
+
+
+def command(*options):
+    return [sys.executable, str(HERE / "train.py"), *map(str, options)]
+
+
+def start(folder, *options, **how):
+    return subprocess.Popen(command(*options), cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+
+
+def wait_for_steps(run, steps, process):
+    """Until the run's log has so many steps, or the process ended."""
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if (run / "log.jsonl").exists() and (run / "log.jsonl").read_text().count('"query_loss"') >= steps:
+            return
+        time.sleep(0.002)
+
+
+def log_without_times(run):
+    return [{key: value for key, value in json.loads(line).items() if key != "time"}
+            for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_run_goes_on_bit_by_bit(small_world):
+    """Ctrl-C, --resume, kill -9, --resume: theta, phi, s, optimizer states, prompt and log lines equal an unbroken run's."""
+    folder, options = small_world
+    unbroken = start(folder, *options, "--run", "unbroken")
+    broken = start(folder, *options, "--run", "broken", "--save-seconds", "0")
+    wait_for_steps(folder / "broken", 1, broken)
+    broken.send_signal(signal.SIGINT)
+    said, _ = broken.communicate(timeout=60)
+    assert broken.returncode == 130 and "python train.py --resume broken" in said
+    done = len([line for line in log_without_times(folder / "broken") if "query_loss" in line])
+    assert done < 6, "the interrupt came too late to show anything"
+    killed = start(folder, "--resume", "broken")
+    wait_for_steps(folder / "broken", done + 1, killed)
+    killed.kill()
+    killed.communicate(timeout=60)
+    finished = subprocess.run(command("--resume", "broken"), cwd=folder, text=True, capture_output=True, timeout=60)
+    assert finished.returncode == 0, finished.stderr
+    assert unbroken.communicate(timeout=60) and unbroken.returncode == 0
+    for name in ("state.safetensors", "prompt.safetensors"):
+        first, second = (load_file(folder / run / name) for run in ("unbroken", "broken"))
+        assert set(first) == set(second) and all(torch.equal(first[key], second[key]) for key in first), name
+    assert any(key.startswith("adam.phi.A.exp_avg") for key in load_file(folder / "broken" / "state.safetensors"))
+    assert log_without_times(folder / "unbroken") == log_without_times(folder / "broken")
+    assert json.loads((folder / "broken" / "run.json").read_text())["finished"]
+    assert not list(folder.glob("broken/.*"))
+
+
+def make_run(small_world, name, **changes):
+    """A train.Run in this process, in a new folder."""
+    folder, options = small_world
+    training, method, _, _ = train.parse(options)
+    training = replace(training, model=str(folder / "model"), corpus=(str(folder / "corpus.jsonl"),), **changes)
+    with contextlib.chdir(folder):
+        t5 = T.load_t5("model")
+        index = train.open_index(training, Path("model"), data.load_tokenizer("model", t5.config), t5)
+        (folder / name).mkdir(exist_ok=True)
+        return train.Run(folder / name, training, method, t5, index)
+
+
+def test_what_came_after_the_last_save_is_replayed_exactly(small_world):
+    """Steps whose state was never saved, and a torn log line, leave no trace: the resumed run repeats them bit by bit."""
+    first = make_run(small_world, "replayed")
+    entries = [first.step() for _ in range(3)]
+    first.log.file.write('{"step": 4, "torn')
+    first.log.file.close()
+    second = make_run(small_world, "replayed")
+    assert second.state.step == 0 and len(log_without_times(second.folder)) == 1
+    again = [second.step() for _ in range(3)]
+    assert [{**e, "time": 0} for e in entries] == [{**e, "time": 0} for e in again]
+    assert torch.equal(first.state.theta, second.state.theta)
+
+
+def test_each_step_is_logged_with_what_explains_it(small_world):
+    """A line a step has losses, s, b, lambda, the step's size, the second-order share, gate, phi's two gradients, |A - I|."""
+    run = make_run(small_world, "logged")
+    run.step()
+    run.step()
+    line = log_without_times(run.folder)[-1]
+    assert set(line) == {"step", "variants", "s", "b", "lambda", "theta_gradient", "A_minus_I", "support_loss", "query_loss",
+                         "gate_loss", "step_size", "second_order", "gate_mean", "phi_gradient_meta", "phi_gradient_gate"}
+    assert line["step"] == 2 and line["step_size"] == pytest.approx(0.05, rel=1e-3) and line["b"] > 0
+    first = log_without_times(run.folder)[1]
+    assert first["b"] == 0 and first["lambda"] == [0.0, 0.0]
+    validation = log_without_times(run.folder)[0]["validation"]
+    assert set(validation["variants"]) == set(VARIANTS) and validation["queries"] == 20
+
+
+def test_the_lowest_validation_loss_is_kept(small_world, monkeypatch):
+    """prompt.safetensors holds theta and phi of the validation with the lowest loss after adaptation, and says which step."""
+    run, losses = make_run(small_world, "kept"), iter([0.5, 0.7])
+    result = {"loss_before": 9.0, "step_size": 0.05, "queries": 1, "variants": {}}
+    monkeypatch.setattr(train, "validate", lambda *_: result | {"loss": next(losses)})
+    run.step()
+    run.validate()
+    kept = run.state.theta.clone()
+    run.step()
+    run.validate()
+    theta, phi, about = supmer.load_prompt(run.folder / "prompt.safetensors", 16)
+    assert torch.equal(theta, kept) and about["step"] == "1" and about["validation_loss"] == "0.500000"
+    assert not torch.equal(theta, run.state.theta) and set(phi) == {"A", "a", "W", "c"}
+
+
+def test_an_inner_step_without_effect_is_told(small_world, monkeypatch, capsys):
+    """The trap of SPEC 7: a drop under 1e-4 of the loss is reported with the size of the step and the options that help."""
+    run = make_run(small_world, "warned")
+    result = {"loss_before": 1.0, "loss": 0.99995, "step_size": 2e-6, "queries": 1, "variants": {}}
+    monkeypatch.setattr(train, "validate", lambda *_: result)
+    run.validate()
+    said = capsys.readouterr()
+    assert "2.0e-06" in said.out + said.err and "--relative-step" in said.out + said.err
+
+
+def run_train(folder, monkeypatch, capsys, *argv):
+    """train.py as a script in this process -> (exit status, the last line on stderr)."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(HERE / "train.py"), run_name="__main__")
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return ended.value.code, said.err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--no-such-option"], "unrecognized arguments: --no-such-option"),
+    (["--tasks", "0"], "--tasks 0: it must be more than 0"),
+    (["--seed", "-1"], "--seed -1: it must be 0 or more"),
+    (["--dtype", "float16"], "--dtype float16: choose float32 or bfloat16"),
+    (["--device", "nonsense"], "--device nonsense is not to be had here"),
+    (["--resume", "nowhere"], "nowhere holds no run"),
+    (["--resume", "nowhere", "--steps", "3"], "nothing but --yes"),
+    (["--model", "no-such-folder"], "no-such-folder"),
+])
+def test_mistakes_on_the_command_line_end_with_status_2(small_world, monkeypatch, capsys, argv, says):
+    """Each mistake: one line that says what was wrong, no traceback, exit status 2."""
+    status, line = run_train(small_world[0], monkeypatch, capsys, *argv)
+    assert status == 2 and says in line, line
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--corpus", "empty"], "no text there"),
+    (["--clusters", "5000"], "fewer clusters"),
+    (["--support", "5000"], "give more text, or fewer clusters"),
+    (["--relative-step", "0", "--inner-rate", "1e38"], "not finite"),
+])
+def test_input_that_cannot_work_ends_with_status_2(small_world, monkeypatch, capsys, options, says):
+    """An empty corpus, too few sentences, an inner rate that overflows: one line that says what to do."""
+    folder, defaults = small_world
+    (folder / "empty").mkdir(exist_ok=True)
+    status, line = run_train(folder, monkeypatch, capsys, *defaults, *options)
+    assert status == 2 and says in line, line
+
+
+def test_an_official_model_without_a_gpu_says_what_it_would_cost_and_stops(small_world, monkeypatch, capsys):
+    """Downloads, hours and memory are printed before anything is fetched; without --yes it ends there."""
+    training, method, _, _ = train.parse(["--model", "t5-small", "--bytes", "1000000000"])
+    monkeypatch.setitem(train.SHAPES, "t5-small", (16, 4, 32, 1, 2, 242))
+    lines = train.estimate(training, replace(method, micro_batch=2), torch.device("cpu"))
+    said = "\n".join(lines)
+    assert "t5-small, 242 MB" in said and "1.0 GB of text" in said
+    assert re.search(r"[\d.]+ s a step.*[\d,]+ hours for 100,000 steps", said) and "GiB at the peak" in said
+    monkeypatch.setattr(train, "estimate", lambda *_: ["time: 7 s a step"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="no GPU here: add --yes"):
+        train.main(["--model", "t5-small"])
+    assert "7 s a step" in capsys.readouterr().out
+
+
+def test_a_full_disk_ends_with_status_2_and_the_run_can_be_resumed(small_world):
+    """A limit on file sizes stands in for a full disk: one line, nothing half-written, and the run goes on later."""
+    folder, options = small_world
+    first = start(folder, *options, "--run", "full", "--save-seconds", "0")
+    wait_for_steps(folder / "full", 1, first)
+    first.kill()
+    first.communicate()
+    limited = ["bash", "-c", f'ulimit -f 2; exec "$@"', "-", *command("--resume", "full")]
+    ended = subprocess.run(limited, cwd=folder, text=True, capture_output=True, timeout=60)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+    assert "File too large" in ended.stderr.strip().splitlines()[-1]
+    assert not list((folder / "full").glob(".*.tmp"))
+    again = subprocess.run(command("--resume", "full"), cwd=folder, text=True, capture_output=True, timeout=60)
+    assert again.returncode == 0, again.stderr
+
+
+def test_damaged_states_are_refused(small_world):
+    """A truncated state, a state of other shapes, a run.json that is none: InputError naming the file."""
+    run = make_run(small_world, "damaged")
+    run.step()
+    train.save_state(run.folder, run.state, run.best)
+    path = run.folder / "state.safetensors"
+    whole = path.read_bytes()
+    for cut in (0, 5, 100, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(InputError, match="state.safetensors cannot be resumed from"):
+            make_run(small_world, "damaged")
+    path.write_bytes(whole)
+    with pytest.raises(InputError, match="state.safetensors cannot be resumed from"):
+        make_run(small_world, "damaged", prompt_length=5)
+    (run.folder / "run.json").write_text("{}")
+    with pytest.raises(InputError, match="holds no run"):
+        train.read_run(run.folder)
+
+
+def test_prompt_files_of_others_are_refused(tmp_path):
+    """load_prompt wants theta and phi of one width, finite, of a known form: each other file is named with what it holds."""
+    path, phi = tmp_path / "prompt.safetensors", supmer.init_regularizer(8)
+    supmer.save_prompt(path, torch.ones(3, 8), phi, {"model": "m"})
+    theta, read, about = supmer.load_prompt(path, 8)
+    assert torch.equal(theta, torch.ones(3, 8)) and torch.equal(read["A"], torch.eye(8)) and about["model"] == "m"
+    with pytest.raises(InputError, match="for a T5 of width 16"):
+        supmer.load_prompt(path, 16)
+    save_file({"theta": torch.ones(3, 8)}, path)
+    with pytest.raises(InputError, match="its regularizer is None"):
+        supmer.load_prompt(path, 8)
+    save_file({"theta": torch.ones(3, 8)}, path, {"regularizer": "affine"})
+    with pytest.raises(InputError, match="no prompt and regularizer"):
+        supmer.load_prompt(path, 8)
+    supmer.save_prompt(path, torch.full((3, 8), torch.nan), phi, {})
+    with pytest.raises(InputError, match="not finite"):
+        supmer.load_prompt(path, 8)
+    path.write_bytes(b"<html>404</html>")
+    with pytest.raises(InputError, match="cannot be read as a prompt"):
+        supmer.load_prompt(path, 8)

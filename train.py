@@ -1,0 +1,463 @@
+"""Meta-train a soft prompt and a gradient regularizer on unlabeled text (Alg. 1).
+
+    python train.py                         # the embedded T5 and corpus: a demonstration, 2 minutes
+    python train.py --model t5-base         # the paper's setting: OpenWebText, 100,000 steps, a GPU
+    python train.py --corpus my/texts       # your text; --help lists every number with its source
+    python train.py --resume runs/tiny-1    # go on after Ctrl-C or a crash, bit by bit the same run
+
+All of a run is in one folder, runs/<model>-<number>: run.json (what was asked for), log.jsonl (a
+line a step), state.safetensors (to resume from) and prompt.safetensors (theta and phi at the lowest
+validation loss: what eval.py takes). A corpus's tokens and clusters are kept in cache/.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shlex
+import signal
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+import data
+from data import VARIANTS, TaskIndex, atomic_write, meta_task
+from supmer import (Method, init_prompt, init_regularizer, init_state, knob, meta_gradient,
+                    meta_step, save_prompt, validate_task)
+from t5 import T5, InputError, T5Config, expected_shapes, load_t5
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run needs beside the method's numbers: data, sizes, when to validate and save."""
+    model: str = knob("tiny", "tiny, t5-small, t5-base, t5-large, a hub id, or a T5's folder")
+    corpus: tuple = knob(
+        ("openwebtext",), "openwebtext, embedded, or files and folders of .txt, .jsonl, .jsonl.gz")
+    bytes: int = knob(10 ** 10, "text read at most (section 4.1: 10 GB)")
+    clusters: int = knob(250, "K-means clusters of each format (Table 6)")
+    prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)")
+    max_tokens: int = knob(412, "text tokens of an example (Table 6: 512 with the prompt)")
+    tasks: int = knob(4, "n, tasks in a batch (Table 6)")
+    support: int = knob(32, "examples of a support set (Table 6)")
+    query: int = knob(32, "examples of a query set (Table 6)")
+    seed: int = knob(0, "of the prompt, the clusters and every task")
+    validate_every: int = knob(2000, "steps between validations (Table 6)")
+    validation_tasks: int = knob(20, "fixed held-out tasks of each variant (ours)")
+    save_seconds: float = knob(60.0, "seconds between saved states (ours)")
+    dtype: str = knob("float32", "of the frozen T5: float32 or bfloat16 (theta and phi: float32)")
+    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+
+
+# What the embedded T5 takes instead of the paper's numbers, and why.
+TINY = {
+    "corpus": (("embedded",), "see tiny/README.md"),
+    "bytes": (2_500_000, "half of it: the store is then made in under half a minute"),
+    "clusters": (16, "so that the held-out documents still fill clusters of 32 sentences"),
+    "prompt_length": (20, "100 vectors drown the text of so small a model"),
+    "max_tokens": (64, "a demonstration: short examples are quick"),
+    "support": (16, "a demonstration"),
+    "query": (16, "a demonstration"),
+    "relative_step": (0.03, "a1 = 0.1 would move this prompt by a few 1e-4 of its length"),
+    "prompt_rate": (0.02, "about 0.1 of the embedding table's RMS"),
+    "max_steps": (40, "a demonstration"),
+    "validate_every": (20, "twice in the demonstration"),
+    "validation_tasks": (2, "a demonstration; the paper-scale 20 makes figures steadier"),
+}
+# Official shapes (d_model, d_kv, d_ff, layers, heads) and the MB of their float32 weights.
+SHAPES = {"t5-small": (512, 64, 2048, 6, 8, 242), "t5-base": (768, 64, 3072, 12, 12, 892),
+          "t5-large": (1024, 64, 4096, 24, 16, 2951)}
+
+
+# ------------------------------------------------------------------------------- the command line
+
+def parse(argv):
+    """Command line -> Training, Method, {number: where its value comes from}, the other options."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for entry in (*fields(Training), *fields(Method)):
+        many, kind = isinstance(entry.default, tuple), type(entry.default)
+        shown = entry.default[0] if many else entry.default
+        tiny = f"; tiny: {TINY[entry.name][0]}, {TINY[entry.name][1]}" if entry.name in TINY else ""
+        how = {"action": "store_true"} if kind is bool else {"type": str, "nargs": "+"} if many \
+            else {"type": kind}
+        text = f"{entry.metadata['help']} [{shown}{tiny}]".replace("%", "%%")
+        parser.add_argument("--" + entry.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=text, **how)
+    parser.add_argument("--steps", dest="max_steps", type=int, default=argparse.SUPPRESS,
+                        help="short for --max-steps")
+    parser.add_argument("--run", type=Path, help="the new run's folder [runs/<model>-<number>]")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run")
+    parser.add_argument("--yes", action="store_true", help="start a long run without a GPU as well")
+    given = vars(parser.parse_args(argv))
+    control = argparse.Namespace(**{name: given.pop(name) for name in ("run", "resume", "yes")})
+    if control.resume:
+        if given or control.run:
+            raise InputError("--resume goes on with the run's own numbers: add nothing but --yes")
+        kept = read_run(control.resume)
+        given, tiny = kept["training"] | kept["method"], {}
+    else:
+        tiny = TINY if given.get("model", "tiny") == "tiny" else {}
+    sources = {entry.name: entry.metadata["help"] for entry in (*fields(Training), *fields(Method))}
+    sources |= {name: why for name, (_, why) in tiny.items()}
+    sources |= dict.fromkeys(given, "the run's own" if control.resume else "given")
+    return *settings({name: value for name, (value, _) in tiny.items()} | given), sources, control
+
+
+def settings(chosen):
+    """{number: value} -> (Training, Method). Raises InputError for values that make no sense."""
+    names = {entry.name for entry in (*fields(Training), *fields(Method))}
+    if not set(chosen) <= names:
+        raise InputError(f"{sorted(set(chosen) - names)}: this version has no such options")
+    chosen = {name: tuple(value) if isinstance(value, list) else value
+              for name, value in chosen.items()}
+    training, method = (cls(**{entry.name: chosen[entry.name] for entry in fields(cls)
+                               if entry.name in chosen}) for cls in (Training, Method))
+    may_be_zero = ("seed", "relative_step", "gate_weight", "prompt_rate", "regularizer_rate",
+                   "save_seconds")
+    for name, value in (asdict(training) | asdict(method)).items():
+        if type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_zero):
+            raise InputError(f"--{name.replace('_', '-')} {value}: it must be "
+                             f"{'0 or more' if name in may_be_zero else 'more than 0'}")
+    if training.dtype not in ("float32", "bfloat16"):
+        raise InputError(f"--dtype {training.dtype}: choose float32 or bfloat16")
+    return training, method
+
+
+def pick_device(name):
+    """auto, cpu, cuda, cuda:1, ... -> torch.device. Raises InputError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} is not to be had here ({str(error).splitlines()[0]}): "
+                         "try --device cpu") from None
+    return device
+
+
+def estimate(training, method, device):
+    """What a run with an official model will cost, as lines: downloads, seconds a step, memory.
+
+    Measured with random weights of the model's shape on one micro-batch of 128-token texts. A set
+    of n examples takes n / micro_batch of those, and the second-order step is linear in them.
+    """
+    d, k, f, layers, heads, megabytes = SHAPES[training.model]
+    config = T5Config(d, k, f, layers, layers, heads, 32128, False, True, True, 32, 128, 1e-6)
+    weights = {name: torch.randn(shape, dtype=getattr(torch, training.dtype), device=device) / 20
+               for name, shape in expected_shapes(config).items()}
+    t5 = T5(config, weights | {"lm_head.weight": weights["shared.weight"]})
+    theta = init_prompt(t5, training.prompt_length, 0)
+    rows = method.micro_batch
+    examples = data.Examples([[9] * 128] * rows, [[]] * rows, torch.zeros(rows, 0, d),
+                             torch.zeros(rows, dtype=torch.long), [[3, 4], [3, 5]])
+    task = data.Task("sp-cluster", (0,), examples, examples)
+    began = time.perf_counter()
+    meta_gradient(t5, theta, init_regularizer(d, device=device), task, task, 0.5, 0.5, method)
+    seconds = (time.perf_counter() - began) * training.tasks * training.query / rows
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = [f"download: {training.model}, {megabytes} MB, if it is not in the hub's cache yet"]
+    if training.corpus == ("openwebtext",):
+        lines.append(f"download: OpenWebText, about {training.bytes / 3e9:.1f} GB of archives for "
+                     f"{training.bytes / 1e9:.1f} GB of text, if not in the hub's cache yet")
+    return lines + [
+        f"time:     {seconds:.1f} s a step, measured on this {device.type} with random weights and "
+        f"128-token texts: {seconds * method.max_steps / 3600:,.0f} hours for "
+        f"{method.max_steps:,} steps",
+        f"memory:   {peak / 2**30:.1f} GiB at the peak of that, with micro-batches of {rows}"]
+
+
+# ------------------------------------------------------------------------------ a run on the disk
+
+def new_run(training, method, wanted):
+    """Make the folder `wanted`, or the next free runs/<model>-<number>, with its run.json."""
+    name = Path(training.model).name
+    numbered = (Path("runs") / f"{name}-{number}" for number in range(1, 10 ** 6))
+    for folder in [wanted] if wanted else numbered:
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if wanted:
+                raise InputError(f"{folder} exists: name another --run, or go on with "
+                                 f"--resume {folder}") from None
+    write_run(folder, {
+        "model": training.model, "training": asdict(training), "method": asdict(method),
+        "command": shlex.join(["python", *sys.argv]), "finished": False, "ended": None,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}})
+    return folder
+
+
+def write_run(folder, values):
+    """Write run.json."""
+    text = json.dumps(values, indent=1) + "\n"
+    atomic_write(folder / "run.json", lambda file: file.write(text.encode()))
+
+
+def read_run(folder):
+    """run.json of a folder -> dict. Raises InputError if train.py did not make the folder."""
+    try:
+        values = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        values["training"] | values["method"], values["finished"], values["ended"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} holds no run ({error!r}): name a folder that train.py made, "
+                         "such as runs/tiny-1") from None
+    return values
+
+
+def state_tensors(state):
+    """Every tensor of a MetaState by name; Adam's only exist after the first step."""
+    parameters = {"theta": state.theta, **{f"phi.{name}": x for name, x in state.phi.items()}}
+    adam = {f"adam.{name}.{key}": value for name, x in parameters.items()
+            for optimizer in (state.theta_adam, state.phi_adam) if x in optimizer.state
+            for key, value in optimizer.state[x].items()}
+    return parameters | adam
+
+
+def save_state(folder, state, best):
+    """Write all that the next step depends on, and the lowest validation loss so far."""
+    numbers = {"s": state.s, "step": state.step, "best": best}
+    tensors = state_tensors(state) | {name: torch.tensor(x, dtype=torch.float64)
+                                      for name, x in numbers.items()}
+    payload = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
+    atomic_write(folder / "state.safetensors", lambda file: file.write(payload))
+
+
+def load_state(folder, state):
+    """Fill a fresh MetaState from save_state's file -> the lowest validation loss so far.
+
+    Raises InputError if the file is damaged or of a run with other shapes.
+    """
+    path = folder / "state.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            saved = {name: file.get_tensor(name) for name in file.keys()}
+        state.s, state.step, best = (saved.pop(name).item() for name in ("s", "step", "best"))
+        state.step = int(state.step)
+        if state.step:                          # one step of nothing makes Adam's tensors, to fill
+            for x in (state.theta, *state.phi.values()):
+                x.grad = torch.zeros_like(x)
+            for optimizer in (state.theta_adam, state.phi_adam):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        targets = state_tensors(state)
+        if {name: x.shape for name, x in saved.items()} != {n: x.shape for n, x in targets.items()}:
+            raise ValueError("it holds other tensors than this run")
+        for name, x in targets.items():
+            x.copy_(saved[name])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path} cannot be resumed from ({error}): start a new run") from None
+    return best
+
+
+class Log:
+    """log.jsonl: a line a step and a validation. What differs between equal runs is in "time"."""
+
+    def __init__(self, folder, last_step):
+        """Keep the lines up to last_step, drop later ones (they will come again), append."""
+        path, kept = folder / "log.jsonl", []
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= last_step:    # not if torn
+                kept.append(line)
+        atomic_write(path, lambda file: file.writelines(kept))
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, entry):
+        """Append one line; it is on the disk when this returns."""
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+# ------------------------------------------------------------------------------------- validation
+
+def validate(t5, state, tasks, method):
+    """Adapt to each held-out task and measure its query set, before and after -> dict of means.
+
+    "loss" is the loss after adaptation, which decides what is kept; "variants" has the figures of
+    each variant ("correct" as a share).
+    """
+    found, size = defaultdict(list), len(tasks[0].query.ids)
+    for task in tqdm(tasks, desc="validation", unit="task", leave=False):
+        result = validate_task(t5, state.theta, state.phi, task, method)
+        flat = {f"{key}_{when}": result[when][key] / (size if key == "correct" else 1)
+                for when in ("before", "after") for key in result[when]}
+        found[task.variant].append(flat | {"step_size": result["step_size"]})
+
+    def means(results):
+        return {key: sum(result[key] for result in results) / len(results) for key in results[0]}
+    everything = means([result for results in found.values() for result in results])
+    return {"loss": everything["loss_after"], "loss_before": everything["loss_before"],
+            "step_size": everything["step_size"], "queries": size * len(tasks),
+            "variants": {variant: means(results) for variant, results in found.items()}}
+
+
+def table(first, last, step):
+    """The validations at step 0 and at the end as text, a row for each variant."""
+    lines = [f"{last['queries']} held-out queries: accuracy in %, loss over the label words",
+             f"{'':17}step 0, unadapted -> adapted    step {step}, unadapted -> adapted"]
+    for variant in last["variants"]:
+        cells = [" -> ".join(f"{100 * v[f'correct_{when}']:5.1f} {v[f'word_loss_{when}']:6.3f}"
+                             for when in ("before", "after"))
+                 for v in (first["variants"][variant], last["variants"][variant])]
+        chance = f"(chance {100 / len(data.WORDS[variant]):.0f})"
+        lines.append(f"{variant:11}{chance:>12}  {cells[0]}    {cells[1]}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------- the run
+
+def open_index(training, model_folder, tokenizer, t5):
+    """The corpus as a store (found in cache/, or made with a bar for each stage) -> TaskIndex."""
+    if training.corpus == ("openwebtext",):
+        paths = data.openwebtext_files(training.bytes)
+    else:
+        paths = [data.TINY / "corpus.jsonl.gz" if path == "embedded" else Path(path)
+                 for path in training.corpus]
+    with tqdm(leave=False, dynamic_ncols=True) as bar:
+        def progress(stage, done, total):
+            bar.set_description(stage, refresh=False)
+            bar.total, bar.n = total, done
+            bar.refresh()
+        store = data.build_store(Path("cache"), paths, tokenizer, t5, training.clusters,
+                                 training.seed, model=model_folder, max_bytes=training.bytes,
+                                 progress=progress)
+    counts = ", ".join(f"{count:,} {name}" for name, count in store.meta["counts"].items())
+    print(f"corpus: {counts}\n        kept in {store.folder}")
+    return TaskIndex(store, tokenizer, support=training.support, query=training.query,
+                     max_tokens=training.max_tokens)
+
+
+class Run:
+    """A run's folder and what it holds: the log, the state, the best prompt."""
+
+    def __init__(self, folder, training, method, t5, index):
+        """Take up the folder's saved state, or make and validate that of step 0."""
+        self.folder, self.training, self.method = folder, training, method
+        self.t5, self.index, self.best = t5, index, float("inf")
+        theta = init_prompt(t5, training.prompt_length, training.seed)
+        phi = init_regularizer(t5.config.d_model, device=theta.device)
+        self.state = init_state(theta, phi, method)
+        self.held_out = [meta_task(index, training.seed, 0, i, variant=variant, stream=3,
+                                   split="validation")
+                         for variant in VARIANTS for i in range(training.validation_tasks)]
+        resumed = (folder / "state.safetensors").exists()
+        if resumed:
+            self.best = load_state(folder, self.state)
+        self.log = Log(folder, self.state.step if resumed else -1)
+        if not resumed:
+            self.validate()
+            save_state(folder, self.state, self.best)
+
+    def batch(self):
+        """The step's n (task, partner) pairs, of one variant each: made from (seed, step) alone."""
+        where, pairs = (self.index, self.training.seed, self.state.step), []
+        for i in range(self.training.tasks):
+            task = meta_task(*where, i, stream=1)
+            pairs.append((task, meta_task(*where, i, variant=task.variant, stream=2,
+                                          avoid=task.clusters)))
+        return pairs
+
+    def validate(self):
+        """Measure the held-out tasks, log it, keep theta and phi if their loss is the lowest."""
+        result = validate(self.t5, self.state, self.held_out, self.method)
+        self.log.write({"step": self.state.step, "validation": result})
+        if result["loss_before"] - result["loss"] < 1e-4 * result["loss_before"]:
+            tqdm.write(f"step {self.state.step}: the inner step lowers the held-out loss by less "
+                       f"than 1e-4 of it; it moves the prompt by {result['step_size']:.1e} of its "
+                       "length. See --relative-step and --inner-rate.")
+        if result["loss"] < self.best:
+            self.best = result["loss"]
+            save_prompt(self.folder / "prompt.safetensors", self.state.theta, self.state.phi, {
+                "model": self.training.model, "corpus": " ".join(self.training.corpus),
+                "step": str(self.state.step), "steps": str(self.method.max_steps),
+                "seed": str(self.training.seed), "validation_loss": f"{self.best:.6f}"})
+
+    def step(self):
+        """One meta-step, logged -> its log entry."""
+        began, pairs = time.perf_counter(), self.batch()
+        entry = meta_step(self.t5, self.state, pairs, self.method, self.training.seed)
+        seconds = time.perf_counter() - began
+        tokens = sum(len(ids) for pair in pairs for task in pair
+                     for ids in (*task.support.ids, *task.query.ids))
+        entry |= {"time": {"seconds": seconds, "tokens_per_second": tokens / seconds}}
+        variants = [task.variant for task, _ in pairs]
+        self.log.write({"step": self.state.step, "variants": variants, **entry})
+        return entry
+
+    def train(self):
+        """Step until max_steps, or SIGINT or SIGTERM: end the step, save -> that signal or None."""
+        caught, saved, last = [], time.monotonic(), self.method.max_steps
+        before = {number: signal.signal(number, lambda number, frame: caught.append(number))
+                  for number in (signal.SIGINT, signal.SIGTERM)}
+        with tqdm(total=last, initial=self.state.step, unit="step", dynamic_ncols=True) as bar:
+            while self.state.step < last and not caught:
+                entry = self.step()
+                bar.set_postfix(loss=f"{entry['query_loss']:.3f}", s=f"{entry['s']:.2f}",
+                                b=f"{entry['b']:.2f}",
+                                tokens_s=f"{entry['time']['tokens_per_second']:.0f}")
+                bar.update()
+                step = self.state.step
+                if step == last or step % self.training.validate_every == 0:
+                    self.validate()
+                if step == last or caught or time.monotonic() - saved > self.training.save_seconds:
+                    save_state(self.folder, self.state, self.best)
+                    saved = time.monotonic()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        return caught[0] if self.state.step < last else None
+
+
+def main(argv):
+    """Say what will run, run it, say what came out -> exit status."""
+    training, method, sources, control = parse(argv)
+    if control.resume and read_run(control.resume)["finished"]:
+        raise InputError(f"{control.resume} is finished already: start a new run")
+    device = pick_device(training.device)
+    if training.model in SHAPES and not control.resume:
+        print("\n".join(estimate(training, method, device)))
+        if device.type == "cpu" and not control.yes:
+            raise InputError("there is no GPU here: add --yes to start all the same, "
+                             "or begin with the embedded model: python train.py")
+    for name, value in (asdict(training) | asdict(method)).items():
+        shown = " ".join(value) if type(value) is tuple else str(value)
+        print(f"  {name:17} {shown:12} {sources[name]}")
+    model_folder = data.model_folder(training.model)
+    t5 = load_t5(model_folder, getattr(torch, training.dtype), device)
+    tokenizer = data.load_tokenizer(model_folder, t5.config)
+    index = open_index(training, model_folder, tokenizer, t5)
+    folder = control.resume or new_run(training, method, control.run)
+    print(f"run:    {folder}")
+    run = Run(folder, training, method, t5, index)
+    interrupted = run.train()
+    if interrupted:
+        print(f"stopped after step {run.state.step}, nothing is lost; "
+              f"go on with: python train.py --resume {folder}")
+        return 128 + interrupted
+    write_run(folder, read_run(folder) | {"finished": True, "ended": time.time()})
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    validations = [line for line in lines if "validation" in line]
+    print(table(validations[0]["validation"], validations[-1]["validation"], run.state.step))
+    print(f"lowest validation loss {run.best:.4f}: {folder}/prompt.safetensors\n"
+          f"tune it on a task: python eval.py --prompt {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped before the first step", file=sys.stderr)
+        sys.exit(130)
