@@ -281,7 +281,8 @@ READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl,
            ".tar": _read_openwebtext}
 
 # A stop: . ! ? and the quotes and brackets that close after it, a space, and what opens the next.
-STOP = re.compile(r"""(?<![.!?…])([.!?…]+)["'”’»)\]]*\s(?=["'“‘«(\[—–-]*\s?(\w+))""")
+STOP = re.compile(
+    r"""(?<![.!?…])([.!?…]+)["'”’»)\]]*\s(?=["'“‘«(\[—–-]*\s?(\w+))""")
 OPENING = "\"'“‘«([—–-"
 TITLES = set("""mr mrs ms dr prof st messrs mme mlle rev hon gen col maj capt lt sgt gov sen rep
     pres fr mt vs cf viz e.g i.e eg ie approx ca adj adv vi vt syn esp""".split())  # never last
@@ -372,6 +373,12 @@ def fingerprint(files):
     return whole.hexdigest()
 
 
+def model_fingerprint(folder):
+    """sha256 of a model folder's config.json and weights: what a prompt or a store belongs to."""
+    weights = Path(folder) / "model.safetensors"
+    return fingerprint([Path(folder) / "config.json", weights])
+
+
 def open_store(folder, made_of=None):
     """Open a store. InputError if it is damaged or, made_of given, was made of something else."""
     folder = Path(folder)
@@ -402,11 +409,9 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
     K-means sees a sample of the others. progress(stage, done, total or None): called now and then.
     Memory: some 80 bytes a sentence, SAMPLE * K embeddings. InputError for too small a corpus.
     """
-    cache, model = Path(cache), Path(model)
-    weights = sorted(model.glob("*.safetensors"))
-    made_of = {"corpus": fingerprint(corpus_files(paths)),
-               "tokenizer": fingerprint([model / "tokenizer.json"]),
-               "model": fingerprint([model / "config.json", *weights]),
+    cache = Path(cache)
+    made_of = {"corpus": fingerprint(corpus_files(paths)), "model": model_fingerprint(model),
+               "tokenizer": fingerprint([Path(model) / "tokenizer.json"]),
                "options": {"clusters": clusters, "seed": seed, "max_bytes": max_bytes,
                            "one_per_format": one_per_format}}
     folder = cache / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
@@ -865,7 +870,7 @@ def demonstrate():
     tokenizer = load_tokenizer(folder, t5.config)
     with tempfile.TemporaryDirectory() as new:
         store = build_store(Path(new) / "store", [folder / "corpus.jsonl.gz"], tokenizer, t5,
-                            clusters=8, seed=0, model=folder, max_bytes=300_000)
+                            clusters=6, seed=0, model=folder, max_bytes=400_000)
         index = TaskIndex(store, tokenizer, support=4, query=4)
         for variant in VARIANTS:
             task = meta_task(index, 0, 0, 0, variant=variant, stream=1)

@@ -11,7 +11,6 @@ seeds x 3 rates x 200 steps, some 15 minutes on one core. Validation examples ch
 the test file is opened when all tuning of the task is done.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -29,11 +28,11 @@ import torch
 from tqdm import tqdm
 
 from data import (TASKS, TINY, atomic_write, few_shot, load_test, load_tokenizer, load_train,
-                  model_folder, task_examples)
+                  model_fingerprint, model_folder, task_examples)
 from supmer import (Method, init_prompt, knob, load_prompt, measure, prompt_gradient, regularize,
                     score)
 from t5 import InputError, load_t5
-from train import pick_device, read_run
+from train import knob_parser, pick_device, read_run
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,9 @@ def open_prompt(name, t5, settings):
     if not path.is_file():
         raise InputError(f"{path} is missing: give --prompt RUN|released|random|vocab")
     theta, phi, about = load_prompt(path, t5.config.d_model)
-    if Path(about.get("model", "")).name != Path(model).name:
-        raise InputError(f"{path} was learned on {about.get('model')}, not {model}: take another")
+    if about.get("model_sha256") != model_fingerprint(model_folder(model)):
+        raise InputError(f"{path} was learned on another {about.get('model')} than {model} is now:"
+                         " take a prompt of this model")
     if len(theta) != P:
         raise InputError(f"{path} has {len(theta)} vectors, not {P}: --prompt-length {len(theta)}?")
     phi = {key: value.to(device) for key, value in phi.items()}
@@ -232,25 +232,13 @@ def test_task(t5, tokenizer, task, folder, prompts, thetas, settings):
 
 def parse(argv):
     """Command line -> Settings, {name: source of its value}. Raises InputError for its mistakes."""
-    def fail(message):
-        raise InputError(f"{message}; python eval.py --help explains")
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser = knob_parser(__doc__, [Settings], FOR_TINY, CHOICES)
     parser.add_argument("--quick", action="store_true", help=f"a demonstration: {QUICK}")
-    for entry in fields(Settings):
-        many = isinstance(entry.default, tuple)
-        kind = type(entry.default[0] if many else entry.default)
-        how = {"action": "store_true"} if kind is bool else {
-            "type": kind, "nargs": "+" if many else None, "choices": CHOICES.get(entry.name)}
-        words = f"{entry.metadata['help']} [{entry.default}]".replace("%", "%%")
-        parser.add_argument("--" + entry.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=words, **how)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
     quick = QUICK if given.pop("quick") else {}
     for name in given.keys() & quick.keys() - {"prompt"}:
-        fail(f"--quick sets {name} itself: leave one of the two away")
+        parser.error(f"--quick sets {name} itself: leave one of the two away")
     tiny = FOR_TINY if given.get("model", "tiny") == "tiny" else {}
     settings = Settings(**{name: value for name, (value, _) in tiny.items()} | quick | given)
     settings = replace(settings, prompt=tuple(
@@ -259,9 +247,10 @@ def parse(argv):
         values = value if isinstance(value, tuple) else (value,)
         least = 0 if name in ("seeds", "test_rows") else 1e-9
         if not all(least <= x < 1e9 for x in values if type(x) in (int, float)):
-            fail(f"{name} {value}: must be {'at least' if least == 0 else 'above'} 0, below 1e9")
+            bound = "at least" if least == 0 else "above"
+            parser.error(f"{name} {value}: must be {bound} 0, below 1e9")
         if len(set(values)) < len(values):
-            fail(f"{name} {value}: one is given twice")
+            parser.error(f"{name} {value}: one is given twice")
     sources = {entry.name: entry.metadata["help"] for entry in fields(Settings)}
     sources |= {name: why for name, (_, why) in tiny.items()} | dict.fromkeys(quick, "--quick")
     return settings, sources | dict.fromkeys(given, "given")

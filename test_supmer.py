@@ -2351,7 +2351,8 @@ def write_run(folder, model="small", finished=True, ended=1.0, P=3, d=16):
     generator = torch.Generator().manual_seed(1)
     phi = {k: v + 0.2 * torch.randn(v.shape, generator=generator) for k, v in supmer.init_regularizer(d).items()}
     supmer.save_prompt(Path(folder) / "prompt.safetensors", torch.randn(P, d, generator=generator), phi,
-                       {"model": model, "corpus": "embedded", "step": "7", "steps": "9", "seed": "0"})
+                       {"model": model, "corpus": "embedded", "step": "7", "steps": "9", "seed": "0",
+                        "model_sha256": data.model_fingerprint(model) if Path(model).is_dir() else "another"})
 
 
 def tuning_record(path):
@@ -2570,7 +2571,7 @@ def test_json_is_complete(place, capsys):
     assert set(written) == {"command", "settings", "prompts", "tasks"}
     assert written["prompts"]["runs/small-1"] == {
         "file": "runs/small-1/prompt.safetensors", "model": "small", "corpus": "embedded", "step": "7", "steps": "9",
-        "seed": "0", "regularizer": "affine"}
+        "seed": "0", "model_sha256": data.model_fingerprint("small"), "regularizer": "affine"}
     result = written["tasks"]["planted"]
     for name in ("runs/small-1", "random"):
         records, tested = result["tuning"][name], result["test"]["prompts"][name]

@@ -78,19 +78,33 @@ SHAPES = {"t5-small": (512, 64, 2048, 6, 8, 242), "t5-base": (768, 64, 3072, 12,
 
 # ------------------------------------------------------------------------------- the command line
 
+def knob_parser(description, classes, tiny, choices=()):
+    """An ArgumentParser with an option for each knob of the dataclasses; absent ones stay absent.
+
+    Its help shows each one's source, default and tiny's value {name: (value, why)}; choices {name:
+    values}. What it refuses is an InputError.
+    """
+    def fail(message):
+        raise InputError(f"{message}; see --help")
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    for entry in (entry for cls in classes for entry in fields(cls)):
+        many = isinstance(entry.default, tuple)
+        kind = type(entry.default[0] if many else entry.default)
+        shown = " ".join(map(str, entry.default)) if many else entry.default
+        ours = f"; tiny: {tiny[entry.name][0]}, {tiny[entry.name][1]}" if entry.name in tiny else ""
+        how = {"action": "store_true"} if kind is bool else {
+            "type": kind, "nargs": "+" if many else None, "choices": dict(choices).get(entry.name)}
+        parser.add_argument(
+            "--" + entry.name.replace("_", "-"), default=argparse.SUPPRESS,
+            help=f"{entry.metadata['help']} [{shown}{ours}]".replace("%", "%%"), **how)
+    return parser
+
+
 def parse(argv):
     """Command line -> Training, Method, {number: where its value comes from}, the other options."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for entry in (*fields(Training), *fields(Method)):
-        many, kind = isinstance(entry.default, tuple), type(entry.default)
-        shown = entry.default[0] if many else entry.default
-        tiny = f"; tiny: {TINY[entry.name][0]}, {TINY[entry.name][1]}" if entry.name in TINY else ""
-        how = {"action": "store_true"} if kind is bool else {"type": str, "nargs": "+"} if many \
-            else {"type": kind}
-        text = f"{entry.metadata['help']} [{shown}{tiny}]".replace("%", "%%")
-        parser.add_argument("--" + entry.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=text, **how)
+    parser = knob_parser(__doc__, (Training, Method), TINY)
     parser.add_argument("--steps", dest="max_steps", type=int, default=argparse.SUPPRESS,
                         help="short for --max-steps")
     parser.add_argument("--run", type=Path, help="the new run's folder [runs/<model>-<number>]")
@@ -380,7 +394,8 @@ class Run:
             save_prompt(self.folder / "prompt.safetensors", self.state.theta, self.state.phi, {
                 "model": self.training.model, "corpus": " ".join(self.training.corpus),
                 "step": str(self.state.step), "steps": str(self.method.max_steps),
-                "seed": str(self.training.seed), "validation_loss": f"{self.best:.6f}"})
+                "seed": str(self.training.seed), "validation_loss": f"{self.best:.6f}",
+                "model_sha256": self.index.store.meta["made_of"]["model"]})
 
     def step(self):
         """One meta-step, logged -> its log entry."""
