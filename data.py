@@ -42,7 +42,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from tokenizers import Tokenizer
 
 from kmeans import kmeans, nearest
-from t5 import EOS, PAD, InputError, embed_tokens, encode, load_t5
+from t5 import EOS, PAD, InputError, embed_tokens, encode, load_t5, read_config
 
 TINY = Path(__file__).resolve().parent / "tiny"
 MASK, UNK = "<extra_id_0>", 2       # <X> of the templates; the id that holds a vector's place
@@ -841,11 +841,22 @@ def model_folder(name):
         raise InputError(f"{folder} is missing: `python tiny.py` builds the embedded model")
     if folder.is_dir():
         return folder
+    files = ("config.json", "tokenizer.json", "model.safetensors")
+    return [_fetch(file, repo_id=_hub_id(name)) for file in files][0].parent
+
+
+def _hub_id(name):
     if "/" not in MODELS.get(name, name):
         raise InputError(f"no model {name!r}: give tiny, {', '.join(MODELS)}, a hub id owner/name,"
                          " or a folder with config.json, model.safetensors, tokenizer.json")
-    files = ("config.json", "tokenizer.json", "model.safetensors")
-    return [_fetch(file, repo_id=MODELS.get(name, name)) for file in files][0].parent
+    return MODELS.get(name, name)
+
+
+def model_config(name):
+    """The T5Config of a folder or a hub id; of the latter only config.json is fetched."""
+    folder = Path(name)
+    return read_config(folder if folder.is_dir() else
+                       _fetch("config.json", repo_id=_hub_id(name)).parent)
 
 
 def openwebtext_files(max_bytes):

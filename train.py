@@ -12,6 +12,7 @@ validation loss: what eval.py takes). A corpus's tokens and clusters are kept in
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -66,14 +67,15 @@ TINY = {
     "support": (16, "a demonstration"),
     "query": (16, "a demonstration"),
     "relative_step": (0.03, "a1 = 0.1 would move this prompt by a few 1e-4 of its length"),
+    "exact_cosine": (True, "v stands in for it only up to relative steps of 0.01"),
     "prompt_rate": (0.02, "about 0.1 of the embedding table's RMS"),
     "max_steps": (40, "a demonstration"),
     "validate_every": (20, "twice in the demonstration"),
     "validation_tasks": (2, "a demonstration; the paper-scale 20 makes figures steadier"),
 }
-# Official shapes (d_model, d_kv, d_ff, layers, heads) and the MB of their float32 weights.
-SHAPES = {"t5-small": (512, 64, 2048, 6, 8, 242), "t5-base": (768, 64, 3072, 12, 12, 892),
-          "t5-large": (1024, 64, 4096, 24, 16, 2951)}
+# Official shapes (d_model, d_kv, d_ff, layers, heads), to estimate a run before any download.
+SHAPES = {"t5-small": (512, 64, 2048, 6, 8), "t5-base": (768, 64, 3072, 12, 12),
+          "t5-large": (1024, 64, 4096, 24, 16)}
 
 
 # ------------------------------------------------------------------------------- the command line
@@ -94,7 +96,7 @@ def knob_parser(description, classes, tiny, choices=()):
         kind = type(entry.default[0] if many else entry.default)
         shown = " ".join(map(str, entry.default)) if many else entry.default
         ours = f"; tiny: {tiny[entry.name][0]}, {tiny[entry.name][1]}" if entry.name in tiny else ""
-        how = {"action": "store_true"} if kind is bool else {
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
             "type": kind, "nargs": "+" if many else None, "choices": dict(choices).get(entry.name)}
         parser.add_argument(
             "--" + entry.name.replace("_", "-"), default=argparse.SUPPRESS,
@@ -159,35 +161,41 @@ def pick_device(name):
 
 
 def estimate(training, method, device):
-    """What a run with an official model will cost, as lines: downloads, seconds a step, memory.
+    """What a run will cost -> lines to print (downloads, time, memory), and its hours.
 
-    Measured with random weights of the model's shape on one micro-batch of 128-token texts. A set
-    of n examples takes n / micro_batch of those, and the second-order step is linear in them.
+    Measured with random weights of the model's shape on one micro-batch of 128-token texts, before
+    anything large is fetched. A set of n examples takes n / micro_batch of those.
     """
-    d, k, f, layers, heads, megabytes = SHAPES[training.model]
-    config = T5Config(d, k, f, layers, layers, heads, 32128, False, True, True, 32, 128, 1e-6)
+    if training.model in SHAPES:
+        d, k, f, layers, heads = SHAPES[training.model]
+        config = T5Config(d, k, f, layers, layers, heads, 32128, False, True, True, 32, 128, 1e-6)
+    else:
+        config = data.model_config(training.model)
+    shapes, d = expected_shapes(config), config.d_model
     weights = {name: torch.randn(shape, dtype=getattr(torch, training.dtype), device=device) / 20
-               for name, shape in expected_shapes(config).items()}
-    t5 = T5(config, weights | {"lm_head.weight": weights["shared.weight"]})
-    theta = init_prompt(t5, training.prompt_length, 0)
-    rows = method.micro_batch
-    examples = data.Examples([[9] * 128] * rows, [[]] * rows, torch.zeros(rows, 0, d),
-                             torch.zeros(rows, dtype=torch.long), [[3, 4], [3, 5]])
+               for name, shape in shapes.items()}
+    t5 = T5(config, {"lm_head.weight": weights["shared.weight"], **weights})
+    theta, rows = init_prompt(t5, training.prompt_length, 0), method.micro_batch
+    examples = data.Examples([[3] * min(128, training.max_tokens)] * rows, [[]] * rows,
+                             torch.zeros(rows, 0, d), torch.zeros(rows, dtype=torch.long),
+                             [[3, 4], [3, 5]])
     task = data.Task("sp-cluster", (0,), examples, examples)
     began = time.perf_counter()
     meta_gradient(t5, theta, init_regularizer(d, device=device), task, task, 0.5, 0.5, method)
     seconds = (time.perf_counter() - began) * training.tasks * training.query / rows
+    hours = seconds * method.max_steps / 3600
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    lines = [f"download: {training.model}, {megabytes} MB, if it is not in the hub's cache yet"]
+    lines = [f"time:     {seconds:.1f} s a step, {hours:,.1f} hours for {method.max_steps:,} "
+             f"steps, measured on this {device.type} with random weights and 128-token texts",
+             f"memory:   {peak / 2**30:.1f} GiB at the peak of that, with micro-batches of {rows}"]
     if training.corpus == ("openwebtext",):
-        lines.append(f"download: OpenWebText, about {training.bytes / 3e9:.1f} GB of archives for "
-                     f"{training.bytes / 1e9:.1f} GB of text, if not in the hub's cache yet")
-    return lines + [
-        f"time:     {seconds:.1f} s a step, measured on this {device.type} with random weights and "
-        f"128-token texts: {seconds * method.max_steps / 3600:,.0f} hours for "
-        f"{method.max_steps:,} steps",
-        f"memory:   {peak / 2**30:.1f} GiB at the peak of that, with micro-batches of {rows}"]
+        lines.insert(0, f"download: OpenWebText, about {training.bytes / 3e9:.1f} GB of archives "
+                        f"for {training.bytes / 1e9:.1f} GB of text, if not cached yet")
+    if not Path(training.model).is_dir():
+        size = sum(math.prod(shape) for shape in shapes.values()) * 4e-6
+        lines.insert(0, f"download: {training.model}, about {size:,.0f} MB, if not cached yet")
+    return lines, hours
 
 
 # ------------------------------------------------------------------------------ a run on the disk
@@ -438,9 +446,11 @@ def main(argv):
     if control.resume and read_run(control.resume)["finished"]:
         raise InputError(f"{control.resume} is finished already: start a new run")
     device = pick_device(training.device)
-    if training.model in SHAPES and not control.resume:
-        print("\n".join(estimate(training, method, device)))
-        if device.type == "cpu" and not control.yes:
+    if training.model != "tiny" and not control.resume:
+        lines, hours = estimate(training, method, device)
+        print("\n".join(lines))
+        long = hours > 1 or training.corpus == ("openwebtext",)
+        if long and device.type == "cpu" and not control.yes:
             raise InputError("there is no GPU here: add --yes to start all the same, "
                              "or begin with the embedded model: python train.py")
     for name, value in (asdict(training) | asdict(method)).items():
