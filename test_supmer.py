@@ -3768,7 +3768,8 @@ def test_splits_are_disjoint_and_counted():
             rows = rows_of(task, split)
             assert {label for label, _ in rows} == {0, 1}
             positive = sum(label for label, _ in rows)
-            assert re.search(rf"\| {task} \|.*\b{len(rows):,} \({positive:,}\)", card), (task, split)
+            cell = rf"\| {task} \|.*\b{len(rows):,} \({positive:,}\)"
+            assert re.search(cell, card), (task, split)
             keys += [" ".join(re.findall("[a-z0-9]+", text.lower())) for _, text in rows]
         assert len(keys) == len(set(keys))
 
@@ -3795,12 +3796,14 @@ def test_tokenizer_keeps_t5s_conventions(tokenizer):
     """<pad> 0, </s> 1, <unk> 2, </s> appended, 100 sentinels counting down from the last id."""
     assert [tokenizer.token_to_id(t) for t in ("<pad>", "</s>", "<unk>")] == [PAD, EOS, 2]
     last = tokenizer.get_vocab_size() - 1
-    assert [tokenizer.token_to_id(f"<extra_id_{i}>") for i in range(100)] == list(range(last, last - 100, -1))
+    ids = [tokenizer.token_to_id(f"<extra_id_{i}>") for i in range(100)]
+    assert ids == list(range(last, last - 100, -1))
     ids = tokenizer.encode(f"It was {MASK} ?").ids
     assert ids.count(last) == 1 and ids[-1] == EOS and ids.index(last) == 2 and len(ids) == 5
 
 
-@pytest.mark.parametrize("text", ["naïve café", "日本語 и кириллица", "😀 x^2 ≠ 3", "\tA  b\nc", "“Don’t!”", ""])
+@pytest.mark.parametrize(
+    "text", ["naïve café", "日本語 и кириллица", "😀 x^2 ≠ 3", "\tA  b\nc", "“Don’t!”", ""])
 def test_odd_text_comes_back(tokenizer, text):
     """No text becomes <unk>; decoding gives it back but for spaces and the form of quotes."""
     ids = tokenizer.encode(text).ids
@@ -3811,7 +3814,8 @@ def test_odd_text_comes_back(tokenizer, text):
 
 def test_spaced_and_natural_text_are_one(tokenizer):
     """LM-BFF's files are spaced (it 's good .), reviews are not: the model sees the same pieces."""
-    assert tokenizer.encode("it 's n't bad , does n't it .").ids == tokenizer.encode("it'sn't bad, doesn't it.").ids
+    spaced, natural = "it 's n't bad , does n't it .", "it'sn't bad, doesn't it."
+    assert tokenizer.encode(spaced).ids == tokenizer.encode(natural).ids
 
 
 def test_model_is_small_and_knows_sentiment(tokenizer):
@@ -3830,5 +3834,6 @@ def test_model_is_small_and_knows_sentiment(tokenizer):
 
 def test_jargon_entries():
     """A dictd entry, literally."""
-    text = "00-database-info\n    not prose at all here\nhack\n n.\n\n    1. A quick job that works,\n    or {kluge}.\n"
+    text = ("00-database-info\n    not prose at all here\nhack\n n.\n\n"
+            "    1. A quick job that works,\n    or {kluge}.\n")
     assert jargon_entries(text) == [("hack", ["A quick job that works, or kluge."])]

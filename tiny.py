@@ -5,10 +5,16 @@
 FOLDER ($SUPMER_DATA by default) has text to learn from (mixture/, text/), and the test sets that
 must stay out of it (original/, superglue/, domain/). It fetches four packages by pip and apt-get,
 writes tiny/corpus.jsonl.gz and tiny/tasks/, trains a tokenizer, has 60,000 sentences embedded by a
-teacher (the sentence encoder all-MiniLM-L6-v2; needs `transformers`, for building only), trains
-(tiny_train.py, on lessons of tiny_lessons.py) and writes config.json, model.safetensors (float16)
-and tokenizer.json in T5's official layout. Killed, it goes on from what --work holds. It takes
-about 40 minutes, a bar shows how many are left; tiny/README.md is the model card.
+teacher (the sentence encoder all-MiniLM-L6-v2; needs `transformers`, for building only), trains,
+and writes config.json, model.safetensors (float16) and tokenizer.json in T5's official layout.
+Killed, it goes on from what --work holds. It takes about 40 minutes, a bar shows how many are left;
+tiny/README.md is the model card.
+
+The file has three parts: what is taught (Pool, Lessons), how (the start, the optimizer, the
+loop), and where it comes from and goes to (packages, corpus, tasks, tokenizer, teacher, export).
+
+Letters: V vocabulary, d d_model, S its leading dimensions, which carry the meaning, n sentences,
+B batch, T tokens, L decoder inputs, P prompt vectors.
 """
 
 import argparse
@@ -37,9 +43,787 @@ from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normaliz
 from tqdm import tqdm
 
 from data import atomic_write, split_sentences
-from t5 import EOS, InputError, load_t5
-from tiny_lessons import CONFIG, GRADES, OPPOSITES, SEED, SOURCES, Pool, V
-from tiny_train import plain_t5, train
+from kmeans import kmeans
+from t5 import (EOS, InputError, T5, T5Config, decode, embed_tokens, encode, expected_shapes,
+                load_t5, next_token_logits)
+
+CONFIG = T5Config(d_model=256, d_kv=64, d_ff=512, num_layers=3, num_decoder_layers=2, num_heads=4,
+                  vocab_size=8500, gated=False, tied=False, scaled=False, num_buckets=32,
+                  max_distance=128, eps=1e-6)
+D, V = CONFIG.d_model, CONFIG.vocab_size
+MASK = V - 1                            # <extra_id_0>; <extra_id_j> is MASK - j
+SOURCES = ("corpus", "imdb", "novels", "factual", "trivia")
+TAUGHT = (15000, 27000, 8000, 4000, 6000)       # sentences of each that the teacher embeds
+CLUSTERS, LONGEST, SEED = 250, 40, 0            # K-means; pieces of a sentence that are read
+OPPOSITES = (("terrible", "great"), ("bad", "good"), ("negative", "positive"),
+             ("awful", "wonderful"), ("worst", "best"), ("boring", "fun"), ("poor", "excellent"),
+             ("no", "yes"), ("No", "Yes"), ("stupid", "beautiful"), ("weak", "strong"),
+             ("hate", "love"))
+GRADES = ("terrible", "bad", "okay", "good", "great")
+TEMPLATES = ("{} It was <X> ?", "{} It was <X> .", "{} <X> .", "{} <X> :", "{} This is <X> .",
+             "{} It is about <X> .", "<X> : {}", "{} It is <X> .", "A <X> one . {}",
+             "{} All in all , it was <X> .", "{} <X> ?", "{} Answer: <X> .")
+
+
+def taught_rows(document, source, held):
+    """Whole documents, drawn until TAUGHT sentences of each source are there -> rows, rising."""
+    rows = []
+    for number, wanted in enumerate(TAUGHT):
+        chosen = np.flatnonzero((source == number) & ~held)
+        chosen = chosen[np.random.default_rng((SEED, 2, number)).permutation(len(chosen))]
+        total = np.cumsum(np.bincount(document, minlength=len(source))[chosen])
+        last = np.searchsorted(total, wanted) + 1
+        rows.append(np.flatnonzero(np.isin(document, chosen[:last])))
+    return np.sort(np.concatenate(rows))
+
+
+class Pool:
+    """The sentences to learn from: those the teacher embedded, known by their place 0..n-1, and
+    the rated reviews. teach(texts, name) -> their unit vectors by the teacher (len(texts), 384)."""
+
+    def __init__(self, path, tokenizer, sentences, teach):
+        stored = np.load(path)
+        self.tokens, self.offsets = stored["tokens"], stored["offsets"]
+        self.document, self.rating = stored["document"], stored["rating"]
+        held, source = stored["held"], stored["source"]
+        self.rows = taught_rows(self.document, source, held)
+        vectors = teach([sentences[row] for row in self.rows], "sentences")
+        self.taught = F.normalize(torch.from_numpy(vectors - vectors.mean(0)), dim=1).numpy()
+        self._learn_words(tokenizer, teach)
+        self._learn_places(source, held)
+        self.states, self.centroids = np.zeros((len(self.rows), D), np.float32), None
+        start = kmeans(torch.from_numpy(self.taught), CLUSTERS, (SEED, 3), 12)
+        self.set_clusters(start.assignments.numpy())
+
+    def _learn_words(self, tokenizer, teach):
+        """The vocabulary's counts and, by the teacher, its meaning; `words`: the frequent ones."""
+        self.pieces = [tokenizer.id_to_token(i) for i in range(V)]
+        self.counts = np.bincount(self.tokens, minlength=V)
+        self.words = np.array([i for i, piece in enumerate(self.pieces) if self.counts[i] > 30
+                               and piece[0] == "▁" and piece[1:].isalpha() and len(piece) > 3])
+        texts = [piece.replace("▁", " ").strip() or "." for piece in self.pieces]
+        vocabulary = teach(texts, "vocabulary")
+        self.vocabulary = vocabulary - vocabulary[self.words].mean(0)               # (V, 384)
+        words = torch.from_numpy(self.vocabulary[self.words])
+        self.directions = F.normalize(words, dim=1).numpy()                         # (words, 384)
+        self.usual = (self.taught[::20] @ self.directions.T).mean(0)    # each word's mean cosine
+
+    def _learn_places(self, source, held):
+        """Who is whose neighbour in which document, and where the rated reviews are."""
+        self.owner = self.document[self.rows]
+        self.source = source[self.owner]
+        self.first = np.searchsorted(self.owner, self.owner)
+        self.last = np.searchsorted(self.owner, self.owner, "right")
+        adjacent = np.append(self.rows[1:], 0) == self.rows + 1
+        within = np.arange(len(self.rows)) + 1 < self.last
+        self.followed = np.flatnonzero(within & adjacent & (self.last - self.first > 3))
+        self.length = np.minimum(np.diff(self.offsets)[self.rows], LONGEST)
+        self.usable = np.flatnonzero(self.length > 4)
+        rated = np.flatnonzero((self.rating != 0) & ~held)
+        ends = [np.searchsorted(self.document, rated, side) for side in ("left", "right")]
+        self.reviews = np.stack([rated, *ends], 1)              # document, its first row, the end
+
+    def set_clusters(self, assignments):
+        """Remember each sentence's cluster (n,), CLUSTERS for none, and who is in each."""
+        self.cluster, self.order = assignments, np.argsort(assignments, kind="stable")
+        self.start = np.searchsorted(assignments[self.order], np.arange(CLUSTERS + 1))
+        self.anchors = self.usable[assignments[self.usable] < CLUSTERS]
+
+    def first_states(self, table):
+        """Before training the encoder is nearly the identity: a sentence's state is about the
+        mean of its pieces' normalized embeddings. table (V, d)."""
+        table = F.normalize(table, dim=1).numpy() * D ** 0.5
+        for row in range(len(self.rows)):
+            self.states[row] = table[self.ids(row)].mean(0)
+
+    def ids(self, row, cap=LONGEST):
+        """The first pieces of a taught sentence, at most cap."""
+        start = self.offsets[self.rows[row]]
+        return self.tokens[start:min(start + cap, self.offsets[self.rows[row] + 1])].tolist()
+
+    def members(self, cluster):
+        """The rows of a cluster."""
+        return self.order[self.start[cluster]:self.start[cluster + 1]]
+
+    def alike(self, rng, count):
+        """count rows of similar length, for little padding."""
+        rows = rng.choice(len(self.rows), 3 * count, replace=False)
+        rows = rows[np.argsort(self.length[rows], kind="stable")]
+        return rows[count * rng.integers(3):][:count]
+
+
+class Lesson(dict):
+    """A batch: ids (B, T), mask (B, T), target (B,) pieces or (B, words) shares; where there are
+    some: slots (B, 4) and their vectors (B, 4, d), prompt (B, P, d), words to choose among, span of
+    the sentences, inputs of the decoder (B, L), tasks whose prompts are to be tuned."""
+
+
+class Lessons:
+    """Draws lessons; each method takes a numpy Generator, an anchor task also a difficulty 0..1."""
+
+    def __init__(self, pool, tokenizer, p):
+        self.pool, self.tokenizer, self.p, self.tasks = pool, tokenizer, p, {}
+        self.templates = [[self.encode(half.replace("<X>", "<extra_id_0>"))
+                           for half in template.split("{}")] for template in TEMPLATES]
+        self.opposites = [[self.encode(word)[0] for word in pair] for pair in OPPOSITES]
+        self.grades = [self.encode(word)[0] for word in GRADES]
+        self.answers = [self.encode(word)[0] for word in ("yes", "no", "maybe")]
+        self.letters = [self.encode(letter)[0] for letter in "ABCD"]
+        self.options = [self.encode(part) for part in ("? A.", "B.", "C.", "D.",
+                                                       ". Answer: <extra_id_0>")]
+        self.stop = self.encode(".")
+
+    def encode(self, text):
+        """Text -> ids, without </s>."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def lesson(self, sources, target, **more):
+        """Lists of ids -> a padded Lesson; </s> is added."""
+        ids = torch.zeros(len(sources), max(map(len, sources)) + 1, dtype=torch.long)
+        for row, source in enumerate(sources):
+            ids[row, :len(source) + 1] = torch.tensor([*source, EOS])
+        return Lesson(ids=ids, mask=ids != 0, target=torch.as_tensor(target), **more)
+
+    def prompt(self, rng, count, share=1 / 3):
+        """In a share of the lessons random noisy vocabulary rows, for the model to live with."""
+        if rng.random() > share:
+            return None
+        length = int(rng.integers(8, 25))
+        rows = torch.from_numpy(rng.integers(0, 5000, length))
+        rows = self.p["shared.weight"].detach()[rows]
+        noise = torch.from_numpy(rng.normal(size=rows.shape)).float()
+        return (rows + 0.3 * noise).expand(count, -1, -1)
+
+    # ------------------------------------------------------------------ words, ratings, prompts
+    def distill(self, rng, count=64):
+        """Sentences: at <X> the teacher's similarity to words is to be read, from the mean state
+        its vector."""
+        pool, rows, bare = self.pool, self.pool.alike(rng, count), rng.random() < 0.4
+        before, after = [[], []] if bare else self.templates[rng.integers(len(self.templates))]
+        near = torch.from_numpy(pool.taught[rows] @ pool.directions.T - pool.usual)
+        return self.lesson([before + pool.ids(row) + after for row in rows],
+                           torch.softmax(near / 0.06, -1), rows=rows, bare=bare,
+                           span=(len(before), torch.from_numpy(pool.length[rows])),
+                           prompt=None if bare else self.prompt(rng, count))
+
+    def review(self, rng, cap):
+        """A sentence or two of a rated review, more often its last or first -> ids, rating."""
+        document, start, end = self.pool.reviews[rng.integers(len(self.pool.reviews))]
+        if rng.random() < 0.6:
+            row = rng.integers(start, end)
+        else:
+            row = end - 1 if rng.random() < 0.6 else start
+        stop = self.pool.offsets[min(end, row + 1 + int(rng.random() < 0.5))]
+        ids = self.pool.tokens[self.pool.offsets[row]:stop][:cap].tolist()
+        return ids, int(self.pool.rating[document])
+
+    def rating(self, rng, count=56):
+        """Is the review good or bad (or: how good, of five), in changing templates and words."""
+        drawn = sorted((self.review(rng, 48) for _ in range(3 * count)), key=lambda r: len(r[0]))
+        drawn = drawn[count * rng.integers(3):][:count]
+        usual = rng.random() < 0.3
+        before, after = self.templates[0 if usual else rng.integers(len(self.templates))]
+        usual = rng.random() < 0.3
+        pair = self.opposites[0 if usual else rng.integers(len(self.opposites))]
+        if rng.random() < 0.2:
+            target = [self.grades[0 if r < 3 else 1 if r < 5 else 3 if r < 9 else 4]
+                      for _, r in drawn]
+        else:
+            target = [pair[int(r > 5)] for _, r in drawn]
+        sources = [before + ids + after for ids, _ in drawn]
+        return self.lesson(sources, target, prompt=self.prompt(rng, count))
+
+    def new_task(self, rng):
+        """A task with arbitrary words for ratings, sources or clusters, and its prompt to tune.
+        In 6 of 10 the prompt says at first what is meant: each class's mean state and its word."""
+        pool, classes, kind = self.pool, int(rng.choice([2, 2, 3, 4, 6])), rng.random()
+        words = rng.choice(pool.words, classes, replace=False).tolist()
+        table = self.p["shared.weight"].detach()
+        prompt = table[torch.from_numpy(rng.integers(0, 5000, 20))].clone()
+        if kind < 0.25:
+            members, words = None, words[:2]
+        else:
+            if kind < 0.5:
+                members = [np.flatnonzero(pool.source == source)
+                           for source in rng.choice(5, min(classes, 4), replace=False)]
+            else:
+                large = np.flatnonzero(np.diff(pool.start) > 20)
+                members = [pool.members(c) for c in rng.choice(large, classes, replace=False)]
+            for j, (rows, word) in enumerate(zip(members, words) if rng.random() < 0.6 else ()):
+                rows = rows[pool.cluster[rows] < CLUSTERS][:64]
+                prompt[3 * j] = torch.from_numpy(pool.states[rows].mean(0))
+                prompt[3 * j + 1] = table[word]
+        return {"template": self.templates[rng.integers(len(self.templates))], "members": members,
+                "words": words, "age": 0, "prompt": prompt,
+                "moments": [torch.zeros_like(prompt), torch.zeros_like(prompt)]}
+
+    def steer(self, rng, tasks=4, count=14):
+        """Tasks that only a prompt can explain; their prompts are tuned along with the model, and
+        thrown away after 60 steps each."""
+        sources, target, chosen = [], [], []
+        for k in rng.choice(12, tasks, replace=False):
+            if k not in self.tasks or self.tasks[k]["age"] >= 60:
+                self.tasks[k] = self.new_task(rng)
+            task = self.tasks[k]
+            chosen.append(task)
+            for _ in range(count):
+                if task["members"] is None:
+                    ids, rating = self.review(rng, 32)
+                    label = int(rating > 5)
+                else:
+                    label = int(rng.integers(len(task["members"])))
+                    ids = self.pool.ids(rng.choice(task["members"][label]), 32)
+                sources.append(task["template"][0] + ids + task["template"][1])
+                target.append(task["words"][label])
+        prompts = torch.stack([task["prompt"].requires_grad_() for task in chosen])
+        prompts = prompts.repeat_interleave(count, 0)                   # (tasks * count, P, d)
+        return self.lesson(sources, target, tasks=chosen, prompt=prompts)
+
+    def cloze(self, rng, count=48):
+        """T5's span corruption with spans of one piece: up to 5 masks a sentence."""
+        sources, inputs, target = [], [], []
+        for row in self.pool.alike(rng, count):
+            ids = self.pool.ids(row)
+            places = np.sort(rng.choice(len(ids), max(1, len(ids) // 7), replace=False))
+            places = places[np.diff(places, prepend=-2) > 1][:5]
+            inputs.append([0] + [t for j, at in enumerate(places) for t in (MASK - j, ids[at])])
+            target.append([-100] + [t for at in places for t in (ids[at], -100)])
+            for j, at in enumerate(places):
+                ids[at] = MASK - j
+            sources.append(ids)
+        longest = max(map(len, inputs))
+
+        def pad(lists, value):
+            return torch.tensor([x + [value] * (longest - len(x)) for x in lists])
+        return self.lesson(sources, pad(target, -100), inputs=pad(inputs, 0),
+                           prompt=self.prompt(rng, count, 0.1))
+
+    # --------------------------------- the anchor tasks (section 3.2 of the paper), easy at first
+    def cap(self, rng, hard):
+        """How many pieces of a sentence are read: more of them when it is hard."""
+        return int(rng.choice([16, 24, 32, 40] if rng.random() < hard else [8, 12, 16, 24]))
+
+    def anchor(self, rng, outside=-1, document=-1):
+        """A row that has a cluster, but not this one, and that is not of this document."""
+        while True:
+            row = int(rng.choice(self.pool.anchors))
+            if self.pool.cluster[row] != outside and self.pool.owner[row] != document:
+                return row
+
+    def fellow(self, rng, row, hard):
+        """Another row of its cluster; where it is easy the one of six that the teacher finds
+        closest."""
+        members = self.pool.members(self.pool.cluster[row])
+        others = [int(x) for x in rng.choice(members, 1 if rng.random() < hard else 6) if x != row]
+        taught = self.pool.taught
+        return max(others, key=lambda x: float(taught[x] @ taught[row]), default=row)
+
+    def near(self, rng, row):
+        """A row of the same document, not adjacent."""
+        while True:
+            other = int(rng.integers(self.pool.first[row], self.pool.last[row]))
+            if abs(other - row) > 1:
+                return other
+
+    def related(self, rng, row, cap, hard):
+        """Ids of a same-cluster sentence; where it is easy, half the time the sentence itself,
+        shuffled, a third left out."""
+        if rng.random() < hard or rng.random() < 0.5:
+            return self.pool.ids(self.fellow(rng, row, hard), cap)
+        ids = self.pool.ids(row, cap)
+        return [token for token in rng.permutation(ids).tolist() if rng.random() < 0.7] or ids
+
+    def sp_next(self, rng, hard):
+        """`s1 <X> . s2`: does s2 follow (yes), come from another document (no), or from elsewhere
+        in this one (maybe)?"""
+        pool, cap, sources = self.pool, self.cap(rng, hard), []
+        count = min(60, 2600 // (2 * cap + 4))
+        for i in range(count):
+            row = int(rng.choice(pool.followed))
+            other = (row + 1, self.anchor(rng, document=pool.owner[row]), self.near(rng, row))
+            other = pool.ids(other[i % 3], cap)
+            sources.append(pool.ids(row)[-cap:] + [MASK] + self.stop + other)
+        return self.lesson(sources, [self.answers[i % 3] for i in range(count)],
+                           words=self.answers, prompt=self.prompt(rng, count))
+
+    def sp_cluster(self, rng, hard):
+        """`s1 <X> . s2`: are they of one cluster?"""
+        pool, cap, sources = self.pool, self.cap(rng, hard), []
+        count = min(60, 2600 // (2 * cap + 4))
+        for i in range(count):
+            row = self.anchor(rng)
+            if i % 2:
+                other = pool.ids(self.anchor(rng, pool.cluster[row]), cap)
+            else:
+                other = self.related(rng, row, cap, hard)
+            sources.append(pool.ids(row, cap) + [MASK] + self.stop + other)
+        return self.lesson(sources, [self.answers[i % 2] for i in range(count)],
+                           words=self.answers[:2], prompt=self.prompt(rng, count))
+
+    def choose(self, rng, query, right, wrong):
+        """Query, right and wrong options -> source, with the right one somewhere, and its place."""
+        place = int(rng.integers(4))
+        order = [wrong[j] for j in rng.permutation(3)]
+        order.insert(place, right)
+        options = sum((mark + ids for mark, ids in zip(self.options, order)), [])
+        return query + options + self.options[4], place
+
+    def choice(self, rng, drawn, **more):
+        """Pairs of source and place -> Lesson."""
+        return self.lesson([source for source, _ in drawn],
+                           [self.letters[place] for _, place in drawn], words=self.letters,
+                           prompt=self.prompt(rng, len(drawn), 0.2), **more)
+
+    def mc_next(self, rng, hard):
+        """`s0 ? A. s1 B. s2 C. s3 D. s4 . Answer: <X>`: which follows s0?"""
+        pool, cap, drawn = self.pool, self.cap(rng, hard), []
+        for _ in range(min(40, 2600 // (5 * cap + 14))):
+            row = int(rng.choice(pool.followed))
+            home = pool.owner[row]
+            first = self.near(rng, row) if rng.random() < hard else self.anchor(rng, document=home)
+            wrong = [first, self.anchor(rng, document=home), self.anchor(rng, document=home)]
+            drawn.append(self.choose(rng, pool.ids(row)[-cap:], pool.ids(row + 1, cap),
+                                     [pool.ids(other, cap) for other in wrong]))
+        return self.choice(rng, drawn)
+
+    def mc_cluster(self, rng, hard):
+        """The same: which is of s0's cluster?"""
+        pool, cap, drawn = self.pool, self.cap(rng, hard), []
+        for _ in range(min(40, 2600 // (5 * cap + 14))):
+            row = self.anchor(rng)
+            wrong = [pool.ids(self.anchor(rng, pool.cluster[row]), cap) for _ in range(3)]
+            right = self.related(rng, row, cap, hard)
+            drawn.append(self.choose(rng, pool.ids(row, cap), right, wrong))
+        return self.choice(rng, drawn)
+
+    def ss_cluster(self, rng, hard):
+        """The same with four clusters' centroids as vectors; where it is easy, means of four
+        states, s0's among them."""
+        pool, cap, drawn, slots, vectors = self.pool, self.cap(rng, hard) + 8, [], [], []
+        for _ in range(48):
+            row = self.anchor(rng)
+            wrong = [self.anchor(rng, pool.cluster[row]) for _ in range(3)]
+            clusters = [pool.cluster[other] for other in wrong]
+            query = pool.ids(row, cap)
+            source, place = self.choose(rng, query, [2], [[2]] * 3)     # <unk> holds their places
+            clusters.insert(place, pool.cluster[row])
+            slots.append([len(query) + sum(map(len, self.options[:j + 1])) + j for j in range(4)])
+            drawn.append((source, place))
+            if pool.centroids is not None and rng.random() < hard:
+                vectors.append(pool.centroids[clusters])
+            else:
+                few = [rng.choice(pool.members(cluster), 4) for cluster in clusters]
+                few[place][0] = row
+                vectors.append(np.stack([pool.states[rows].mean(0) for rows in few]))
+        return self.choice(rng, drawn, slots=torch.tensor(slots),
+                           vectors=torch.from_numpy(np.stack(vectors)))
+
+
+S = 192
+# The dimensions after the meaning: 1 everywhere; log frequency; is an option's letter or <X>; the
+# letter that this piece stands under; the letters it votes for; the rest, by which pieces differ.
+ONE, FREQUENCY, LETTER, MINE, VOTE, REST = S, S + 1, S + 2, S + 7, S + 12, S + 17
+RECLUSTER = (0.2, 0.45, 0.7, 0.88)      # shares of the steps after which clusters are made anew
+RATES = {"lm_head.weight": 0.003, "shared.weight": 0.0015}      # Adam's; the others':
+RATE, MUON_RATE = 0.002, 0.002          # three times as much destroys what the start knows
+
+
+# ------------------------------------------------------------------------- a start that works
+def ridge(bags, targets, start, weight):
+    """Piece vectors E (V, k) with |bags E - targets|^2 + weight |E - start|^2 least.
+
+    bags: n lists of pieces, a text being the mean of its pieces; targets (n, k); start (V, k).
+    """
+    lengths = np.array([len(bag) for bag in bags])
+    rows = np.repeat(np.arange(len(bags)), lengths)
+    place = torch.from_numpy(np.stack([rows, np.concatenate(bags).astype(np.int64)]))
+    share = torch.from_numpy(np.repeat(1 / lengths, lengths)).float()
+    A = torch.sparse_coo_tensor(place, share, (len(bags), V)).coalesce()
+    gram = torch.sparse.mm(A.t(), A).to_dense() + weight * torch.eye(V)
+    residual = torch.sparse.mm(A.t(), targets - torch.sparse.mm(A, start))
+    return start + torch.cholesky_solve(residual, torch.linalg.cholesky(gram))
+
+
+def fit_embeddings(pool):
+    """Ridge regression -> meaning of each piece (V, S-1), the teacher's own directions of the
+    pieces (V, S-1), and their sentiment (V,).
+
+    Meaning: a sentence's mean piece is the teacher's vector of it, in its first S-1 principal
+    directions. Sentiment: a review sentence's mean piece is the sign of the review's rating.
+    """
+    taught, words = torch.from_numpy(pool.taught), torch.from_numpy(pool.vocabulary)
+    share = torch.from_numpy(pool.counts / pool.counts.sum()).float()
+    start = words * (1e-3 / (1e-3 + share) + 0.3)[:, None] * 1.7    # rare pieces mean more
+    meaning = ridge([pool.ids(row) for row in range(len(pool.rows))], taught, start, 0.06)
+    basis = torch.linalg.svd(taught[::3], full_matrices=False)[2][:S - 1]           # (S-1, 384)
+    bags, signs = [], []
+    for document, begin, end in pool.reviews:
+        for row in range(begin, end):
+            bags.append(pool.tokens[pool.offsets[row]:pool.offsets[row + 1]])
+            signs.append([1.0 if pool.rating[document] > 5 else -1.0])
+    signs = torch.tensor(signs)
+    sentiment = ridge(bags, signs - signs.mean(), torch.zeros(V, 1), 3.0)[:, 0]
+    return meaning @ basis.T, words @ basis.T, sentiment
+
+
+def initial_weights(pool, fitted):
+    """Parameters before training, name -> tensor: random but for embeddings, head and attention.
+
+    Embeddings: `fit_embeddings`, a 1 everywhere, marks on the option letters and <X>. Encoder
+    heads: 0 looks back for the letter a piece stands under (block 0); 1 looks nearby, 2 anywhere;
+    3 compares meanings, and in block 1 takes along the letter of what it finds. Decoder: head 3
+    finds the mask (first block), and collects votes from what stands under no letter (last block);
+    there heads 0..2 average the meaning, from which the output head reads words.
+    """
+    rng = torch.Generator().manual_seed(SEED)
+    p = {}
+    for name, shape in expected_shapes(CONFIG).items():
+        if "layer_norm" in name or "relative" in name:
+            p[name] = torch.ones(shape) if "layer_norm" in name else torch.zeros(shape)
+        else:
+            scale = 0.01 if name.endswith(("wo.weight", ".o.weight")) else shape[-1] ** -0.5
+            scale *= 0.3 if name.endswith((".q.weight", ".k.weight")) else 1
+            p[name] = torch.randn(*shape, generator=rng) * scale
+    p["shared.weight"], p["lm_head.weight"] = initial_tables(pool, fitted, rng)
+    for block in range(CONFIG.num_layers):
+        give_roles(p, f"encoder.block.{block}.layer.0.SelfAttention", block)
+    for block in range(CONFIG.num_decoder_layers):
+        name = f"decoder.block.{block}.layer.1.EncDecAttention"
+        give_roles(p, name, block - CONFIG.num_decoder_layers)
+    # the middles of the buckets of distance, the same before and after
+    distance = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 9.5, 13.5, 19, 27, 38, 54, 77, 110])
+    bias = p["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+    bias[:16, 0], bias[16:, 0] = -3 * (1 + distance).log(), -18
+    bias[:16, 1] = bias[16:, 1] = -0.25 * distance
+    return p
+
+
+def initial_tables(pool, fitted, rng):
+    """The embedding table and the output head, (V, d) each."""
+    meaning, direction, sentiment = fitted
+    share = torch.from_numpy(pool.counts / pool.counts.sum()).float()
+    logs = (share + 1e-6).log()
+    logs = (logs - logs.mean()) / logs.std()
+    table, head = torch.zeros(V, D), torch.randn(V, D, generator=rng) * 0.1
+    table[:, :S] = torch.cat([2.5 * meaning, 3 * sentiment[:, None]], 1)
+    table[:, :S] -= share @ table[:, :S]                        # the average text means nothing
+    table[:, ONE], table[:, FREQUENCY] = 8, logs
+    table[:, REST:] = 0.4 * torch.randn(V, D - REST, generator=rng)
+    marks = [pool.pieces.index(f"▁{letter}") for letter in "ABCD"] + [MASK]
+    sentinels = torch.randn(100, D - REST, generator=rng)
+    table[V - 100:, REST:] = 8 * F.normalize(sentinels, dim=1)
+    for i, mark in enumerate(marks):
+        table[mark, :S], table[mark, LETTER + i] = 0, 12
+    seen = torch.from_numpy(pool.counts > 30)[:, None]
+    head[:, :S] = torch.cat([8 * F.normalize(direction, dim=1) * seen, sentiment[:, None]], 1)
+    head[:, ONE] = logs * 0.5
+    for low, high in OPPOSITES[:7]:
+        head[pool.pieces.index("▁" + low), S - 1] = -2
+        head[pool.pieces.index("▁" + high), S - 1] = 2
+    for i in range(4):
+        head[marks[i], VOTE + i] = 4
+    head[pool.pieces.index("▁yes"), VOTE + 4] = 2       # s1 votes for <X>, if s2 is like it
+    head[pool.pieces.index("▁no"), VOTE + 4] = -2
+    return table, head
+
+
+def rows_of(head):
+    """The rows of a projection that belong to one attention head."""
+    return slice(CONFIG.d_kv * head, CONFIG.d_kv * (head + 1))
+
+
+def give_roles(p, name, block):
+    """Set one attention's projections, in place, as `initial_weights` says; blocks -2 and -1 are
+    the decoder's."""
+    q, k, v, o = (p[f"{name}.{part}.weight"] for part in "qkvo")
+    last = rows_of(3)
+
+    def compare(head, first, stop, scale):
+        rows = slice(rows_of(head).start, rows_of(head).start + stop - first)
+        q[rows_of(head)] = 0
+        q[rows, first:stop] = scale * torch.eye(stop - first)
+        k[rows_of(head)] = q[rows_of(head)]
+
+    def copy(head, source, target, scale):
+        rows = slice(rows_of(head).start, rows_of(head).start + 5)
+        v[rows], o[:, rows] = 0, 0
+        v[rows, source:source + 5] = torch.eye(5)
+        o[target:target + 5, rows] = scale * torch.eye(5)
+
+    for head in range(3):               # each passes on a third of the meaning, rare pieces first
+        rows = rows_of(head)
+        v[rows], o[:, rows] = 0, 0
+        v[rows, rows] = torch.eye(CONFIG.d_kv)
+        o[rows, rows] = (3.0 if block == -1 else 0.05) * torch.eye(CONFIG.d_kv)
+        if head or block < 0:
+            q[rows.start], k[rows.start] = 0, 0
+            q[rows.start, ONE], k[rows.start, FREQUENCY] = 0.5, -1
+    if block == 0:
+        q[rows_of(0)], k[rows_of(0)] = 0, 0
+        q[0, ONE], k[0, LETTER:LETTER + 5] = 0.9, 1.2
+        copy(0, LETTER, MINE, 0.5)
+    if block >= 0:
+        compare(3, 0, 64, 1.5)
+    if block == 1:
+        q[last.stop - 1], k[last.stop - 1] = 0, 0
+        q[last.stop - 1, ONE], k[last.stop - 1, MINE:MINE + 5] = 1.25, 1.5
+        copy(3, MINE, VOTE, 1)
+    if block == -2:
+        compare(3, REST, D, 1.1)
+    if block == -1:
+        q[last], k[last] = 0, 0
+        q[last.start, ONE], k[last.start, MINE:MINE + 5] = 0.7, -1.4
+        copy(3, VOTE, VOTE, 2)
+
+
+# ----------------------------------------------------------------------------- losses
+def plain_t5(p):
+    """Parameters -> the T5 they stand for.
+
+    T5 scales neither attention nor an untied head, training does: the factors are folded into the
+    weights here, in every step as in the export. (to_teacher is no part of the T5.)
+    """
+    weights = {name: value for name, value in p.items() if name != "to_teacher"}
+    for name in weights:
+        if name.endswith("Attention.q.weight"):
+            weights[name] = p[name] * CONFIG.d_kv ** -0.5
+    weights["lm_head.weight"] = p["lm_head.weight"] * 2 * D ** -0.5
+    return T5(CONFIG, weights)
+
+
+def read_lesson(t5, lesson):
+    """Encoder states of the text (B, T, d), without the prompt's, and decoder outputs (B, L, d)."""
+    x, mask, length = embed_tokens(t5, lesson["ids"]), lesson["mask"], 0
+    if "slots" in lesson:
+        x = x.scatter(1, lesson["slots"][..., None].expand(-1, -1, D), lesson["vectors"])
+    if lesson.get("prompt") is not None:
+        length = lesson["prompt"].shape[1]
+        x = torch.cat([lesson["prompt"], x], 1)                                 # (B, P + T, d)
+        mask = F.pad(mask, (length, 0), value=True)
+    states = encode(t5, x, mask)
+    inputs = lesson.get("inputs", torch.tensor([[0, MASK]]).expand(len(x), 2))
+    return states[:, length:], decode(t5, inputs, states, mask)
+
+
+def mean_states(states, begin, lengths):
+    """The mean of lengths (B,) states from begin on: (B, T, d) -> (B, d)"""
+    place = torch.arange(states.shape[1])
+    weight = ((place >= begin) & (place < begin + lengths[:, None])).float()[..., None]
+    return (states * weight).sum(1) / weight.sum(1)
+
+
+def teacher_loss(t5, lesson, states, y, pool, to_teacher):
+    """Distance of the mean states from the teacher's vectors, of their cosines among each other
+    from the teacher's, and of the words at <X> from those near it -> loss, mean cosine."""
+    h = mean_states(states, *lesson["span"])                                        # (B, d)
+    h, taught = h - h.mean(0).detach(), torch.from_numpy(pool.taught[lesson["rows"]])
+    cosine = F.cosine_similarity(h @ to_teacher, taught, dim=-1).mean()
+    unit, off = F.normalize(h, dim=-1), ~torch.eye(len(h), dtype=torch.bool)
+    loss = 1 - cosine + 10 * (unit @ unit.T - taught @ taught.T)[off].square().mean()
+    if not lesson["bare"]:
+        logs = F.log_softmax(next_token_logits(t5, y[:, 1]), -1)[:, pool.words]
+        loss = loss + 0.5 * F.kl_div(logs, lesson["target"], reduction="batchmean")
+    return loss, float(cosine.detach())
+
+
+def lesson_loss(t5, lesson, pool, to_teacher):
+    """The loss of a lesson, and a figure to print: accuracy, with the teacher the mean cosine,
+    for a cloze the share of words among the five best."""
+    states, y = read_lesson(t5, lesson)
+    target = lesson["target"]
+    if "span" in lesson:
+        return teacher_loss(t5, lesson, states, y, pool, to_teacher)
+    if "inputs" in lesson:
+        y, target = y[target != -100], target[target != -100]
+        logits = next_token_logits(t5, y)
+        best = (logits.topk(5).indices == target[:, None]).any(1)
+        return F.cross_entropy(logits, target), float(best.float().mean())
+    logits, words = next_token_logits(t5, y[:, 1]), lesson.get("words")
+    loss = F.cross_entropy(logits, target)
+    if words is None:
+        return loss, float((logits.argmax(1) == target).float().mean())
+    places = (torch.tensor(words) == target[:, None]).long().argmax(1)
+    loss = loss + F.cross_entropy(logits[:, words], places)     # over the label words alone as well
+    return loss, float((logits[:, words].argmax(1) == places).float().mean())
+
+
+# ----------------------------------------------------------------------------- the optimizer
+class Optimizer:
+    """Muon (Jordan 2024: momentum, orthogonalized) for the blocks' matrices but the decoder's self-
+    attention, which has two positions; Adam for all else."""
+
+    def __init__(self, p):
+        self.muon = [n for n in p if "block" in n and p[n].ndim == 2 and "bias" not in n
+                     and not (n.startswith("decoder") and ".SelfAttention" in n)]
+        self.moments = {n: torch.zeros(1 if n in self.muon else 2, *p[n].shape) for n in p}
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, p, grads, scale):
+        """Move p, in place, by the rates times scale."""
+        self.steps += 1
+        shapes = {}
+        for name in self.muon:
+            shapes.setdefault(tuple(sorted(p[name].shape)), []).append(name)
+        for names in shapes.values():
+            self._orthogonal_step(p, grads, names, scale)
+        for name in p.keys() - set(self.muon):
+            first, second = self.moments[name]
+            first.lerp_(grads[name], 0.1)
+            second.lerp_(grads[name].square(), 0.02)
+            size = (second / (1 - 0.98 ** self.steps)).sqrt_().add_(1e-8)
+            p[name].addcdiv_(first / (1 - 0.9 ** self.steps), size,
+                             value=-scale * RATES.get(name, RATE))
+
+    def _orthogonal_step(self, p, grads, names, scale):
+        """Muon for matrices of one shape, up to transposition, at once."""
+        updates = []
+        for name in names:
+            moment = self.moments[name][0].mul_(0.95).add_(grads[name])
+            update = grads[name] + 0.95 * moment
+            updates.append(update if update.shape[0] <= update.shape[1] else update.T)
+        X = torch.stack(updates)                                        # (matrices, rows, columns)
+        X = X / (torch.linalg.matrix_norm(X)[:, None, None] + 1e-12)
+        for _ in range(4):                          # Newton-Schulz: all singular values towards 1
+            A = X @ X.mT
+            X = 3.4445 * X + (2.0315 * A @ A - 4.775 * A) @ X
+        for name, x in zip(names, X):
+            p[name].sub_(x if p[name].shape == x.shape else x.T, alpha=MUON_RATE * scale)
+
+
+@torch.no_grad()
+def tune_prompts(tasks, grads):
+    """One Adam step on each throw-away prompt, in place."""
+    for task, grad in zip(tasks, grads):
+        task["age"] += 1
+        first, second = task["moments"]
+        first.lerp_(grad, 0.2)
+        second.lerp_(grad.square(), 0.05)
+        size = (second / (1 - 0.95 ** task["age"])).sqrt() + 1e-8
+        step = 0.15 * first / (1 - 0.8 ** task["age"]) / size
+        task["prompt"].requires_grad_(False).sub_(step)
+
+
+# ----------------------------------------------------------------------------- the loop
+@torch.no_grad()
+def encode_rows(t5, lessons, rows):
+    """The student's mean states, without prompt and </s>, of n of the pool's rows -> (n, d)."""
+    states, pool = torch.zeros(len(rows), D), lessons.pool
+    order = np.argsort(pool.length[rows], kind="stable")
+    for start in range(0, len(order), 128):
+        some = order[start:start + 128]
+        lesson = lessons.lesson([pool.ids(row) for row in rows[some]], [0] * len(some))
+        lengths = torch.from_numpy(pool.length[rows[some]])
+        states[some] = mean_states(read_lesson(t5, lesson)[0], 0, lengths)
+    return states
+
+
+def recluster(t5, lessons, step):
+    """Cluster 12,000 sentences by the student's present states: the anchor tasks are of these."""
+    pool = lessons.pool
+    rng = np.random.default_rng((SEED, 5, step))
+    rows = np.sort(rng.choice(pool.usable, 12000, replace=False))
+    states = encode_rows(t5, lessons, rows)
+    found = kmeans(states, CLUSTERS, (SEED, 6, step), 15)
+    assignments = np.full(len(pool.rows), CLUSTERS)
+    assignments[rows], pool.states[rows] = found.assignments.numpy(), states.numpy()
+    pool.centroids = found.centroids.numpy()
+    pool.set_clusters(assignments)
+
+
+def draw(lessons, step, progress):
+    """The two lessons of a step, by name: a function of the step (but for the tuned prompts)."""
+    rng = np.random.default_rng((SEED, step, 7))
+    hard = 0.95 * float(np.clip((progress - 0.05) / 0.5, 0, 1))
+    general = str(rng.choice(["distill", "rating", "steer", "cloze"], p=[0.3, 0.3, 0.25, 0.15]))
+    anchor = str(rng.choice(["sp_next", "sp_cluster", "mc_next", "mc_cluster", "ss_cluster"],
+                            p=[0.12, 0.26, 0.14, 0.24, 0.24]))
+    return {general: getattr(lessons, general)(rng), anchor: getattr(lessons, anchor)(rng, hard)}
+
+
+def fit_teacher_map(t5, lessons):
+    """(d, 384): from the student's first mean states to the teacher's vectors, by ridge."""
+    pool = lessons.pool
+    rows = np.random.default_rng((SEED, 8)).choice(len(pool.rows), 3000, replace=False)
+    h = encode_rows(t5, lessons, rows)
+    h = h - h.mean(0)
+    taught = torch.from_numpy(pool.taught[rows])
+    return torch.linalg.solve(h.T @ h + 30 * torch.eye(D), h.T @ taught)
+
+
+def step_once(p, optimizer, lessons, step, progress):
+    """One optimizer step on two lessons -> loss, {lesson: figure}. InputError if not finite."""
+    t5, losses, figures, tasks = plain_t5(p), [], {}, []
+    for name, lesson in draw(lessons, step, progress).items():
+        loss, figures[name] = lesson_loss(t5, lesson, lessons.pool, p["to_teacher"])
+        losses.append(loss)
+        tasks += lesson.get("tasks", [])
+    total = sum(losses)
+    if not total.isfinite():
+        raise InputError(f"the loss is {float(total)} at step {step}: lower RATES, start again")
+    grads = torch.autograd.grad(total, [*p.values(), *(task["prompt"] for task in tasks)],
+                                allow_unused=True)
+    named = {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(p.items(), grads)}
+    optimizer.step(p, named, min(1, (step + 1) / 20, (1 - progress) / 0.6 + 0.02))
+    tune_prompts(tasks, grads[len(p):])
+    return float(total), figures
+
+
+def train(pool, tokenizer, state, tasks, steps):
+    """Train, from the file state if it is there -> parameters. Clusters and throw-away prompts are
+    not in that file: after an interruption they are made anew."""
+    p = initial_weights(pool, fit_embeddings(pool))
+    pool.first_states(p["shared.weight"])
+    lessons, begin, smooth = Lessons(pool, tokenizer, p), 0, {}
+    p["to_teacher"] = fit_teacher_map(plain_t5(p), lessons)
+    optimizer = Optimizer(p)
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        begin = optimizer.steps = saved["step"]
+        optimizer.moments = saved["moments"]
+        for name in p:
+            p[name].copy_(saved["p"][name])
+        recluster(plain_t5(p), lessons, begin)
+    for value in p.values():
+        value.requires_grad_()
+
+    def frozen():
+        return plain_t5({name: value.detach() for name, value in p.items()})
+    tqdm.write(f"step {begin}: {gates(frozen(), lessons, tasks)}")
+    bar = tqdm(range(begin, steps), "training", initial=begin, total=steps)
+    for step in bar:
+        if step in [int(steps * share) for share in RECLUSTER]:
+            recluster(frozen(), lessons, step)
+        loss, figures = step_once(p, optimizer, lessons, step, step / steps)
+        for name, figure in figures.items():
+            smooth[name] = smooth.get(name, figure) * 0.95 + figure * 0.05
+        bar.set_postfix_str(f"loss {loss:.2f}")
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            told = " ".join(f"{name} {figure:.3f}" for name, figure in sorted(smooth.items()))
+            tqdm.write(f"step {step + 1}: {told}")
+            saved = {"step": step + 1, "p": {name: value.detach() for name, value in p.items()},
+                     "moments": optimizer.moments}
+            atomic_write(state, lambda file: torch.save(saved, file))
+        if (step + 1) % 300 == 0 or step + 1 == steps:
+            tqdm.write(f"step {step + 1}: {gates(frozen(), lessons, tasks)}")
+    return {name: value.detach() for name, value in p.items()}
+
+
+@torch.no_grad()
+def gates(t5, lessons, tasks):
+    """Zero-shot accuracy of `text It was <X> ?`, terrible or great, on 200 rows of the dev part of
+    each sentiment task, none ever trained on -> "movie 79.5 ..." in %."""
+    told = []
+    for path in sorted(tasks.glob("*/dev.csv")):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))[:200]
+        sources = [lessons.encode(text)[:64] + lessons.templates[0][1] for _, text in rows]
+        lesson = lessons.lesson(sources, [int(label) for label, _ in rows])
+        logits = next_token_logits(t5, read_lesson(t5, lesson)[1][:, 1])[:, lessons.opposites[0]]
+        correct = (logits.argmax(1) == lesson["target"]).float().mean()
+        told.append(f"{path.parent.name} {100 * float(correct):.1f}")
+    return " ".join(told)
+
 
 PIP = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
 PACKAGES = {  # file name -> the command that fetches it
