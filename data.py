@@ -193,6 +193,8 @@ def corpus_files(paths):
     """Files and folders -> corpus files; of a folder, sorted, those whose ends READERS knows."""
     files = []
     for path in map(Path, paths):
+        if not path.exists():
+            raise InputError(f"{path} does not exist: give files or folders of text")
         found = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
                  if file.is_file() and file.name.endswith(tuple(READERS))]
         if not found:

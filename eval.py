@@ -40,7 +40,7 @@ class Settings:
     """What an evaluation is made of, with the paper's values; the command line is made from it."""
     model: str = knob("tiny", "tiny, t5-small, t5-base, t5-large, a hub id, or a folder with a T5")
     task: tuple = knob(("movie",), f"one or several of {', '.join(TASKS)}")
-    data: str = knob(os.environ.get("SUPMER_DATA", "data"), "folder of the tasks not in tiny/")
+    data: str = knob(os.environ.get("SUPMER_DATA") or "data", "folder of the tasks not in tiny/")
     prompt: tuple = knob(("newest", "random"), "RUN (its folder or prompt.safetensors), released, "
                          "random, vocab, or newest: this model's last finished run")
     prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)")
@@ -186,7 +186,8 @@ def tune_task(t5, tokenizer, task, folder, prompts, settings):
     records, thetas = ({prompt.name: [] for prompt in prompts} for _ in range(2))
     steps = settings.epochs * math.ceil(len(samples[0][0].ids) / settings.batch)
     total = steps * len(prompts) * len(settings.seeds) * len(settings.rates)
-    with tqdm(total=total, unit="step", dynamic_ncols=True, leave=False) as bar:
+    with tqdm(total=total, unit="step", dynamic_ncols=True, leave=False,
+              disable=None) as bar:
         def report(loss, best):
             bar.set_postfix(loss=f"{loss:.3f}", best=f"{best['accuracy']:.0f} %", refresh=False)
             bar.update()
@@ -314,6 +315,9 @@ def main(argv):
     stem = "-".join([Path(settings.model).name, *settings.task, *["quick"] * ("--quick" in argv)])
     out = Path(settings.out or f"runs/eval/{stem}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists():                            # what an earlier call found is kept beside
+        numbered = (out.with_suffix(f".{number}.json") for number in range(1, 10 ** 6))
+        out.rename(next(path for path in numbered if not path.exists()))
     written = {"command": shlex.join(["python", "eval.py", *argv]), "settings": asdict(settings),
                "prompts": {prompt.name: prompt.about for prompt in prompts}, "tasks": {}}
     for name, folder in folders.items():

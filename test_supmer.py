@@ -3228,9 +3228,7 @@ def test_interrupt_is_one_line(place, monkeypatch, capsys):
     assert "stopped" in capsys.readouterr().err and not list(place.glob("runs/eval/*"))
 
 
-@pytest.mark.skipif(
-    "SUPMER_DATA" not in os.environ, reason="SUPMER_DATA is not set: a folder with original/SST-2"
-)
+@real_data
 def test_real_sst2(place):
     """A micro evaluation on the real SST-2: its 872 test sentences, of which 444 are positive."""
     argv = "--task sst2 --prompt random vocab --seeds 10 --rates 0.1 --epochs 2".split()
@@ -3487,6 +3485,8 @@ def run_train(folder, monkeypatch, capsys, *argv):
     "argv, says",
     [
         (["--no-such-option"], "unrecognized arguments: --no-such-option"),
+        (["--inner-rate", "inf"], "--inner-rate inf: it must be more than 0, and below 1e30"),
+        (["--prompt-rate", "1e38"], "--prompt-rate 1e+38: it must be 0 or more, and below 1e30"),
         (["--tasks", "0"], "--tasks 0: it must be more than 0"),
         (["--seed", "-1"], "--seed -1: it must be 0 or more"),
         (["--dtype", "float16"], "--dtype float16: choose float32 or bfloat16"),
@@ -3508,9 +3508,10 @@ def test_mistakes_on_the_command_line_end_with_status_2(
     "options, says",
     [
         (["--corpus", "empty"], "no text there"),
+        (["--corpus", "nowhere"], "nowhere does not exist"),
         (["--clusters", "5000"], "fewer clusters"),
         (["--support", "5000"], "give more text, or fewer clusters"),
-        (["--relative-step", "0", "--inner-rate", "1e38"], "not finite"),
+        (["--relative-step", "0", "--inner-rate", "1e29"], "not finite"),
     ],
 )
 def test_input_that_cannot_work_ends_with_status_2(small_world, monkeypatch, capsys, options, says):
@@ -3533,7 +3534,7 @@ def test_an_official_model_without_a_gpu_says_what_it_would_cost_and_stops(
     monkeypatch.setitem(train.SHAPES, "t5-small", (16, 4, 32, 1, 2))
     lines, hours = train.estimate(training, replace(method, micro_batch=2), torch.device("cpu"))
     said = "\n".join(lines)
-    assert "t5-small, about 2 MB" in said and "1.0 GB of text" in said
+    assert "t5-small, about 2 MB" in said and "1 GB of text" in said
     assert (
         re.search(r"[\d.]+ s a step, [\d,.]+ hours for 100,000 steps", said)
         and "GiB at the peak" in said
@@ -3573,6 +3574,30 @@ def test_a_full_disk_ends_with_status_2_and_the_run_can_be_resumed(small_world):
         command("--resume", "full"), cwd=folder, text=True, capture_output=True, timeout=60
     )
     assert again.returncode == 0, again.stderr
+
+
+def test_a_run_is_not_resumed_on_other_data(small_world):
+    """run.json keeps what the run is made of; another corpus, model, tokenizer or option is refused
+    by name.
+    """
+    folder, _ = small_world
+    train.write_run(folder, {"training": {}, "method": {}, "finished": False, "ended": None})
+    train.check_origin(folder, {"corpus": "a", "model": "b"})
+    train.check_origin(folder, {"corpus": "a", "model": "b"})
+    with pytest.raises(InputError, match="made with another model than is there now"):
+        train.check_origin(folder, {"corpus": "a", "model": "c"})
+
+
+def test_a_validation_that_is_not_finite_stops_the_run(small_world, monkeypatch):
+    """NaN compares as neither lower nor higher: it must not pass for a finished run without a
+    prompt.
+    """
+    run = make_run(small_world, "nan")
+    monkeypatch.setattr(
+        train, "validate", lambda *_: {"loss_before": 1.0, "loss": math.nan, "step_size": 0.1}
+    )
+    with pytest.raises(InputError, match="validation loss is nan"):
+        run.validate()
 
 
 def test_damaged_states_are_refused(small_world):
@@ -3668,7 +3693,9 @@ def themes(tmp_path_factory):
     store = data.build_store(
         folder / "cache", [folder / "corpus.jsonl"], tokenizer, t5, 6, 0, model=model
     )
-    return t5, TaskIndex(store, tokenizer, support=8, query=8)
+    return t5, TaskIndex(
+        store, tokenizer, support=8, query=8, variants=("sp-cluster", "mc-cluster")
+    )
 
 
 def test_meta_training_on_a_planted_corpus(themes):
@@ -3709,8 +3736,6 @@ def test_meta_training_on_a_planted_corpus(themes):
 
 
 TINY = Path(__file__).resolve().parent / "tiny"
-if not TINY.is_dir():           # while this draft lies outside the repository
-    TINY = Path("/work/main/tiny")
 LABEL_WORDS = ("yes no maybe Yes No A B C D terrible great bad okay good subjective objective "
                "description entity expression human location number").split()
 
@@ -3784,7 +3809,7 @@ def test_tasks_keep_clear_ratings_once(tmp_path):
 
 
 def test_label_words_are_single_pieces(tokenizer):
-    """Each label word of meta tasks and downstream tasks is one word-initial piece, and A is not the article."""
+    """Each label word is one word-initial piece, and A is not the article."""
     for word in LABEL_WORDS:
         ids = tokenizer.encode(word, add_special_tokens=False).ids
         assert [tokenizer.id_to_token(i) for i in ids] == ["▁" + word]
@@ -3803,7 +3828,8 @@ def test_tokenizer_keeps_t5s_conventions(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "text", ["naïve café", "日本語 и кириллица", "😀 x^2 ≠ 3", "\tA  b\nc", "“Don’t!”", ""])
+    "text", ["naïve café", "日本語 и кириллица", "😀 x^2 ≠ 3", "\tA  b\nc", "“Don’t!”", ""]
+)
 def test_odd_text_comes_back(tokenizer, text):
     """No text becomes <unk>; decoding gives it back but for spaces and the form of quotes."""
     ids = tokenizer.encode(text).ids
@@ -3822,12 +3848,11 @@ def test_model_is_small_and_knows_sentiment(tokenizer):
     """At most 20 MB; on 200 movie sentences it beats the majority by 3 standard errors untuned."""
     assert (TINY / "model.safetensors").stat().st_size <= 20_000_000
     t5 = load_t5(TINY)
-    from supmer import encode_with_prompt, word_log_probs
     examples = task_examples(tokenizer, TASKS["movie"], load_test(TASKS["movie"], TINY)[:200])
     batch = collate(examples, range(200))
     with torch.no_grad():
-        H, mask = encode_with_prompt(t5, torch.zeros(0, t5.config.d_model), batch)
-        found = word_log_probs(t5, H, mask, examples.words).argmax(1)
+        H, mask = supmer.encode_with_prompt(t5, torch.zeros(0, t5.config.d_model), batch)
+        found = supmer.word_log_probs(t5, H, mask, examples.words).argmax(1)
     majority = torch.bincount(examples.labels).max() / 200
     assert (found == examples.labels).float().mean() > majority + 3 * (0.25 / 200) ** 0.5
 

@@ -58,7 +58,7 @@ class Training:
 
 
 # What the embedded T5 takes instead of the paper's numbers, and why.
-TINY = {
+TINY_VALUES = {
     "corpus": (("embedded",), "see tiny/README.md"),
     "bytes": (2_500_000, "half of it: the store is then made in under half a minute"),
     "clusters": (16, "so that the held-out documents still fill clusters of 32 sentences"),
@@ -69,8 +69,8 @@ TINY = {
     "relative_step": (0.03, "a1 = 0.1 would move this prompt by a few 1e-4 of its length"),
     "exact_cosine": (True, "v stands in for it only up to relative steps of 0.01"),
     "prompt_rate": (0.02, "about 0.1 of the embedding table's RMS"),
-    "max_steps": (40, "a demonstration"),
-    "validate_every": (20, "twice in the demonstration"),
+    "max_steps": (30, "a demonstration"),
+    "validate_every": (15, "twice in the demonstration"),
     "validation_tasks": (2, "a demonstration; the paper-scale 20 makes figures steadier"),
 }
 # Official shapes (d_model, d_kv, d_ff, layers, heads), to estimate a run before any download.
@@ -106,7 +106,7 @@ def knob_parser(description, classes, tiny, choices=()):
 
 def parse(argv):
     """Command line -> Training, Method, {number: where its value comes from}, the other options."""
-    parser = knob_parser(__doc__, (Training, Method), TINY)
+    parser = knob_parser(__doc__, (Training, Method), TINY_VALUES)
     parser.add_argument("--steps", dest="max_steps", type=int, default=argparse.SUPPRESS,
                         help="short for --max-steps")
     parser.add_argument("--run", type=Path, help="the new run's folder [runs/<model>-<number>]")
@@ -120,7 +120,7 @@ def parse(argv):
         kept = read_run(control.resume)
         given, tiny = kept["training"] | kept["method"], {}
     else:
-        tiny = TINY if given.get("model", "tiny") == "tiny" else {}
+        tiny = TINY_VALUES if given.get("model", "tiny") == "tiny" else {}
     sources = {entry.name: entry.metadata["help"] for entry in (*fields(Training), *fields(Method))}
     sources |= {name: why for name, (_, why) in tiny.items()}
     sources |= dict.fromkeys(given, "the run's own" if control.resume else "given")
@@ -138,10 +138,15 @@ def settings(chosen):
                                if entry.name in chosen}) for cls in (Training, Method))
     may_be_zero = ("seed", "relative_step", "gate_weight", "prompt_rate", "regularizer_rate",
                    "save_seconds")
-    for name, value in (asdict(training) | asdict(method)).items():
-        if type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_zero):
-            raise InputError(f"--{name.replace('_', '-')} {value}: it must be "
-                             f"{'0 or more' if name in may_be_zero else 'more than 0'}")
+    for entry in (*fields(Training), *fields(Method)):
+        value = getattr(training if hasattr(training, entry.name) else method, entry.name)
+        name, number = "--" + entry.name.replace("_", "-"), type(entry.default) in (int, float)
+        if type(value) is not type(entry.default):
+            raise InputError(f"{name} {value!r}: it must be of type {type(entry.default).__name__}")
+        least = 0 if entry.name in may_be_zero else 1e-30
+        if number and not least <= value < 1e30:
+            bound = "0 or more" if least == 0 else "more than 0"
+            raise InputError(f"{name} {value}: it must be {bound}, and below 1e30")
     if training.dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype {training.dtype}: choose float32 or bfloat16")
     return training, method
@@ -184,18 +189,27 @@ def estimate(training, method, device):
     meta_gradient(t5, theta, init_regularizer(d, device=device), task, task, 0.5, 0.5, method)
     seconds = (time.perf_counter() - began) * training.tasks * training.query / rows
     hours = seconds * method.max_steps / 3600
+    ids = torch.full((32, 25), 3)                               # sentences of 25 tokens
+    began = time.perf_counter()
+    data.embed_sentences(t5, ids, ids > 0)
+    text = training.bytes if training.corpus == ("openwebtext",) else min(training.bytes, sum(
+        file.stat().st_size for file in data.corpus_files(corpus_paths(training))))
+    clustering = (time.perf_counter() - began) / ids.numel() * text / 4 / 3600
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines = [f"time:     {seconds:.1f} s a step, {hours:,.1f} hours for {method.max_steps:,} "
              f"steps, measured on this {device.type} with random weights and 128-token texts",
+             f"          {clustering:,.1f} hours before that, to embed and cluster "
+             f"{text / 1e9:.3g} GB of text once (4 bytes a token); validation is not counted",
+             f"disk:     {text / 2e9:.3g} GB for the corpus's tokens in cache/",
              f"memory:   {peak / 2**30:.1f} GiB at the peak of that, with micro-batches of {rows}"]
     if training.corpus == ("openwebtext",):
         lines.insert(0, f"download: OpenWebText, about {training.bytes / 3e9:.1f} GB of archives "
-                        f"for {training.bytes / 1e9:.1f} GB of text, if not cached yet")
+                        f"for {text / 1e9:.3g} GB of text, if not cached yet")
     if not Path(training.model).is_dir():
         size = sum(math.prod(shape) for shape in shapes.values()) * 4e-6
         lines.insert(0, f"download: {training.model}, about {size:,.0f} MB, if not cached yet")
-    return lines, hours
+    return lines, hours + clustering
 
 
 # ------------------------------------------------------------------------------ a run on the disk
@@ -234,6 +248,21 @@ def read_run(folder):
         raise InputError(f"{folder} holds no run ({error!r}): name a folder that train.py made, "
                          "such as runs/tiny-1") from None
     return values
+
+
+def check_origin(folder, made_of):
+    """Note in run.json what the run is made of (fingerprints of corpus, model, tokenizer, options).
+
+    Raises InputError if a run that is resumed was made of something else.
+    """
+    if not (folder / "run.json").exists():
+        return
+    values = read_run(folder)
+    other = [key for key in made_of if values.setdefault("made_of", made_of)[key] != made_of[key]]
+    if other:
+        raise InputError(f"{folder} was made with another {' and '.join(other)} than is there now: "
+                         "start a new run, or put back what it was made with")
+    write_run(folder, values)
 
 
 def state_tensors(state):
@@ -309,7 +338,7 @@ def validate(t5, state, tasks, method):
     each variant ("correct" as a share).
     """
     found, size = defaultdict(list), len(tasks[0].query.ids)
-    for task in tqdm(tasks, desc="validation", unit="task", leave=False):
+    for task in tqdm(tasks, desc="validation", unit="task", leave=False, disable=None):
         result = validate_task(t5, state.theta, state.phi, task, method)
         flat = {f"{key}_{when}": result[when][key] / (size if key == "correct" else 1)
                 for when in ("before", "after") for key in result[when]}
@@ -338,14 +367,17 @@ def table(first, last, step):
 
 # ---------------------------------------------------------------------------------------- the run
 
+def corpus_paths(training):
+    """The corpus option's own files and folders; "embedded" is tiny/'s."""
+    return [data.TINY / "corpus.jsonl.gz" if path == "embedded" else Path(path)
+            for path in training.corpus]
+
+
 def open_index(training, model_folder, tokenizer, t5):
     """The corpus as a store (found in cache/, or made with a bar for each stage) -> TaskIndex."""
-    if training.corpus == ("openwebtext",):
-        paths = data.openwebtext_files(training.bytes)
-    else:
-        paths = [data.TINY / "corpus.jsonl.gz" if path == "embedded" else Path(path)
-                 for path in training.corpus]
-    with tqdm(leave=False, dynamic_ncols=True) as bar:
+    paths = data.openwebtext_files(training.bytes) if training.corpus == ("openwebtext",) \
+        else corpus_paths(training)
+    with tqdm(leave=False, dynamic_ncols=True, disable=None) as bar:
         def progress(stage, done, total):
             bar.set_description(stage, refresh=False)
             bar.total, bar.n = total, done
@@ -369,6 +401,9 @@ class Run:
         theta = init_prompt(t5, training.prompt_length, training.seed)
         phi = init_regularizer(t5.config.d_model, device=theta.device)
         self.state = init_state(theta, phi, method)
+        check_origin(folder, index.store.meta["made_of"])
+        for torn in folder.glob(".*.tmp"):                          # a write that a kill cut off
+            torn.unlink()
         self.held_out = [meta_task(index, training.seed, 0, i, variant=variant, stream=3,
                                    split="validation")
                          for variant in VARIANTS for i in range(training.validation_tasks)]
@@ -392,6 +427,9 @@ class Run:
     def validate(self):
         """Measure the held-out tasks, log it, keep theta and phi if their loss is the lowest."""
         result = validate(self.t5, self.state, self.held_out, self.method)
+        if not math.isfinite(result["loss"] + result["loss_before"]):
+            raise InputError(f"step {self.state.step}: the validation loss is {result['loss']}; "
+                             "try a smaller inner_rate, relative_step or prompt_rate")
         self.log.write({"step": self.state.step, "validation": result})
         if result["loss_before"] - result["loss"] < 1e-4 * result["loss_before"]:
             tqdm.write(f"step {self.state.step}: the inner step lowers the held-out loss by less "
@@ -422,7 +460,8 @@ class Run:
         caught, saved, last = [], time.monotonic(), self.method.max_steps
         before = {number: signal.signal(number, lambda number, frame: caught.append(number))
                   for number in (signal.SIGINT, signal.SIGTERM)}
-        with tqdm(total=last, initial=self.state.step, unit="step", dynamic_ncols=True) as bar:
+        with tqdm(total=last, initial=self.state.step, unit="step", dynamic_ncols=True,
+                  disable=None) as bar:
             while self.state.step < last and not caught:
                 entry = self.step()
                 bar.set_postfix(loss=f"{entry['query_loss']:.3f}", s=f"{entry['s']:.2f}",
@@ -472,6 +511,11 @@ def main(argv):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     validations = [line for line in lines if "validation" in line]
     print(table(validations[0]["validation"], validations[-1]["validation"], run.state.step))
+    if training.model == "tiny":
+        print("(held out from meta-training only: most of the corpus was in the embedded T5's own\n"
+              "training; tiny/README.md has its accuracy on documents that it never saw)")
+    if training.model == "tiny" and method.max_steps == TINY_VALUES["max_steps"][0]:
+        print(f"this was a demonstration of {method.max_steps} steps; README.md has a longer run")
     print(f"lowest validation loss {run.best:.4f}: {folder}/prompt.safetensors\n"
           f"tune it on a task: python eval.py --prompt {folder}")
     return 0
