@@ -158,7 +158,8 @@ def fill_template(parts, fields, max_tokens=MAX_TOKENS):
     fixed = sum(1 if isinstance(p, str) else len(p) for p in parts) - len(lengths) + 1    # and </s>
     budget = max_tokens - fixed
     if budget < len(lengths):
-        raise InputError(f"a template of {fixed} tokens leaves no room in {max_tokens}: shorten it")
+        raise InputError(f"a template of {fixed} tokens leaves no room in {max_tokens}: "
+                         "shorten it, or allow more tokens")
     caps = range(max(lengths, default=0) + 1)       # the largest cap that keeps within the budget:
     cap = bisect_right(caps, budget, key=lambda c: sum(min(n, c) for n in lengths)) - 1
     ids, slots = [], []

@@ -242,8 +242,6 @@ def parse(argv):
         parser.error(f"--quick sets {name} itself: leave one of the two away")
     tiny = FOR_TINY if given.get("model", "tiny") == "tiny" else {}
     settings = Settings(**{name: value for name, (value, _) in tiny.items()} | quick | given)
-    settings = replace(settings, prompt=tuple(
-        newest_run(settings.model) if name == "newest" else name for name in settings.prompt))
     for name, value in asdict(settings).items():
         values = value if isinstance(value, tuple) else (value,)
         least = 0 if name in ("seeds", "test_rows") else 1e-9
@@ -252,6 +250,10 @@ def parse(argv):
             parser.error(f"{name} {value}: must be {bound} 0, below 1e9")
         if len(set(values)) < len(values):
             parser.error(f"{name} {value}: one is given twice")
+    prompts = [newest_run(settings.model) if name == "newest" else name for name in settings.prompt]
+    if len(set(prompts)) < len(prompts):
+        parser.error(f"prompt {prompts}: the newest run is given twice")
+    settings = replace(settings, prompt=tuple(prompts))
     sources = {entry.name: entry.metadata["help"] for entry in fields(Settings)}
     sources |= {name: why for name, (_, why) in tiny.items()} | dict.fromkeys(quick, "--quick")
     return settings, sources | dict.fromkeys(given, "given")

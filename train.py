@@ -528,5 +528,5 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped before the first step", file=sys.stderr)
+        print("stopped before another step was done; nothing is lost", file=sys.stderr)
         sys.exit(130)
