@@ -32,7 +32,7 @@ from data import (TASKS, TINY, atomic_write, few_shot, load_test, load_tokenizer
 from supmer import (Method, init_prompt, knob, load_prompt, measure, prompt_gradient, regularize,
                     score)
 from t5 import InputError, load_t5
-from train import knob_parser, pick_device, read_run
+from train import TINY_VALUES, knob_parser, pick_device, read_run
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Settings:
 
 CHOICES = {"task": TASKS, "rate_scale": ("absolute", "rms"), "dtype": ("float32", "bfloat16")}
 # What the embedded T5 needs instead of the paper's numbers, and why.
-FOR_TINY = {"prompt_length": (20, "100 are worse on a model this small, see tiny/README.md"),
+FOR_TINY = {"prompt_length": TINY_VALUES["prompt_length"],
             "rate_scale": ("rms", "its embeddings are small, see tiny/README.md")}
 QUICK = {"prompt": ("random", "vocab", "newest", "released"), "task": ("movie",), "seeds": (10,),
          "rates": (0.2,), "epochs": 60, "test_rows": 300}

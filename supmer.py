@@ -126,7 +126,7 @@ def loss_share(t5, theta, batch, other, lam, words, n, method):
 
 
 def micro_batches(examples, size, device, partner=None):
-    """Batches of up to `size` examples of similar length -> pairs (batch, partner's or None).
+    """Batches of up to `size` examples of similar length -> (rows, batch, partner's or None).
 
     Row r of the partner stays with row r of the examples, whatever the sorting.
     """
@@ -135,7 +135,7 @@ def micro_batches(examples, size, device, partner=None):
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for start in range(0, len(order), size):
         rows = order[start:start + size]
-        yield collate(examples, rows, device), partner and collate(partner, rows, device)
+        yield rows, collate(examples, rows, device), partner and collate(partner, rows, device)
 
 
 def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0):
@@ -150,8 +150,9 @@ def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0):
     of_batch = grad_and_value(lambda theta, batch, other: loss_share(
         t5, theta, batch, other, lam, examples.words, len(examples.ids), method), has_aux=True)
     g, H, loss = torch.zeros_like(theta), 0.0, 0.0
-    for pair in micro_batches(examples, method.micro_batch, theta.device, partner if lam else None):
-        g_share, (loss_part, H_share) = of_batch(theta, *pair)
+    partner = partner if lam else None
+    for _, batch, other in micro_batches(examples, method.micro_batch, theta.device, partner):
+        g_share, (loss_part, H_share) = of_batch(theta, batch, other)
         g, H, loss = g + g_share, H + H_share, loss + loss_part
     return g, H, loss
 
@@ -168,7 +169,7 @@ def hessian_vector_product(t5, theta, examples, u, method):
         return (share(theta) * u).sum()
 
     batches = micro_batches(examples, method.micro_batch, theta.device)
-    return sum(grad(slope)(theta, batch) for batch, _ in batches)
+    return sum(grad(slope)(theta, batch) for _, batch, _ in batches)
 
 
 # ----------------------------------------------- curriculum task augmentation (Eq. 4 and Eq. 10)
@@ -391,10 +392,8 @@ def meta_step(t5, state, pairs, method, seed):
 def score(t5, theta, examples, method):
     """log p of every label word for n examples, in their order -> (n, K)."""
     scores = theta.new_empty(len(examples.ids), len(examples.words))
-    order = sorted(range(len(scores)), key=lambda row: len(examples.ids[row]))
-    for start in range(0, len(order), method.micro_batch):
-        rows = order[start:start + method.micro_batch]
-        H, mask = encode_with_prompt(t5, theta, collate(examples, rows, theta.device))
+    for rows, batch, _ in micro_batches(examples, method.micro_batch, theta.device):
+        H, mask = encode_with_prompt(t5, theta, batch)
         scores[rows] = word_log_probs(t5, H, mask, examples.words).to(scores)
     return scores
 

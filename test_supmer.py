@@ -17,7 +17,6 @@ import math
 import os
 import re
 import runpy
-import shutil
 import signal
 import statistics
 import subprocess
@@ -48,7 +47,7 @@ from data import (MASK, TASKS, TaskIndex, VARIANTS, collate, documents, fill_tem
                   load_tokenizer, meta_task, split_sentences, task_examples)
 from supmer import Method
 from t5 import EOS, InputError, PAD, load_t5, read_config
-from tiny import bible_chapters, grams, jargon_entries, make_tasks
+from tiny import grams, jargon_entries, make_tasks
 
 
 try:
@@ -1437,8 +1436,6 @@ def test_meta_gradient_on_a_gpu_equals_the_cpus(world):
 
 
 SUPMER_DATA = os.environ.get("SUPMER_DATA")
-real_data = pytest.mark.skipif(not SUPMER_DATA,
-                               reason="SUPMER_DATA, the folder of real data, is not set")
 
 
 # ------------------------------------------------------------------------------ data: a small world
@@ -1547,7 +1544,7 @@ def test_splitting_loses_no_text(text):
     assert all(s == s.strip() != "" for s in sentences)
 
 
-@real_data
+@needs_data
 def test_sentences_of_novels_look_like_sentences():
     """Of a million characters of real novels: 97 % of the sentences end in a stop, 3 to 60 words
     hold 93 %."""
@@ -1741,7 +1738,7 @@ def test_collate_by_hand():
     assert plain.slots.shape == (1, 0) and plain.slots.dtype == torch.long
 
 
-@real_data
+@needs_data
 def test_ids_equal_those_of_transformers():
     """1,000 sources from real sentences with the official tokenizer: ids put together from parts
     equal what transformers gives for the whole string, sentinel and </s> included; and the label
@@ -2393,7 +2390,7 @@ def test_task_examples_literally(tmp_path):
     assert data.collate(examples, [0, 1]).ids.shape == (2, 128)
 
 
-@real_data
+@needs_data
 def test_sst2_is_read_whole():
     """6,920 and 872 rows, as the paper's Table 5 has them; and the first one, literally."""
     train = data.load_train(data.TASKS["sst2"], SUPMER_DATA)
@@ -3228,7 +3225,7 @@ def test_interrupt_is_one_line(place, monkeypatch, capsys):
     assert "stopped" in capsys.readouterr().err and not list(place.glob("runs/eval/*"))
 
 
-@real_data
+@needs_data
 def test_real_sst2(place):
     """A micro evaluation on the real SST-2: its 872 test sentences, of which 444 are positive."""
     argv = "--task sst2 --prompt random vocab --seeds 10 --rates 0.1 --epochs 2".split()
@@ -3565,7 +3562,7 @@ def test_a_full_disk_ends_with_status_2_and_the_run_can_be_resumed(small_world):
     wait_for_steps(folder / "full", 1, first)
     first.kill()
     first.communicate()
-    limited = ["bash", "-c", f'ulimit -f 2; exec "$@"', "-", *command("--resume", "full")]
+    limited = ["bash", "-c", 'ulimit -f 2; exec "$@"', "-", *command("--resume", "full")]
     ended = subprocess.run(limited, cwd=folder, text=True, capture_output=True, timeout=60)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
     assert "File too large" in ended.stderr.strip().splitlines()[-1]
@@ -3581,8 +3578,8 @@ def test_a_run_is_not_resumed_on_other_data(small_world):
     by name.
     """
     folder, _ = small_world
-    train.write_run(folder, {"training": {}, "method": {}, "finished": False, "ended": None})
-    train.check_origin(folder, {"corpus": "a", "model": "b"})
+    train.write_run(folder, {"training": {}, "method": {}, "finished": False, "ended": None,
+                            "made_of": {"corpus": "a", "model": "b"}})
     train.check_origin(folder, {"corpus": "a", "model": "b"})
     with pytest.raises(InputError, match="made with another model than is there now"):
         train.check_origin(folder, {"corpus": "a", "model": "c"})

@@ -62,7 +62,7 @@ TINY_VALUES = {
     "corpus": (("embedded",), "see tiny/README.md"),
     "bytes": (2_500_000, "half of it: the store is then made in under half a minute"),
     "clusters": (16, "so that the held-out documents still fill clusters of 32 sentences"),
-    "prompt_length": (20, "100 vectors drown the text of so small a model"),
+    "prompt_length": (20, "its texts have some 30 tokens: 100 vectors would outnumber them"),
     "max_tokens": (64, "a demonstration: short examples are quick"),
     "support": (16, "a demonstration"),
     "query": (16, "a demonstration"),
@@ -214,7 +214,7 @@ def estimate(training, method, device):
 
 # ------------------------------------------------------------------------------ a run on the disk
 
-def new_run(training, method, wanted):
+def new_run(training, method, made_of, wanted):
     """Make the folder `wanted`, or the next free runs/<model>-<number>, with its run.json."""
     name = Path(training.model).name
     numbered = (Path("runs") / f"{name}-{number}" for number in range(1, 10 ** 6))
@@ -228,7 +228,8 @@ def new_run(training, method, wanted):
                                  f"--resume {folder}") from None
     write_run(folder, {
         "model": training.model, "training": asdict(training), "method": asdict(method),
-        "command": shlex.join(["python", *sys.argv]), "finished": False, "ended": None,
+        "made_of": made_of, "command": shlex.join(["python", *sys.argv]),
+        "finished": False, "ended": None,
         "versions": {"python": platform.python_version(), "torch": torch.__version__}})
     return folder
 
@@ -251,18 +252,13 @@ def read_run(folder):
 
 
 def check_origin(folder, made_of):
-    """Note in run.json what the run is made of (fingerprints of corpus, model, tokenizer, options).
-
-    Raises InputError if a run that is resumed was made of something else.
-    """
-    if not (folder / "run.json").exists():
-        return
-    values = read_run(folder)
-    other = [key for key in made_of if values.setdefault("made_of", made_of)[key] != made_of[key]]
+    """Raise InputError if the run in the folder was made of something else than made_of, the
+    fingerprints of corpus, model and tokenizer and the store's options."""
+    kept = read_run(folder).get("made_of", {})
+    other = [key for key in made_of if kept.get(key) != made_of[key]]
     if other:
         raise InputError(f"{folder} was made with another {' and '.join(other)} than is there now: "
                          "start a new run, or put back what it was made with")
-    write_run(folder, values)
 
 
 def state_tensors(state):
@@ -401,7 +397,6 @@ class Run:
         theta = init_prompt(t5, training.prompt_length, training.seed)
         phi = init_regularizer(t5.config.d_model, device=theta.device)
         self.state = init_state(theta, phi, method)
-        check_origin(folder, index.store.meta["made_of"])
         for torn in folder.glob(".*.tmp"):                          # a write that a kill cut off
             torn.unlink()
         self.held_out = [meta_task(index, training.seed, 0, i, variant=variant, stream=3,
@@ -499,7 +494,10 @@ def main(argv):
     t5 = load_t5(model_folder, getattr(torch, training.dtype), device)
     tokenizer = data.load_tokenizer(model_folder, t5.config)
     index = open_index(training, model_folder, tokenizer, t5)
-    folder = control.resume or new_run(training, method, control.run)
+    made_of = index.store.meta["made_of"]
+    if control.resume:
+        check_origin(control.resume, made_of)
+    folder = control.resume or new_run(training, method, made_of, control.run)
     print(f"run:    {folder}")
     run = Run(folder, training, method, t5, index)
     interrupted = run.train()
