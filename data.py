@@ -37,12 +37,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 from tokenizers import Tokenizer
 
 from kmeans import kmeans, nearest
-from t5 import EOS, PAD, InputError, embed_tokens, encode, load_t5, read_config
+from t5 import (EOS, INDEX, PAD, SINGLE, InputError, embed_tokens, encode, load_t5, read_config,
+                shard_names, weight_files)
 
 TINY = Path(__file__).resolve().parent / "tiny"
 MASK, UNK = "<extra_id_0>", 2       # <X> of the templates; the id that holds a vector's place
@@ -96,11 +97,9 @@ def collate(examples, rows, device="cpu"):
 
 def load_tokenizer(folder, config):
     """The tokenizer.json of a model folder. InputError if it is not this T5Config's vocabulary."""
-    path = Path(folder) / "tokenizer.json"
+    path = tokenizer_file(folder)
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: put the model's tokenizer.json there") from None
     except Exception as error:  # the tokenizers package raises nothing more precise
         raise InputError(f"{path} is not a tokenizer ({error}): fetch it again") from None
     ids = [tokenizer.token_to_id(piece) for piece in ("<pad>", "</s>", "<unk>", MASK)]
@@ -378,8 +377,7 @@ def fingerprint(files):
 
 def model_fingerprint(folder):
     """sha256 of a model folder's config.json and weights: what a prompt or a store belongs to."""
-    weights = Path(folder) / "model.safetensors"
-    return fingerprint([Path(folder) / "config.json", weights])
+    return fingerprint([Path(folder) / "config.json", *weight_files(folder)])
 
 
 def open_store(folder, made_of=None):
@@ -414,7 +412,7 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
     """
     cache = Path(cache)
     made_of = {"corpus": fingerprint(corpus_files(paths)), "model": model_fingerprint(model),
-               "tokenizer": fingerprint([Path(model) / "tokenizer.json"]),
+               "tokenizer": fingerprint([tokenizer_file(model)]),
                "options": {"clusters": clusters, "seed": seed, "max_bytes": max_bytes,
                            "one_per_format": one_per_format}}
     folder = cache / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
@@ -830,36 +828,134 @@ def task_examples(tokenizer, task, rows):
 
 
 # --------------------------------------------------------------------------- what is fetched
-MODELS = {"t5-small": "google-t5/t5-small", "t5-base": "google-t5/t5-base",
-          "t5-large": "google-t5/t5-large"}
+# Short name -> hub id, @ the commit that was main's when it was looked up in what others cite. The
+# v1.1 and LM-adapted ones are not pinned; two of them are known to have safetensors in a pull
+# request only, for the others the hub is asked.
+MODELS = {
+    "t5-small": "google-t5/t5-small@df1b051c49625cf57a3d0d8d3863ed4d13564fe4",
+    "t5-base": "google-t5/t5-base@a9723ea7f1b39c1eae772870f3b547bf6ef7e6c1",
+    "t5-large": "google-t5/t5-large@150ebc2c4b72291e770f58e6057481c8d2ed331a",
+    "t5-3b": "google-t5/t5-3b@bed96aab9ee46012a5046386105ee5fd0ac572f0",
+    "flan-t5-small": "google/flan-t5-small@0fc9ddf78a1e988dac52e2dac162b0ede4fd74ab",
+    "flan-t5-base": "google/flan-t5-base@7bcac572ce56db69c1ea7c8af255c5d7c9672fc2",
+    "flan-t5-large": "google/flan-t5-large@0613663d0d48ea86ba8cb3d7a44f0f65dc596a2a",
+    "flan-t5-xl": "google/flan-t5-xl@7d6315df2c2fb742f0f5b556879d730926ca9001",
+    "flan-t5-xxl": "google/flan-t5-xxl@ae7c9136adc7555eeccc78cdd960dfd60fb346ce",
+    **{f"t5-v1_1-{size}": f"google/t5-v1_1-{size}" for size in "small base large xl xxl".split()},
+    **{f"t5-{size}-lm-adapt": f"google/t5-{size}-lm-adapt"
+       for size in "small base large xl xxl".split()},
+    "t5-v1_1-base": "google/t5-v1_1-base@refs/pr/1",
+    "t5-base-lm-adapt": "google/t5-base-lm-adapt@refs/pr/2",
+}
+OFFICIAL_ROWS = 32128               # embeddings of every official T5: 32,100 pieces, padded
 OPENWEBTEXT = {"repo_id": "Skylion007/openwebtext", "repo_type": "dataset",     # still with tars:
                "revision": "f3808c30e817981b845ec549c43e82bb467d8144"}
 SUBSET_BYTES = 1_700_000_000        # of text in each of its 21 files of 630 MB, put low
 
 
+class Download(NamedTuple):
+    """A file of a hub repository."""
+    file: str
+    bytes: int
+    cached: bool
+    source: dict        # repo_id, revision
+
+
 def model_folder(name):
-    """A model's folder: "tiny" (embedded), a folder, or one of MODELS or a hub id, then fetched."""
-    folder = TINY if name == "tiny" else Path(name)
-    if name == "tiny" and not folder.is_dir():
-        raise InputError(f"{folder} is missing: `python tiny.py` builds the embedded model")
-    if folder.is_dir():
-        return folder
-    files = ("config.json", "tokenizer.json", "model.safetensors")
-    return [_fetch(file, repo_id=_hub_id(name)) for file in files][0].parent
+    """A model's folder: "tiny" (embedded), a folder, or one of MODELS or OWNER/NAME[@REVISION] of
+    the hub, whose needed files are fetched into the hub's own cache ($HF_HOME)."""
+    if is_local(name):
+        return TINY if name == "tiny" else Path(name)
+    return [_fetch(part.file, **part.source) for part in model_downloads(name)][0].parent
 
 
-def _hub_id(name):
-    if "/" not in MODELS.get(name, name):
-        raise InputError(f"no model {name!r}: give tiny, {', '.join(MODELS)}, a hub id owner/name,"
-                         " or a folder with config.json, model.safetensors, tokenizer.json")
-    return MODELS.get(name, name)
+def is_local(name):
+    """Whether a model is a folder. InputError if "tiny" is meant and not there."""
+    if name == "tiny" and not TINY.is_dir():
+        raise InputError(f"{TINY} is missing: `python tiny.py` builds the embedded model")
+    return name == "tiny" or Path(name).is_dir()
+
+
+def model_downloads(name):
+    """The files of a hub model that are wanted -> [Download], config.json first, which is fetched.
+
+    All of one commit: either model.safetensors or its shards and their index, and the tokenizer's.
+    """
+    source = hub_source(name)
+    config = _fetch("config.json", **source)
+    commit = source | {"revision": config.parent.name}
+    weights = [_look_up(SINGLE, commit)]
+    if not weights[0]:
+        weights = [_look_up(INDEX, commit)]
+        if not weights[0]:
+            raise InputError(_no_safetensors(source))
+        shards = shard_names(_fetch(INDEX, **commit))
+        weights += [_look_up(file, commit) for file in shards]
+        if None in weights:
+            raise InputError(f"{source['repo_id']} lacks {shards[weights.index(None) - 1]}, which "
+                             "its index names: try another @REVISION")
+    tokenizer = _look_up("tokenizer.json", commit)
+    return [Download("config.json", config.stat().st_size, True, commit), *weights,
+            *([tokenizer] if tokenizer else [])]
+
+
+def hub_source(name):
+    """One of MODELS, or OWNER/NAME[@REVISION] -> {"repo_id": ..., and, where given, "revision"}."""
+    source = dict(zip(("repo_id", "revision"), MODELS.get(name, name).split("@", 1)))
+    if "/" not in source["repo_id"]:
+        raise InputError(f"no model {name!r}: give tiny, {', '.join(MODELS)}, OWNER/NAME[@REVISION]"
+                         " of the hub, or a folder with config.json, model.safetensors (or its "
+                         "shards and index) and tokenizer.json")
+    return source
+
+
+def _look_up(file, source):
+    """A Download, or None where the hub (the cache, when offline) has no such file."""
+    try:
+        found = hf_hub_download(filename=file, dry_run=True, **source)
+    except EntryNotFoundError:
+        return None
+    except FETCH_ERRORS as error:
+        raise _not_fetched(file, source, error) from None
+    return Download(file, found.file_size, found.is_cached, source)
+
+
+def _no_safetensors(source):
+    """Which revisions of a repository without safetensors have them -> an error's text."""
+    name = source["repo_id"]
+    try:
+        refs = HfApi().list_repo_refs(name, include_pull_requests=True)
+        found = [revision for revision in (*(branch.name for branch in refs.branches),
+                                           *(pull.ref for pull in refs.pull_requests or ()))
+                 if any(HfApi().file_exists(name, file, revision=revision)
+                        for file in (SINGLE, INDEX))]
+    except FETCH_ERRORS as error:
+        return (f"{name} has no safetensors in the cache, and the hub cannot be asked "
+                f"({_first_line(error)}): check the network, or give a folder that has them")
+    where = ", ".join(f"--model {name}@{ref}" for ref in found)
+    return (f"{name} has no safetensors at {source.get('revision', 'main')}, and no other weights "
+            f"are read; take {where or 'another model, or convert it'}")
 
 
 def model_config(name):
-    """The T5Config of a folder or a hub id; of the latter only config.json is fetched."""
-    folder = Path(name)
-    return read_config(folder if folder.is_dir() else
-                       _fetch("config.json", repo_id=_hub_id(name)).parent)
+    """The T5Config of a model; of one on the hub only config.json is fetched."""
+    if is_local(name):
+        return read_config(TINY if name == "tiny" else name)
+    return read_config(_fetch("config.json", **hub_source(name)).parent)
+
+
+def tokenizer_file(folder):
+    """tokenizer.json of a model's folder, or t5-base's, fetched: v1.1 and LM-adapted have none."""
+    path = Path(folder) / "tokenizer.json"
+    if path.is_file():
+        return path
+    if read_config(folder).vocab_size != OFFICIAL_ROWS:
+        raise InputError(f"{path} is missing: put the model's tokenizer.json there")
+    try:
+        return _fetch("tokenizer.json", **hub_source("t5-base"))
+    except InputError as error:
+        raise InputError(f"{path} is missing, put t5-base's there, which serves every official T5: "
+                         f"{error}") from None
 
 
 def openwebtext_files(max_bytes):
@@ -868,13 +964,26 @@ def openwebtext_files(max_bytes):
     return [_fetch(f"subsets/urlsf_subset{i:02}.tar", **OPENWEBTEXT) for i in range(count)]
 
 
+# What the hub's client raises: no network (OSError or its HTTP library's own), a name or revision
+# that is not there or not allowed, no room on the disk.
+FETCH_ERRORS = (OSError, EntryNotFoundError, HFValidationError, HTTPError)
+
+
 def _fetch(file, **source):
     try:
         return Path(hf_hub_download(filename=file, **source))
-    except (OSError, EntryNotFoundError, HFValidationError) as error:   # network, name, disk, ...
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{file} of {source['repo_id']} was not fetched ({reason}): check name and"
-                         " network, or get the files by hand and give their folder") from None
+    except FETCH_ERRORS as error:
+        raise _not_fetched(file, source, error) from None
+
+
+def _first_line(error):
+    return str(error).strip().split("\n")[0]
+
+
+def _not_fetched(file, source, error):
+    where = "@".join(filter(None, (source["repo_id"], source.get("revision"))))
+    return InputError(f"{file} of {where} was not fetched ({_first_line(error)}): check name, "
+                      "revision and network, or get the files by hand and give their folder")
 
 
 def demonstrate():

@@ -26,8 +26,11 @@ inserted vectors, K label words, n examples of a set. theta (P, d), phi and thei
 float32; float64 passes through untouched, for proofs.
 """
 
+import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import numpy as np
@@ -39,8 +42,6 @@ from torch.func import grad, grad_and_value, vjp
 
 from data import atomic_write, collate
 from t5 import PAD, InputError, decode, embed_tokens, encode, next_token_logits
-
-REGULARIZER = "affine"  # the form of psi, named in every file that holds a phi
 
 
 def knob(default, source):
@@ -94,7 +95,7 @@ def word_log_probs(t5, H, mask, words, words_only=False):
     over the full vocabulary; words_only renormalizes it over the K words.
     """
     def after(prefix):                                                             # (B, vocabulary)
-        ids = torch.tensor([[PAD, *prefix]], device=H.device).expand(len(H), -1)
+        ids = torch.LongTensor([[PAD, *prefix]]).to(H.device).expand(len(H), -1)
         return torch.log_softmax(next_token_logits(t5, decode(t5, ids, H, mask)[:, -1]), dim=-1)
 
     first = after(words[0][:1])
@@ -252,9 +253,39 @@ def regularize(phi, g, H):
     return z * affine(phi, g) + (1 - z) * g
 
 
+def init_released_regularizer(d, dtype=torch.float32, device="cpu"):
+    """phi of the authors' released regularizer: names and shapes of their file, all 0."""
+    r = min(1920, d)
+    shapes = {f"mlp.layers.{i}.{name}": shape for i in (0, 1)
+              for name, shape in (("u", (d, r)), ("v", (r, d)), ("bias", (d,)))}
+    shapes |= {"mlp.linear_1.weight": (24, d), "mlp.linear_1.bias": (24,),
+               "mlp.linear_2.weight": (1, 24), "mlp.linear_2.bias": (1,)}
+    return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+
+
+def regularize_released(phi, g, H):
+    """psi as released: (1 - z) h(g) + z g, ONE gate z for all, h of two factored ReLU layers.
+
+    h's rows get the length of g's. There H averaged padding, too: with ours psi is approximate.
+    """
+    hidden = F.relu(phi["mlp.linear_1.weight"] @ H + phi["mlp.linear_1.bias"])          # (24,)
+    z = torch.sigmoid(phi["mlp.linear_2.weight"] @ hidden + phi["mlp.linear_2.bias"])   # (1,)
+    h = g
+    for i in (0, 1):
+        u, v, bias = (phi[f"mlp.layers.{i}.{name}"] for name in ("u", "v", "bias"))
+        h = F.relu(h @ v.T @ u.T + bias)                                                # (P, d)
+    lengths = [x.norm(dim=-1, keepdim=True) + 1e-8 for x in (g, h)]
+    return (1 - z) * h / lengths[1] * lengths[0] + z * g
+
+
 def gate_loss(phi, H, b):
     """L_reg: the mean over the d gate entries of (z - b)^2 (Eq. 20; a mean, to suit every d)."""
     return (gate(phi, H) - b).square().mean()
+
+
+# The forms of psi, by the name that a prompt's file gives: parameters at the start, psi(phi, g, H).
+REGULARIZERS = {"affine": (init_regularizer, regularize),
+                "released": (init_released_regularizer, regularize_released)}
 
 
 # --------------------------------------------------------- the inner step and the meta-gradient
@@ -417,38 +448,126 @@ def validate_task(t5, theta, phi, task, method):
 
 
 # --------------------------------------------------------------------- theta and phi on the disk
+RELEASED = {768: "t5base", 2048: "flant5xl"}    # width -> how the authors' files call the model
+IGNORED = ("grad_mean", "grad_std", "grad_s", "k")      # buffers in them that psi never uses
+
 
 def save_prompt(path, theta, phi, metadata):
     """Write theta and phi as one safetensors file, with metadata {str: str}, atomically."""
     tensors = {"theta": theta, **{f"phi.{name}": value for name, value in phi.items()}}
     payload = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()},
-                   {**metadata, "regularizer": REGULARIZER})
+                   {**metadata, "regularizer": "affine"})
     atomic_write(path, lambda file: file.write(payload))
 
 
 def load_prompt(path, d):
-    """Read save_prompt's file -> theta (P, d), phi, metadata.
+    """Read a prompt for a T5 of width d -> theta (P, d), phi or None, metadata {str: str}.
 
-    Raises InputError for anything but a prompt and regularizer of this form, of width d, finite.
+    path: save_prompt's file or its run's folder; a folder of Hugging Face PEFT's; or a folder with
+    the authors' released files. metadata["regularizer"]: one of REGULARIZERS, "" without phi.
+    Raises InputError for anything else, another width, another form, values that are not finite.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read as a prompt ({error}): "
-                         "give the prompt.safetensors of a run") from None
-    if metadata.get("regularizer") != REGULARIZER:
-        raise InputError(f"{path}: its regularizer is {metadata.get('regularizer')!r}, this code "
-                         f"reads {REGULARIZER!r}: give the prompt.safetensors of a run")
+    path = Path(path)
+    if (path / "adapter_config.json").is_file():
+        theta, phi, metadata = _load_peft(path, d)
+    elif any(path.glob("prompt_*.pt")):
+        theta, phi, metadata = _load_released(path, d)
+    else:
+        path = path / "prompt.safetensors" if path.is_dir() else path
+        tensors, metadata = _read_safetensors(path)
+        form = metadata.get("regularizer")
+        if form != "affine":
+            raise InputError(f"{path}: its regularizer is {form!r}, this code reads 'affine': "
+                             "give the prompt.safetensors of a run")
+        theta = tensors.pop("theta", torch.zeros(0))
+        phi = {name.removeprefix("phi."): x for name, x in tensors.items()}
+    tensors = {"theta": theta, **(phi or {})}
+    form = metadata["regularizer"]
+    wanted = {"theta": [len(theta), d], **{name: list(x.shape) for name, x in (
+        REGULARIZERS[form][0](d).items() if form else ())}}
     found = {name: list(x.shape) for name, x in tensors.items()}
-    length = (found.get("theta") or [0])[0]
-    wanted = {"theta": [length, d], **{f"phi.{name}": list(value.shape)
-                                       for name, value in init_regularizer(d).items()}}
-    if found != wanted or length == 0:
+    if found != wanted or not len(theta):
         raise InputError(f"{path} holds {found}: no prompt and regularizer for a T5 of width {d}; "
                          "give the prompt of a run on this model")
-    if not all(x.isfinite().all() for x in tensors.values()):
+    if not all(x.dtype.is_floating_point and x.isfinite().all() for x in tensors.values()):
         raise InputError(f"{path} has values that are not finite: its run went wrong, use another")
-    theta = tensors.pop("theta")
-    return theta, {name.removeprefix("phi."): x for name, x in tensors.items()}, metadata
+    return theta.float(), phi and {name: x.float() for name, x in phi.items()}, metadata
+
+
+def _read_safetensors(path):
+    """A file's tensors and metadata. InputError if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read as a prompt ({error}): give a run, a prompt's "
+                         "safetensors, or a folder of PEFT's") from None
+
+
+def prompt_metadata(path):
+    """What save_prompt was given as metadata, {str: str}; InputError if the file is none of it."""
+    return _read_safetensors(path)[1]
+
+
+def _load_released(folder, d):
+    """The authors' prompt_*.pt and gradient_edit_*.pt for a T5 of width d, as _load_peft."""
+    if d not in RELEASED:
+        raise InputError(f"{folder} has prompts for t5-base and flan-t5-xl, of widths 768 and 2048,"
+                         f" not {d}: take one of those models")
+    read = []
+    for path in (folder / f"{kind}_{RELEASED[d]}.pt" for kind in ("prompt", "gradient_edit")):
+        try:
+            read.append(torch.load(path, map_location="cpu", weights_only=True))
+        except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError) as error:
+            raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch it from "
+                             "github.com/beepkh/SUPMER, folder pretrain_prompt") from None
+    theta, phi = read
+    if not isinstance(theta, torch.Tensor) or not isinstance(phi, dict) or not all(
+            isinstance(x, torch.Tensor) for x in phi.values()):
+        raise InputError(f"{folder} does not hold a tensor and a dict of tensors: fetch both again")
+    return theta, {name: x for name, x in phi.items() if name not in IGNORED}, {
+        "model": RELEASED[d], "regularizer": "released"}
+
+
+def _load_peft(folder, d):
+    """A soft prompt as Hugging Face PEFT saves it; it has no regularizer -> theta, None, metadata.
+
+    PEFT may keep the encoder's vectors and then the decoder's: the first ones are used, as there.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        length = config["num_virtual_tokens"]
+        kind = (config["peft_type"], config["task_type"], type(length))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error!r}): export it again") from None
+    if kind != ("PROMPT_TUNING", "SEQ_2_SEQ_LM", int):
+        raise InputError(f"{path} is of {kind[0]} for {kind[1]}: PROMPT_TUNING for SEQ_2_SEQ_LM is "
+                         "what can be read")
+    tensors, _ = _read_safetensors(folder / "adapter_model.safetensors")
+    vectors = tensors.get("prompt_embeddings", torch.zeros(0))
+    if len(tensors) != 1 or len(vectors) not in (length, 2 * length):
+        raise InputError(f"{folder / 'adapter_model.safetensors'} must hold {length} vectors as "
+                         f"prompt_embeddings, it has {[*tensors]}: export it again")
+    return vectors[:length], None, {"model": str(config.get("base_model_name_or_path")),
+                                    "regularizer": ""}
+
+
+def save_peft(folder, theta, config, model, revision=None):
+    """Write theta (P, d) as a new folder that peft.PeftModel.from_pretrained loads on a model, a
+    hub id or folder, of this T5Config.
+
+    One submodule of P vectors: PEFT would otherwise expect the decoder's as well. psi has no place
+    there: only tuning as here uses it.
+    """
+    folder.mkdir(parents=True)
+    values = {"peft_type": "PROMPT_TUNING", "task_type": "SEQ_2_SEQ_LM", "inference_mode": True,
+              "base_model_name_or_path": model, "revision": revision,
+              "num_virtual_tokens": len(theta),
+              "token_dim": theta.shape[1], "num_transformer_submodules": 1,
+              "num_attention_heads": config.num_heads, "num_layers": config.num_layers,
+              "prompt_tuning_init": "RANDOM"}
+    payload = save({"prompt_embeddings": theta.float().cpu().contiguous()}, {"format": "pt"})
+    atomic_write(folder / "adapter_model.safetensors", lambda file: file.write(payload))
+    text = json.dumps(values, indent=2)
+    atomic_write(folder / "adapter_config.json", lambda file: file.write(text.encode()))

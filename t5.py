@@ -204,6 +204,20 @@ def next_token_logits(t5, y):
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+@torch.no_grad()
+def greedy(t5, memory, mask, length):
+    """The likeliest token, one after the other: memory (B, S, d), mask (B, S) -> ids (B, length).
+
+    After </s> comes PAD. Every step decodes all that is there: quick enough for a few tokens.
+    """
+    ids = torch.full((len(memory), 1), PAD, device=memory.device)
+    for _ in range(length):
+        best = next_token_logits(t5, decode(t5, ids, memory, mask)[:, -1]).argmax(-1)       # (B,)
+        ended = (ids == EOS).any(1)
+        ids = torch.cat([ids, torch.where(ended, PAD, best)[:, None]], dim=1)
+    return ids[:, 1:]
+
+
 # ----------------------------------------------------------------------------- reading weights
 
 def read_config(folder):
@@ -273,57 +287,120 @@ def expected_shapes(config):
 ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
            "lm_head.weight")
 STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+FLOATS = ("F16", "BF16", "F32", "F64")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load_t5(folder, dtype=torch.float32, device="cpu"):
-    """Read config.json and model.safetensors of a folder -> T5 in dtype on device.
+    """Read config.json and the safetensors weights of a folder -> T5 in dtype on device.
 
     dtype: float32 or bfloat16, float64 for proofs; float16 is refused, T5's feed-forward overflows
-    in it. Strict both ways: every tensor of the config must be in the file, finite and with its
-    shape, and every tensor of the file must be used. Raises InputError otherwise.
+    in it. The files are mapped, and read one after the other: the peak is the model in dtype and
+    one file. Strict both ways: every tensor of the config must be there, finite and with its shape,
+    and every tensor that is there must be used. Raises InputError otherwise.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise InputError(f"T5 does not run in {dtype}: choose float32 or bfloat16")
-    config, path = read_config(folder), Path(folder) / "model.safetensors"
-    if not path.is_file():
-        raise InputError(f"{path} is missing: put the model's safetensors weights there")
-    try:
-        with safe_open(path, framework="pt") as file:
-            config, source = _match(path, file, config)
-            weights = {name: file.get_tensor(stored).to(device=device, dtype=dtype)
-                       for name, stored in source.items()}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}): fetch it again") from None
-    _complain(path, "has values that are not finite in",
+    config, paths = read_config(folder), weight_files(folder)
+    named, found = paths[0] if len(paths) == 1 else folder, _headers(paths)
+    config, source = _match(named, found, config)
+    weights = {}
+    for path in paths:
+        with _open(path) as file:
+            weights |= {name: file.get_tensor(stored).to(device=device, dtype=dtype)
+                        for name, stored in source.items() if found[stored].path == path}
+    _complain(named, "has values that are not finite in",
               [name for name, w in weights.items() if not w.isfinite().all()])
     weights.setdefault("lm_head.weight", weights["shared.weight"])             # the tied head
     return T5(config, weights)
 
 
-def _match(path, file, config):
-    """Hold an open safetensors file against the config -> (config, {official name: name in file}).
+def shard_names(index):
+    """The files that a model.safetensors.index.json lists. InputError if it is no such index."""
+    try:
+        values = json.loads(Path(index).read_text(encoding="utf-8"))
+        names = sorted(set(values["weight_map"].values()))
+        if not names or any(Path(name).name != name or name[0] == "." for name in names):
+            raise ValueError("its weight_map must name files of its own folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is no index of weights ({error!r}): fetch it again") from None
+    return names
+
+
+def weight_files(folder):
+    """The safetensors files of a model folder: model.safetensors or else the shards of its index.
+
+    Raises InputError if one is missing.
+    """
+    folder = Path(folder)
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        paths = [folder / name for name in shard_names(index)]
+        _complain(index, "names files that are not there:",
+                  [path.name for path in paths if not path.is_file()])
+        return paths
+    other = "".join(f"; {path.name} is not read here: take a revision of the model that has "
+                    "safetensors, such as --model OWNER/NAME@refs/pr/1"
+                    for path in sorted(folder.glob("pytorch_model*"))[:1])
+    raise InputError(f"{single} is missing: put the model's safetensors weights there{other}")
+
+
+class _Stored(NamedTuple):
+    path: Path
+    shape: list[int]
+    dtype: str
+
+
+def _open(path):
+    """A safetensors file, mapped into memory. InputError, with what the file is, if it is none."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        with open(path, "rb") as file:
+            start = file.read(7)
+        what = "it is a web page" if start.lstrip()[:1] == b"<" else \
+            "it is Git LFS's pointer to the file" if start == b"version" else str(error)
+        raise InputError(f"{path} cannot be read ({what}): fetch it again") from None
+
+
+def _headers(paths):
+    """Every tensor of the files -> {name: _Stored}, from their headers alone."""
+    found = {}
+    for path in paths:
+        with _open(path) as file:
+            _complain(path, "repeats tensors of another file:", sorted(found.keys() & file.keys()))
+            parts = {name: file.get_slice(name) for name in file.keys()}
+        found |= {name: _Stored(path, part.get_shape(), part.get_dtype())
+                  for name, part in parts.items()}
+    return found
+
+
+def _match(path, found, config):
+    """Hold {name: _Stored} against the config -> (config, {official name: name in the files}).
 
     All copies of a tied table must be equal. transformers 5 writes tie_word_embeddings true for
     v1.1 as well (with scale_decoder_outputs false): there a head in the file makes it untied.
     """
-    names = set(file.keys())
-    if not config.scaled and "lm_head.weight" in names:
+    if not config.scaled and "lm_head.weight" in found:
         config = config._replace(tied=False)
     aliases = ALIASES if config.tied else ALIASES[:3]
-    table, *copies = [name for name in aliases if name in names] or ["shared.weight"]
-    _complain(path, f"has copies of {table} that differ from it:",
-              [n for n in copies if not torch.equal(file.get_tensor(n), file.get_tensor(table))])
+    table, *copies = [name for name in aliases if name in found] or ["shared.weight"]
     shapes = expected_shapes(config)
     source = {name: name for name in shapes} | {"shared.weight": table}
-    _complain(path, "lacks", sorted(set(source.values()) - names))
+    _complain(path, "lacks", sorted(set(source.values()) - found.keys()))
     _complain(path, "has tensors that config.json does not call for:",
-              sorted(names - {*source.values(), *copies, STRAY}))
-    found = {name: file.get_slice(stored) for name, stored in source.items()}
+              sorted(found.keys() - {*source.values(), *copies, STRAY}))
     _complain(path, "has tensors of another shape than config.json says:",
-              [f"{name} {list(shape)}, found {found[name].get_shape()}"
-               for name, shape in shapes.items() if found[name].get_shape() != list(shape)])
+              [f"{name} {list(shape)}, found {found[source[name]].shape}"
+               for name, shape in shapes.items() if found[source[name]].shape != list(shape)])
     _complain(path, "has no floating-point numbers in",
-              [n for n in found if found[n].get_dtype() not in ("F16", "BF16", "F32", "F64")])
+              [name for name, stored in source.items() if found[stored].dtype not in FLOATS])
+    for name in copies:
+        with _open(found[table].path) as first, _open(found[name].path) as second:
+            if not torch.equal(first.get_tensor(table), second.get_tensor(name)):
+                _complain(path, f"has copies of {table} that differ from it:", [name])
     return config, source
 
 

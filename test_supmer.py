@@ -11,28 +11,32 @@ import csv
 import doctest
 import gzip
 import hashlib
+import http.server
 import io
 import json
 import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+import urllib.parse
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -427,6 +431,7 @@ def save_model(folder, config, weights=None, **changes):
                   relative_attention_max_distance=config.max_distance)
     for key in ("gated", "tied", "scaled", "num_buckets", "max_distance", "eps"):
         del values[key]
+    folder.mkdir(exist_ok=True)
     values = {key: value for key, value in {**values, **changes}.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(values))
     save_file(formula(config) if weights is None else weights, folder / "model.safetensors")
@@ -2402,40 +2407,230 @@ def test_sst2_is_read_whole():
 
 # ---------------------------------------------------------------------------- data: what is fetched
 
-def test_model_names(tmp_path, monkeypatch):
-    """A folder is itself; short names and hub ids are fetched, three files each; anything else is
-    refused."""
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A model hub on this machine: as much of its protocol as the client asks for. Its server has
+    repos {name: {revision: (commit, {file: bytes})}}, `asked` (method, repository, file, range) and
+    `cut`: after how many bytes of a file the line goes dead."""
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        """Not on the test's output."""
+
+    def do_HEAD(self):
+        """Headers only."""
+        self.do_GET()
+
+    def do_GET(self):
+        """A file (/owner/name/resolve/revision/file) or the list of revisions."""
+        hub, path = self.server, urllib.parse.unquote(self.path).split("?")[0]
+        if path.startswith("/api/models/") and path.endswith("/refs"):
+            found = [*hub.repos[path.removeprefix("/api/models/").removesuffix("/refs")]]
+            refs = [{"name": name, "ref": name, "targetCommit": "0" * 40} for name in found]
+            return self.send(200, json.dumps({
+                "branches": refs[:1], "pullRequests": refs[1:], "converts": [], "tags": []}))
+        repo, _, rest = path[1:].partition("/resolve/")
+        for revision, (commit, files) in hub.repos.get(repo, {}).items():
+            for name in (revision, commit):
+                if rest.startswith(name + "/"):
+                    file = rest[len(name) + 1:]
+                    hub.asked.append((self.command, repo, file, self.headers.get("Range")))
+                    if file not in files:
+                        return self.send(404, "", ("X-Error-Code", "EntryNotFound"),
+                                         ("X-Repo-Commit", commit))
+                    return self.send(200, files[file], ("X-Repo-Commit", commit), (
+                        "ETag", f'"{hashlib.sha256(files[file]).hexdigest()}"'))
+        self.send(404, "", ("X-Error-Code", "RevisionNotFound" if repo in hub.repos
+                            else "RepoNotFound"))
+
+    def send(self, status, body, *headers):
+        """Answer; the body may break off."""
+        body = body.encode() if isinstance(body, str) else body
+        self.send_response(status)
+        for name, value in (*headers, ("Content-Length", str(len(body)))):
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[:self.server.cut])
+            if self.server.cut is not None and len(body) > self.server.cut:
+                self.close_connection = True
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub that the client takes for the real one, and an empty cache."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.repos, server.asked, server.cut = {}, [], None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                        server.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def hub_files(folder, *names):
+    """{name: contents} of a folder."""
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def save_shards(folder, config):
+    """A model of a config in two shards and an index, in place of its single file."""
+    save_model(folder, config)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    parts = {"model-00001-of-00002.safetensors": names[::2],
+             "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: weights[name] for name in part}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {
+        name: file for file, part in parts.items() for name in part}}))
+    return folder
+
+
+ANY = "x/model"
+COMMIT = "c" * 40
+
+
+def test_only_the_needed_files_are_fetched(tmp_path, hub):
+    """Of a repository that has everything twice: config, tokenizer and the single file of weights.
+    A second time nothing is asked for; what is fetched is what is loaded."""
+    folder = save_shards(tmp_path / "sharded", V11)
+    save_model(folder, V11)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    junk = {name: b"junk" for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack",
+                                       "spiece.model", "README.md")}
+    hub.repos[ANY] = {"main": (COMMIT, files | junk | {"tokenizer.json": b"{}"})}
+    listed = [(part.file, part.bytes) for part in data.model_downloads(ANY)]
+    assert listed == [(name, len(hub.repos[ANY]["main"][1][name]))
+                      for name in ("config.json", "model.safetensors", "tokenizer.json")]
+    fetched = data.model_folder(ANY)
+    assert {file for method, _, file, _ in hub.asked if method == "GET"} == {
+        "config.json", "model.safetensors", "tokenizer.json"}
+    assert data.tokenizer_file(fetched) == fetched / "tokenizer.json"
+    assert load_t5(fetched).config == V11
+    hub.asked.clear()
+    assert data.model_folder(f"{ANY}@{COMMIT}") == fetched and not hub.asked
+
+
+def test_shards_are_fetched_where_there_is_no_single_file(tmp_path, hub):
+    """The index and the shards that it names; a repository without a tokenizer takes t5-base's."""
+    files = hub_files(save_shards(tmp_path / "m", V10), "config.json", T.INDEX,
+                      "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    config = json.loads(files["config.json"]) | {"vocab_size": data.OFFICIAL_ROWS}
+    hub.repos[ANY] = {"main": (COMMIT, files)}
+    hub.repos["google-t5/t5-base"] = {
+        data.MODELS["t5-base"].split("@")[1]: ("d" * 40, {"tokenizer.json": b"base"})}
+    fetched = data.model_folder(ANY)
+    assert sorted(path.name for path in fetched.iterdir()) == sorted(files)
+    assert load_t5(fetched).config == V10
+    other = tmp_path / "official"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(config))
+    assert data.tokenizer_file(other).read_bytes() == b"base"
+    with pytest.raises(InputError, match="tokenizer.json is missing: put the model's"):
+        data.tokenizer_file(fetched)            # its vocabulary is not the official one
+    del hub.repos["google-t5/t5-base"], files["model-00002-of-00002.safetensors"]
+    with pytest.raises(InputError, match="tokenizer.json is missing, put t5-base's there"):
+        data.tokenizer_file(save_config(tmp_path / "again", config))
+    hub.repos[ANY] = {"main": ("e" * 40, files)}
+    with pytest.raises(InputError, match="lacks model-00002-of-00002.safetensors, which its index"):
+        data.model_folder(ANY)
+
+
+def save_config(folder, values):
+    """A folder with a config.json."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_short_names_are_hub_ids_with_their_commit():
+    """t5-base, Flan, v1.1 and LM-adapted: each short name is a repository; the ones that can be
+    cited are pinned to a whole commit; OWNER/NAME@REVISION is taken as it is."""
+    assert data.hub_source("t5-base") == {
+        "repo_id": "google-t5/t5-base", "revision": "a9723ea7f1b39c1eae772870f3b547bf6ef7e6c1"}
+    assert data.hub_source("t5-v1_1-xxl") == {"repo_id": "google/t5-v1_1-xxl"}
+    assert data.hub_source("me/mine@v2") == {"repo_id": "me/mine", "revision": "v2"}
+    names = ("t5-small t5-base t5-large t5-3b flan-t5-small flan-t5-base flan-t5-large flan-t5-xl "
+             "flan-t5-xxl t5-v1_1-small t5-v1_1-base t5-v1_1-large t5-v1_1-xl t5-v1_1-xxl "
+             "t5-small-lm-adapt t5-base-lm-adapt t5-large-lm-adapt t5-xl-lm-adapt t5-xxl-lm-adapt")
+    assert sorted(data.MODELS) == sorted(names.split())
+    for name in data.MODELS:
+        revision = data.hub_source(name).get("revision", "refs/pr/0")
+        assert re.fullmatch(r"[0-9a-f]{40}|refs/pr/\d", revision), name
+        assert len(revision) == 40 or "v1_1" in name or "lm-adapt" in name
+    with pytest.raises(InputError, match="no model 't5-huge': give tiny, t5-small, t5-base"):
+        data.model_folder("t5-huge")
+
+
+def test_without_safetensors_the_revision_that_has_them_is_named(tmp_path, hub):
+    """Only pytorch_model.bin on main: the pull requests are looked through."""
+    config = hub_files(save_model(tmp_path / "m", V11), "config.json", "model.safetensors")
+    hub.repos[ANY] = {"main": (COMMIT, {"config.json": config["config.json"], "x.bin": b""}),
+                      "refs/pr/3": ("3" * 40, {"README.md": b""}),
+                      "refs/pr/7": ("7" * 40, config)}
+    with pytest.raises(InputError) as caught:
+        data.model_folder(ANY)
+    assert "no safetensors at main" in str(caught.value)
+    assert str(caught.value).endswith(f"take --model {ANY}@refs/pr/7")
+    assert load_t5(data.model_folder(f"{ANY}@refs/pr/7")).config == V11
+
+
+def test_what_cannot_be_fetched_says_what_to_do(tmp_path, hub, monkeypatch):
+    """A wrong name, revision or file, a line that breaks: one line with the way out, and no file
+    that looks whole; the next try gets it."""
+    for name, says in (("x/none", "x/none was not fetched"), ("too/many/parts", "was not fetched"),
+                       (f"{ANY}@v9", f"{ANY}@v9 was not fetched")):
+        hub.repos[ANY] = {"main": (COMMIT, hub_files(save_model(tmp_path / str(len(name)), V11),
+                                                     "config.json", "model.safetensors"))}
+        with pytest.raises(InputError, match=says) as caught:
+            data.model_folder(name)
+        assert "check name, revision and network, or get the files by hand" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    hub.cut = 10_000
+    monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda _: None)
+    with pytest.raises(InputError, match="model.safetensors of x/model.*was not fetched"):
+        data.model_folder(ANY)
+    assert not list((tmp_path / "hub").rglob("snapshots/*/model.safetensors"))
+    hub.cut = None
+    assert load_t5(data.model_folder(ANY)).config == V11
+
+
+def test_the_hubs_own_settings_are_honoured(tmp_path, hub):
+    """$HF_ENDPOINT, $HF_HOME and $HF_HUB_OFFLINE: fetched into that folder from there; offline it
+    is found again, and what is not there is told, both without asking."""
+    hub.repos[ANY] = {"main": (COMMIT, hub_files(
+        save_model(tmp_path / "m", V11), "config.json", "model.safetensors"))}
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url}
+
+    def fetch(name, **more):
+        code = f"import data; print(data.model_folder({name!r}))"
+        return subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent,
+                              env=os.environ | home | more, text=True, capture_output=True)
+    first = fetch(ANY).stdout.strip()
+    assert first.startswith(str(tmp_path / "home")) and (Path(first) / "config.json").is_file()
+    hub.asked.clear()
+    assert fetch(ANY, HF_HUB_OFFLINE="1").stdout.strip() == first
+    assert "get the files by hand and give their folder" in fetch("x/no", HF_HUB_OFFLINE="1").stderr
+    assert not hub.asked
+
+
+def test_openwebtext_is_fetched_as_far_as_it_is_wanted(monkeypatch):
+    """As many of its 21 archives as hold the bytes, of the revision that has them."""
     asked = []
 
     def download(filename, **source):
         asked.append((source, filename))
-        return str(tmp_path / filename)
+        return filename
     monkeypatch.setattr(data, "hf_hub_download", download)
-    assert data.model_folder(str(tmp_path)) == tmp_path and not asked
-    assert data.model_folder("t5-base") == tmp_path == data.model_folder("google/flan-t5-base")
-    assert [(source["repo_id"], file) for source, file in asked[:3]] == [
-        ("google-t5/t5-base", file)
-        for file in ("config.json", "tokenizer.json", "model.safetensors")]
-    with pytest.raises(InputError, match="t5-small, t5-base, t5-large"):
-        data.model_folder("t5-huge")
-    asked.clear()
     assert len(data.openwebtext_files(10**10)) == 6 and len(data.openwebtext_files(10**12)) == 21
     assert asked[5] == ({"repo_id": "Skylion007/openwebtext", "repo_type": "dataset",
                          "revision": "f3808c30e817981b845ec549c43e82bb467d8144"},
                          "subsets/urlsf_subset05.tar")
-
-
-def test_what_cannot_be_fetched_says_what_to_do(monkeypatch):
-    """No network, no such model, a name that is none: an InputError with the way out."""
-    def download(filename, **source):
-        raise LocalEntryNotFoundError("cannot reach the hub\nmore lines")
-    monkeypatch.setattr(data, "hf_hub_download", download)
-    for fetch in (lambda: data.model_folder("t5-base"), lambda: data.openwebtext_files(1)):
-        with pytest.raises(InputError, match=r"was not fetched \(cannot reach the hub\).*folder"):
-            fetch()
-    monkeypatch.undo()
-    with pytest.raises(InputError, match="was not fetched"):
-        data.model_folder("too/many/parts")
 
 
 def test_the_demonstration_without_the_embedded_model(tmp_path):

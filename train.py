@@ -20,6 +20,7 @@ import shlex
 import signal
 import sys
 import time
+import weakref
 from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,12 +28,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import data
 from data import VARIANTS, TaskIndex, atomic_write, meta_task
-from supmer import (Method, init_prompt, init_regularizer, init_state, knob, meta_gradient,
-                    meta_step, save_prompt, validate_task)
+from supmer import (Method, hessian_vector_product, init_prompt, init_regularizer, init_state, knob,
+                    load_prompt, meta_gradient, meta_step, prompt_gradient, prompt_metadata,
+                    save_peft, save_prompt, validate_task)
 from t5 import T5, InputError, T5Config, expected_shapes, load_t5
 
 
@@ -73,9 +76,13 @@ TINY_VALUES = {
     "validate_every": (15, "twice in the demonstration"),
     "validation_tasks": (2, "a demonstration; the paper-scale 20 makes figures steadier"),
 }
-# Official shapes (d_model, d_kv, d_ff, layers, heads), to estimate a run before any download.
-SHAPES = {"t5-small": (512, 64, 2048, 6, 8), "t5-base": (768, 64, 3072, 12, 12),
-          "t5-large": (1024, 64, 4096, 24, 16)}
+# Official shapes (d_model, d_kv, d_ff, layers, heads, gated), to estimate without any download.
+SHAPES = {"t5-small": (512, 64, 2048, 6, 8, False), "t5-base": (768, 64, 3072, 12, 12, False),
+          "t5-large": (1024, 64, 4096, 24, 16, False),
+          "t5-v1_1-base": (768, 64, 2048, 12, 12, True)}
+SHAPES |= {"t5-base-lm-adapt": SHAPES["t5-v1_1-base"], "flan-t5-base": SHAPES["t5-v1_1-base"],
+           "flan-t5-xl": (2048, 64, 5120, 24, 32, True)}
+LIBRARIES = 110 << 20           # measured on shapes of 3 and 6 layers, see the tests
 
 
 # ------------------------------------------------------------------------------- the command line
@@ -112,11 +119,21 @@ def parse(argv):
     parser.add_argument("--run", type=Path, help="the new run's folder [runs/<model>-<number>]")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run")
     parser.add_argument("--yes", action="store_true", help="start a long run without a GPU as well")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="only say what would be fetched, the memory and the time")
+    parser.add_argument("--max-minutes", type=float, default=math.inf,
+                        help="stop after so many minutes of training, as Ctrl-C does")
+    parser.add_argument("--export-peft", type=Path, nargs=2, metavar=("RUN", "DIR"), help="only "
+                        "write RUN's prompt as a folder for Hugging Face PEFT")
     given = vars(parser.parse_args(argv))
-    control = argparse.Namespace(**{name: given.pop(name) for name in ("run", "resume", "yes")})
+    control = argparse.Namespace(**{name: given.pop(name) for name in (
+        "run", "resume", "yes", "dry_run", "max_minutes", "export_peft")})
+    if not control.max_minutes > 0:
+        raise InputError(f"--max-minutes {control.max_minutes}: it must be more than 0")
     if control.resume:
         if given or control.run:
-            raise InputError("--resume goes on with the run's own numbers: add nothing but --yes")
+            raise InputError("--resume goes on with the run's own numbers: add nothing but --yes, "
+                             "--dry-run or --max-minutes")
         kept = read_run(control.resume)
         given, tiny = kept["training"] | kept["method"], {}
     else:
@@ -165,51 +182,152 @@ def pick_device(name):
     return device
 
 
-def estimate(training, method, device):
-    """What a run will cost -> lines to print (downloads, time, memory), and its hours.
+# --------------------------------------------------------------------- what a run needs, beforehand
 
-    Measured with random weights of the model's shape on one micro-batch of 128-token texts, before
-    anything large is fetched. A set of n examples takes n / micro_batch of those.
+class LiveBytes(TorchDispatchMode):
+    """While it is on: the bytes of all tensors that operations have made and that are still used.
+
+    On meta tensors, which have a shape and no data, that tells a computation's memory without
+    computing it. known: tensors that are not to be counted. peak: the most bytes at one time.
     """
-    if training.model in SHAPES:
-        d, k, f, layers, heads = SHAPES[training.model]
-        config = T5Config(d, k, f, layers, layers, heads, 32128, False, True, True, 32, 128, 1e-6)
-    else:
-        config = data.model_config(training.model)
-    shapes, d = expected_shapes(config), config.d_model
-    weights = {name: torch.randn(shape, dtype=getattr(torch, training.dtype), device=device) / 20
-               for name, shape in shapes.items()}
-    t5 = T5(config, {"lm_head.weight": weights["shared.weight"], **weights})
-    theta, rows = init_prompt(t5, training.prompt_length, 0), method.micro_batch
-    examples = data.Examples([[3] * min(128, training.max_tokens)] * rows, [[]] * rows,
-                             torch.zeros(rows, 0, d), torch.zeros(rows, dtype=torch.long),
-                             [[3, 4], [3, 5]])
-    task = data.Task("sp-cluster", (0,), examples, examples)
-    began = time.perf_counter()
-    meta_gradient(t5, theta, init_regularizer(d, device=device), task, task, 0.5, 0.5, method)
-    seconds = (time.perf_counter() - began) * training.tasks * training.query / rows
+
+    def __init__(self, known):
+        super().__init__()
+        self.bytes, self.peak = 0, 0
+        self.known = {x.untyped_storage()._cdata for x in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:            # a view shares its base's
+                    self.known.add(storage._cdata)
+                    self.bytes += storage.nbytes()
+                    self.peak = max(self.peak, self.bytes)
+                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return made
+
+    def _freed(self, key, size):
+        self.known.discard(key)
+        self.bytes -= size
+
+
+def stand_in(config, dtype, device):
+    """A T5 of a shape, with constant weights; on the device "meta" with none."""
+    weights = {name: torch.full(shape, 0.01, dtype=getattr(torch, dtype), device=device)
+               for name, shape in expected_shapes(config).items()}
+    return T5(config, {"lm_head.weight": weights["shared.weight"], **weights})
+
+
+def stand_in_task(d, rows, tokens):
+    """A task of `rows` texts of `tokens` tokens, for a T5 of width d."""
+    examples = data.Examples([[3] * tokens] * rows, [[]] * rows, torch.zeros(rows, 0, d),
+                             torch.zeros(rows, dtype=torch.long), [[3, 4], [3, 5]])
+    return data.Task("sp-cluster", (0,), examples, examples)
+
+
+def model_shape(name):
+    """The T5Config of a model: one of SHAPES, or read."""
+    if name not in SHAPES or Path(name).is_dir():
+        return data.model_config(name)
+    d, k, f, layers, heads, gated = SHAPES[name]
+    return T5Config(d, k, f, layers, layers, heads, data.OFFICIAL_ROWS, gated, not gated,
+                    not gated, 32, 128, 1e-6)
+
+
+def memory_needed(config, training, method):
+    """The most bytes that meta-training will hold, part by part -> dict.
+
+    "micro-batch" is counted, operation by operation, for the longest texts: the Hessian-vector
+    product of one micro-batch, or the gradient of a mixed one. LIBRARIES is what CPU libraries
+    take beside the tensors. The C library's allocator can keep more than is in use: where it does,
+    MALLOC_MMAP_THRESHOLD_=65536 in the environment gives it back.
+    """
+    t5, d, rows = stand_in(config, training.dtype, "meta"), config.d_model, method.micro_batch
+    theta = torch.empty(training.prompt_length, d, device="meta")
+    task = stand_in_task(d, rows, training.max_tokens)
+    with LiveBytes([*t5.weights.values(), theta]) as live:
+        prompt_gradient(t5, theta, task.query, method, task.query, 0.5)
+        hessian_vector_product(t5, theta, task.support, theta, method)
+    phi = init_regularizer(config.d_model, device="meta")
+    learned = sum(x.nbytes for x in (theta, *phi.values()))
+    return {"weights": sum({id(w): w.nbytes for w in t5.weights.values()}.values()),
+            "micro-batch": live.peak,
+            "theta, phi, their gradients and optimizers": 6 * learned,
+            "program": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + LIBRARIES}
+
+
+def memory_line(config, training, method, device):
+    """memory_needed() as text. Raises InputError, with what would fit, if the device has less."""
+    parts, gib, rows = memory_needed(config, training, method), 2 ** 30, method.micro_batch
+    total = sum(parts.values())
+    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else \
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if total > there:
+        fits = int(rows * (there - total + parts["micro-batch"]) / parts["micro-batch"])
+        advice = f"--micro-batch {fits}" if fits > 0 else "--dtype bfloat16 or a smaller model"
+        raise InputError(f"{training.model} needs {total / gib:.1f} GiB with micro-batches of "
+                         f"{rows}, {device} has {there / gib:.1f}: try {advice}")
+    return (f"memory:   {total / gib:.1f} GiB with micro-batches of {rows}: " +
+            ", ".join(f"{size / gib:.2f} {name}" for name, size in parts.items()))
+
+
+def seconds_needed(t5, training, method, tokens):
+    """Measured on a micro-batch of texts of so many tokens -> seconds of a meta-step, seconds to
+    embed one token. A set of n examples takes n / micro_batch as long."""
+    theta, phi = init_prompt(t5, training.prompt_length, 0), init_regularizer(t5.config.d_model)
+    phi = {name: x.to(theta.device) for name, x in phi.items()}
+    short, task = (stand_in_task(t5.config.d_model, n, tokens) for n in (1, method.micro_batch))
+    ids = torch.full((32, 25), 3, device=theta.device)              # sentences of 25 tokens
+
+    def measured(function, *arguments):
+        began = time.perf_counter()
+        function(*arguments)
+        if theta.is_cuda:
+            torch.cuda.synchronize(theta.device)
+        return time.perf_counter() - began
+
+    def step(task):
+        return measured(meta_gradient, t5, theta, phi, task, task, 0.5, 0.5, method)
+
+    step(short)                                                     # the first time is a slow one
+    sets = training.tasks * (training.support + training.query) / (2 * method.micro_batch)
+    return (step(task) * sets,
+            measured(data.embed_sentences, t5, ids, ids > 0) / ids.numel())
+
+
+def time_lines(t5, training, method):
+    """What a run will take on a T5 (or on a stand-in of its shape) -> lines to print, its hours."""
+    tokens = min(128, training.max_tokens)
+    seconds, per_token = seconds_needed(t5, training, method, tokens)
     hours = seconds * method.max_steps / 3600
-    ids = torch.full((32, 25), 3)                               # sentences of 25 tokens
-    began = time.perf_counter()
-    data.embed_sentences(t5, ids, ids > 0)
-    text = training.bytes if training.corpus == ("openwebtext",) else min(training.bytes, sum(
+    web = training.corpus == ("openwebtext",)
+    text = training.bytes if web else min(training.bytes, sum(
         file.stat().st_size for file in data.corpus_files(corpus_paths(training))))
-    clustering = (time.perf_counter() - began) / ids.numel() * text / 4 / 3600
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    clustering = per_token * text / 4 / 3600
+    device = t5.weights["shared.weight"].device.type
     lines = [f"time:     {seconds:.1f} s a step, {hours:,.1f} hours for {method.max_steps:,} "
-             f"steps, measured on this {device.type} with random weights and 128-token texts",
+             f"steps, measured on this {device} with texts of {tokens} tokens",
              f"          {clustering:,.1f} hours before that, to embed and cluster "
              f"{text / 1e9:.3g} GB of text once (4 bytes a token); validation is not counted",
-             f"disk:     {text / 2e9:.3g} GB for the corpus's tokens in cache/",
-             f"memory:   {peak / 2**30:.1f} GiB at the peak of that, with micro-batches of {rows}"]
-    if training.corpus == ("openwebtext",):
-        lines.insert(0, f"download: OpenWebText, about {training.bytes / 3e9:.1f} GB of archives "
-                        f"for {text / 1e9:.3g} GB of text, if not cached yet")
-    if not Path(training.model).is_dir():
-        size = sum(math.prod(shape) for shape in shapes.values()) * 4e-6
-        lines.insert(0, f"download: {training.model}, about {size:,.0f} MB, if not cached yet")
+             f"disk:     {text / 2e9:.3g} GB for the corpus's tokens in cache/"]
+    if web:
+        lines.append(f"download: OpenWebText, about {training.bytes / 3e9:.1f} GB of archives "
+                     f"for {text / 1e9:.3g} GB of text, if not cached yet")
     return lines, hours + clustering
+
+
+def fetch_list(name):
+    """What will be fetched for a model -> lines to print; none for a folder."""
+    if data.is_local(name):
+        return []
+    parts = data.model_downloads(name)
+    source = parts[0].source
+    pinned = "" if source["revision"] in data.MODELS.get(name, name) else ", not pinned"
+    size = sum(part.bytes for part in parts if not part.cached) / 1e6
+    return [f"download: {size:,.0f} MB of {source['repo_id']} at {source['revision']}{pinned}: " +
+            ", ".join(part.file + " (cached)" * part.cached for part in parts)]
 
 
 # ------------------------------------------------------------------------------ a run on the disk
@@ -450,9 +568,11 @@ class Run:
         self.log.write({"step": self.state.step, "variants": variants, **entry})
         return entry
 
-    def train(self):
-        """Step until max_steps, or SIGINT or SIGTERM: end the step, save -> that signal or None."""
+    def train(self, max_minutes=math.inf):
+        """Step until max_steps, or SIGINT or SIGTERM or max_minutes: end the step, save -> the
+        signal, SIGALRM when the minutes are over, or None."""
         caught, saved, last = [], time.monotonic(), self.method.max_steps
+        end = saved + 60 * max_minutes
         before = {number: signal.signal(number, lambda number, frame: caught.append(number))
                   for number in (signal.SIGINT, signal.SIGTERM)}
         with tqdm(total=last, initial=self.state.step, unit="step", dynamic_ncols=True,
@@ -464,6 +584,8 @@ class Run:
                                 tokens_s=f"{entry['time']['tokens_per_second']:.0f}")
                 bar.update()
                 step = self.state.step
+                if time.monotonic() > end and not caught:
+                    caught.append(signal.SIGALRM)
                 if step == last or step % self.training.validate_every == 0:
                     self.validate()
                 if step == last or caught or time.monotonic() - saved > self.training.save_seconds:
@@ -474,19 +596,50 @@ class Run:
         return caught[0] if self.state.step < last else None
 
 
+def export_peft(source, folder):
+    """Write the prompt of a run, or of a prompt's file, as a new folder for PEFT -> what to say."""
+    if folder.exists():
+        raise InputError(f"{folder} exists: name another folder")
+    path = source / "prompt.safetensors" if source.is_dir() else source
+    name = prompt_metadata(path).get("model", "")
+    config = model_shape(name)
+    theta, _, _ = load_prompt(path, config.d_model)
+    base = {"model": str(data.model_folder(name))} if data.is_local(name) else \
+        dict(zip(("model", "revision"), data.hub_source(name).values()))
+    save_peft(folder, theta, config, **base)
+    return (f"{folder}: {len(theta)} vectors for peft.PeftModel.from_pretrained on {base['model']};"
+            " psi is left out, PEFT's format has no place for it")
+
+
+def prepare(training, method, device, control):
+    """Say what a run needs, takes and fetches; InputError if that is out of the question."""
+    config = model_shape(training.model)
+    print(memory_line(config, training, method, device))
+    t5 = stand_in(config, training.dtype, device) if not data.is_local(training.model) else \
+        load_t5(data.model_folder(training.model), getattr(torch, training.dtype), device)
+    lines, hours = time_lines(t5, training, method)
+    print("\n".join(lines))
+    long = hours > 1 or training.corpus == ("openwebtext",)
+    if long and device.type == "cpu" and not (control.yes or control.dry_run):
+        raise InputError("there is no GPU here: add --yes to start all the same, "
+                         "or begin with the embedded model: python train.py")
+    for line in fetch_list(training.model):
+        print(line)
+
+
 def main(argv):
     """Say what will run, run it, say what came out -> exit status."""
     training, method, sources, control = parse(argv)
+    if control.export_peft:
+        print(export_peft(*control.export_peft))
+        return 0
     if control.resume and read_run(control.resume)["finished"]:
         raise InputError(f"{control.resume} is finished already: start a new run")
     device = pick_device(training.device)
-    if training.model != "tiny" and not control.resume:
-        lines, hours = estimate(training, method, device)
-        print("\n".join(lines))
-        long = hours > 1 or training.corpus == ("openwebtext",)
-        if long and device.type == "cpu" and not control.yes:
-            raise InputError("there is no GPU here: add --yes to start all the same, "
-                             "or begin with the embedded model: python train.py")
+    if control.dry_run or training.model != "tiny" and not control.resume:
+        prepare(training, method, device, control)
+    if control.dry_run:
+        return 0
     for name, value in (asdict(training) | asdict(method)).items():
         shown = " ".join(value) if type(value) is tuple else str(value)
         print(f"  {name:17} {shown:12} {sources[name]}")
@@ -500,11 +653,11 @@ def main(argv):
     folder = control.resume or new_run(training, method, made_of, control.run)
     print(f"run:    {folder}")
     run = Run(folder, training, method, t5, index)
-    interrupted = run.train()
+    interrupted = run.train(control.max_minutes)
     if interrupted:
         print(f"stopped after step {run.state.step}, nothing is lost; "
               f"go on with: python train.py --resume {folder}")
-        return 128 + interrupted
+        return 0 if interrupted == signal.SIGALRM else 128 + interrupted
     write_run(folder, read_run(folder) | {"finished": True, "ended": time.time()})
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     validations = [line for line in lines if "validation" in line]
