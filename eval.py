@@ -41,8 +41,10 @@ class Settings:
     model: str = knob("tiny", "tiny, t5-small, t5-base, t5-large, a hub id, or a folder with a T5")
     task: tuple = knob(("movie",), f"one or several of {', '.join(TASKS)}")
     data: str = knob(os.environ.get("SUPMER_DATA") or "data", "folder of the tasks not in tiny/")
-    prompt: tuple = knob(("newest", "random"), "RUN (its folder or prompt.safetensors), released, "
-                         "random, vocab, or newest: this model's last finished run")
+    prompt: tuple = knob(("newest", "random"), "RUN (its folder or prompt.safetensors), a folder of "
+                         "PEFT's or with the authors' files, released (tiny's, or the authors' for "
+                         "t5-base and flan-t5-xl), random, vocab, or newest: this model's last "
+                         "finished run")
     prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)")
     shots: int = knob(16, "examples per label to tune on, as many to validate on (section 4.1)")
     seeds: tuple = knob((10, 20, 30, 40, 50), "of the examples, batches and random prompts (C.1)")
@@ -103,19 +105,19 @@ def open_prompt(name, t5, settings):
     if name in ("random", "vocab"):
         make = normal_prompt if name == "random" else init_prompt
         return Prompt(name, [make(t5, P, seed) for seed in settings.seeds], None, {})
-    if name == "released" and model != "tiny":
-        raise InputError("the authors' prompts cannot be read yet: give --prompt RUN|random|vocab")
-    path = TINY if name == "released" else Path(name)
-    path = path / "prompt.safetensors" if path.is_dir() else path
-    if not path.is_file():
+    path = Path(name)
+    if name == "released":
+        path = TINY if model == "tiny" else released_folder(t5.config.d_model)
+    if not path.exists():
         raise InputError(f"{path} is missing: give --prompt RUN|released|random|vocab")
     theta, phi, about = load_prompt(path, t5.config.d_model)
-    if about.get("model_sha256") != model_fingerprint(model_folder(model)):
+    mine = about["regularizer"] == "affine"     # of other files only the width can be checked
+    if mine and about.get("model_sha256") != model_fingerprint(model_folder(model)):
         raise InputError(f"{path} was learned on another {about.get('model')} than {model} is now:"
                          " take a prompt of this model")
     if len(theta) != P:
         raise InputError(f"{path} has {len(theta)} vectors, not {P}: --prompt-length {len(theta)}?")
-    phi = {key: value.to(device) for key, value in phi.items()}
+    phi = phi and {key: value.to(device) for key, value in phi.items()}
     return Prompt(name, [theta.to(device)] * len(settings.seeds), phi, {"file": str(path), **about})
 
 

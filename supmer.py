@@ -448,7 +448,7 @@ def validate_task(t5, theta, phi, task, method):
 
 
 # --------------------------------------------------------------------- theta and phi on the disk
-RELEASED = {768: "t5base", 2048: "flant5xl"}    # width -> how the authors' files call the model
+RELEASED = {768: "t5base", 2048: "flant5xl"}    # d_model -> how the authors' files call the model
 IGNORED = ("grad_mean", "grad_std", "grad_s", "k")      # buffers in them that psi never uses
 
 
@@ -519,7 +519,8 @@ def _load_released(folder, d):
         try:
             read.append(torch.load(path, map_location="cpu", weights_only=True))
         except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError) as error:
-            raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch it from "
+            reason = type(error).__name__ + ": " + str(error).partition("\n")[0]
+            raise InputError(f"{path} cannot be read ({reason}): fetch it from "
                              "github.com/beepkh/SUPMER, folder pretrain_prompt") from None
     theta, phi = read
     if not isinstance(theta, torch.Tensor) or not isinstance(phi, dict) or not all(
