@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch.func import grad, grad_and_value, vjp
+from torch.func import grad_and_value, vjp
 
 from data import atomic_write, collate
 from t5 import PAD, InputError, decode, embed_tokens, encode, next_token_logits
@@ -70,6 +70,9 @@ class Method:
     words_only: bool = knob(
         False, "loss over the label words, not the whole vocabulary (LM-BFF, PERFECT)")
     micro_batch: int = knob(8, "examples encoded together: memory and speed, not the result (ours)")
+    keep_graphs: int = knob(
+        0, "micro-batches of a support set whose graphs are kept for the Hessian, not made again: "
+        "memory and speed, not the result (ours)")
 
 
 # ----------------------------------------------------- the prompted model and its loss (Eq. 1)
@@ -139,6 +142,26 @@ def micro_batches(examples, size, device, partner=None):
         yield rows, collate(examples, rows, device), partner and collate(partner, rows, device)
 
 
+def first_derivative(function, theta):
+    """function: theta -> (scalar, more). -> its gradient, (the scalar, more).
+
+    torch.func.grad_and_value(function, has_aux=True) gives the same, but always records its own
+    backward pass for a next derivative. Where none is taken this needs half the memory.
+    """
+    value, pull_back, more = vjp(function, theta, has_aux=True)
+    gradient, = pull_back(torch.ones_like(value), retain_graph=False, create_graph=False)
+    return gradient, (value, more)
+
+
+def second_derivative(function, theta):
+    """As first_derivative, and the Hessian's product u -> Hess u, shaped like theta, once.
+
+    It is the derivative of <gradient, u>, reverse over reverse; the graph that it needs is kept.
+    """
+    gradient, pull_back, rest = vjp(grad_and_value(function, has_aux=True), theta, has_aux=True)
+    return gradient, rest, lambda u: pull_back(u, retain_graph=False, create_graph=False)[0]
+
+
 def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0):
     """The gradient of the mean loss over n Examples with respect to theta (P, d), Eq. 1.
 
@@ -148,29 +171,38 @@ def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0):
     """
     if partner is not None and partner.words != examples.words:
         raise ValueError("only tasks with the same label words can be mixed")
-    of_batch = grad_and_value(lambda theta, batch, other: loss_share(
-        t5, theta, batch, other, lam, examples.words, len(examples.ids), method), has_aux=True)
     g, H, loss = torch.zeros_like(theta), 0.0, 0.0
     partner = partner if lam else None
     for _, batch, other in micro_batches(examples, method.micro_batch, theta.device, partner):
-        g_share, (loss_part, H_share) = of_batch(theta, batch, other)
+        g_share, (loss_part, H_share) = first_derivative(lambda theta: loss_share(
+            t5, theta, batch, other, lam, examples.words, len(examples.ids), method), theta)
         g, H, loss = g + g_share, H + H_share, loss + loss_part
     return g, H, loss
 
 
-def hessian_vector_product(t5, theta, examples, u, method):
-    """Hess_theta L(examples; theta) u for u (P, d) -> (P, d): the gradient of <grad L, u>.
+def gradient_and_hessian(t5, theta, examples, method):
+    """prompt_gradient() of a support set, and its loss's second derivative -> g, H, loss, hessian.
 
-    Reverse over reverse, one micro-batch at a time: its graph is made again rather than kept, so
-    that memory does not grow with the number of examples.
+    hessian(u) is Hess_theta L u for u (P, d), to be called once. A micro-batch's graph is made
+    again for it, so that memory does not grow with the number of examples, or, for the first
+    method.keep_graphs ones, kept from here, which saves a pass. Both are exact, and equal.
     """
-    def slope(theta, batch):
-        share = grad(lambda theta: loss_share(t5, theta, batch, None, 0.0, examples.words,
-                                              len(examples.ids), method)[0])
-        return (share(theta) * u).sum()
+    def share(batch):
+        return lambda theta: loss_share(t5, theta, batch, None, 0.0, examples.words,
+                                        len(examples.ids), method)
 
-    batches = micro_batches(examples, method.micro_batch, theta.device)
-    return sum(grad(slope)(theta, batch) for _, batch, _ in batches)
+    g, H, loss, products = torch.zeros_like(theta), 0.0, 0.0, []
+    for _, batch, _ in micro_batches(examples, method.micro_batch, theta.device):
+        if len(products) < method.keep_graphs:
+            g_share, (loss_part, H_share), product = second_derivative(share(batch), theta)
+        else:
+            g_share, (loss_part, H_share) = first_derivative(share(batch), theta)
+
+            def product(u, batch=batch):
+                return second_derivative(share(batch), theta)[2](u)
+        g, H, loss = g + g_share, H + H_share, loss + loss_part
+        products.append(product)
+    return g, H, loss, lambda u: sum(product(u) for product in products)
 
 
 # ----------------------------------------------- curriculum task augmentation (Eq. 4 and Eq. 10)
@@ -326,7 +358,7 @@ def meta_gradient(t5, theta, phi, task, partner, lam, b, method):
 
     task, partner: Tasks of one variant; lam, b: floats. -> TaskGradient
     """
-    g, H, support_loss = prompt_gradient(t5, theta, task.support, method)
+    g, H, support_loss, hessian = gradient_and_hessian(t5, theta, task.support, method)
     adapted, pull_back = vjp(lambda theta, phi, g: inner_step(theta, phi, g, H, method),
                              theta, phi, g)
     mixed = (task.query, method, partner.query, lam)
@@ -335,7 +367,7 @@ def meta_gradient(t5, theta, phi, task, partner, lam, b, method):
     if method.first_order:
         d_theta, second = v, torch.zeros_like(v)
     else:
-        second = hessian_vector_product(t5, theta, task.support, u, method)
+        second = hessian(u)
         d_theta = d_theta + second
     through_gate, gate_error = grad_and_value(gate_loss)(phi, H, b)
     d_phi = {name: through_psi[name] + method.gate_weight * through_gate[name] for name in phi}

@@ -22,7 +22,7 @@ import sys
 import time
 import weakref
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import data
 from data import VARIANTS, TaskIndex, atomic_write, meta_task
-from supmer import (Method, hessian_vector_product, init_prompt, init_regularizer, init_state, knob,
+from supmer import (Method, gradient_and_hessian, init_prompt, init_regularizer, init_state, knob,
                     load_prompt, meta_gradient, meta_step, prompt_gradient, prompt_metadata,
                     save_peft, save_prompt, validate_task)
 from t5 import T5, InputError, T5Config, expected_shapes, load_t5
@@ -154,7 +154,7 @@ def settings(chosen):
     training, method = (cls(**{entry.name: chosen[entry.name] for entry in fields(cls)
                                if entry.name in chosen}) for cls in (Training, Method))
     may_be_zero = ("seed", "relative_step", "gate_weight", "prompt_rate", "regularizer_rate",
-                   "save_seconds")
+                   "save_seconds", "keep_graphs")
     for entry in (*fields(Training), *fields(Method)):
         value = getattr(training if hasattr(training, entry.name) else method, entry.name)
         name, number = "--" + entry.name.replace("_", "-"), type(entry.default) in (int, float)
@@ -249,11 +249,14 @@ def memory_needed(config, training, method):
     task = stand_in_task(d, rows, training.max_tokens)
     with LiveBytes([*t5.weights.values(), theta]) as live:
         prompt_gradient(t5, theta, task.query, method, task.query, 0.5)
-        hessian_vector_product(t5, theta, task.support, theta, method)
+        gradient_and_hessian(t5, theta, task.support, replace(method, keep_graphs=0))[3](theta)
+    with LiveBytes([*t5.weights.values(), theta]) as kept:
+        *_, hessian = gradient_and_hessian(t5, theta, task.support, replace(method, keep_graphs=1))
+    graphs = min(method.keep_graphs, math.ceil(training.support / rows))
     phi = init_regularizer(config.d_model, device="meta")
     learned = sum(x.nbytes for x in (theta, *phi.values()))
     return {"weights": sum({id(w): w.nbytes for w in t5.weights.values()}.values()),
-            "micro-batch": live.peak,
+            "micro-batch": live.peak, f"{graphs} kept graphs": graphs * kept.bytes,
             "theta, phi, their gradients and optimizers": 6 * learned,
             "program": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + LIBRARIES}
 
