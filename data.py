@@ -31,15 +31,18 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections import Counter
+from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from kmeans import kmeans, nearest
 from t5 import (EOS, INDEX, PAD, SINGLE, InputError, embed_tokens, encode, load_t5, read_config,
@@ -850,6 +853,9 @@ MODELS = {
 OFFICIAL_ROWS = 32128               # embeddings of every official T5: 32,100 pieces, padded
 OPENWEBTEXT = {"repo_id": "Skylion007/openwebtext", "repo_type": "dataset",     # still with tars:
                "revision": "f3808c30e817981b845ec549c43e82bb467d8144"}
+RELEASED = {(768, 3072): "t5base", (2048, 5120): "flant5xl"}    # d_model, d_ff: the authors' name
+RELEASED_URL = ("https://raw.githubusercontent.com/beepkh/SUPMER/"
+                "adaddb3144183a823247fdba80102b0c9185e871/pretrain_prompt/")
 SUBSET_BYTES = 1_700_000_000        # of text in each of its 21 files of 630 MB, put low
 
 
@@ -984,6 +990,54 @@ def _not_fetched(file, source, error):
     where = "@".join(filter(None, (source["repo_id"], source.get("revision"))))
     return InputError(f"{file} of {where} was not fetched ({_first_line(error)}): check name, "
                       "revision and network, or get the files by hand and give their folder")
+
+
+def download(url, path):
+    """Fetch an address to path, with a bar. What is there of it stays as .part, to go on with."""
+    part = path.with_name(path.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    begin = part.stat().st_size if part.exists() else 0
+    try:
+        request = Request(url, headers={"Range": f"bytes={begin}-"} if begin else {})
+        with urlopen(request, timeout=60) as answer:
+            begin *= answer.status == 206       # not every server goes on where one stopped
+            total = begin + int(answer.headers.get("Content-Length") or 0)
+            with (open(part, "ab" if begin else "wb") as file,
+                  tqdm(total=total or None, initial=begin, unit="B", unit_scale=True, disable=None,
+                       desc=path.name) as bar):
+                while chunk := answer.read(1 << 18):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                file.flush()
+                os.fsync(file.fileno())
+    except (OSError, HTTPException) as error:
+        if getattr(error, "code", None) == 416:     # nothing lies behind what is there: start anew
+            part.unlink()
+        raise InputError(f"{url}: {error}") from None
+    if part.stat().st_size < total:
+        raise InputError(f"{url} stopped at {part.stat().st_size:,} of {total:,} bytes")
+    os.replace(part, path)
+
+
+def released_folder(config):
+    """Where the authors' meta-trained prompt for a T5 of this shape is, fetched if it is not there.
+
+    InputError for another shape than t5-base's and flan-t5-xl's.
+    """
+    name = RELEASED.get((config.d_model, config.d_ff))
+    if not name:
+        raise InputError("the authors released prompts for t5-base and flan-t5-xl only: take one "
+                         "of these models, or --prompt RUN|random|vocab")
+    folder = Path("cache") / "released"
+    for path in (folder / f"{kind}_{name}.pt" for kind in ("prompt", "gradient_edit")):
+        if not path.exists():
+            try:
+                download(RELEASED_URL + path.name, path)
+            except InputError as error:
+                raise InputError(f"{error}: check the network, or put {path.name} from the folder "
+                                 f"pretrain_prompt of github.com/beepkh/SUPMER into {folder}"
+                                 ) from None
+    return folder
 
 
 def demonstrate():

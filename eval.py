@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (TASKS, TINY, atomic_write, few_shot, load_test, load_tokenizer, load_train,
-                  model_fingerprint, model_folder, task_examples)
+from data import (RELEASED, TASKS, TINY, atomic_write, few_shot, load_test, load_tokenizer,
+                  load_train, model_fingerprint, model_folder, released_folder, task_examples)
 from supmer import (Method, init_prompt, knob, load_prompt, measure, prompt_gradient, regularize,
                     score)
 from t5 import InputError, load_t5
@@ -41,9 +41,9 @@ class Settings:
     model: str = knob("tiny", "tiny, t5-small, t5-base, t5-large, a hub id, or a folder with a T5")
     task: tuple = knob(("movie",), f"one or several of {', '.join(TASKS)}")
     data: str = knob(os.environ.get("SUPMER_DATA") or "data", "folder of the tasks not in tiny/")
-    prompt: tuple = knob(("newest", "random"), "RUN (its folder or prompt.safetensors), a folder of "
-                         "PEFT's or with the authors' files, released (tiny's, or the authors' for "
-                         "t5-base and flan-t5-xl), random, vocab, or newest: this model's last "
+    prompt: tuple = knob(("newest", "random"), "RUN (its folder or prompt.safetensors), a folder "
+                         "of PEFT's or with the authors' files, released (tiny's, or the authors' "
+                         "for t5-base and flan-t5-xl), random, vocab, or newest: this model's last "
                          "finished run")
     prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)")
     shots: int = knob(16, "examples per label to tune on, as many to validate on (section 4.1)")
@@ -99,6 +99,14 @@ def normal_prompt(t5, length, seed):
     return table.std() * torch.from_numpy(drawn).float().to(table.device)
 
 
+def belongs(about, config, model):
+    """Whether a prompt's metadata is of this model. PEFT's says nothing that could be checked."""
+    if about["regularizer"] == "affine":
+        return about.get("model_sha256") == model_fingerprint(model_folder(model))
+    shape = (config.d_model, config.d_ff)
+    return about["regularizer"] != "released" or RELEASED.get(shape) == about["model"]
+
+
 def open_prompt(name, t5, settings):
     """random, vocab, released, RUN -> Prompt. InputError unless it is of this model and length."""
     P, model, device = settings.prompt_length, settings.model, t5.weights["shared.weight"].device
@@ -107,12 +115,11 @@ def open_prompt(name, t5, settings):
         return Prompt(name, [make(t5, P, seed) for seed in settings.seeds], None, {})
     path = Path(name)
     if name == "released":
-        path = TINY if model == "tiny" else released_folder(t5.config.d_model)
+        path = TINY if model == "tiny" else released_folder(t5.config)
     if not path.exists():
         raise InputError(f"{path} is missing: give --prompt RUN|released|random|vocab")
     theta, phi, about = load_prompt(path, t5.config.d_model)
-    mine = about["regularizer"] == "affine"     # of other files only the width can be checked
-    if mine and about.get("model_sha256") != model_fingerprint(model_folder(model)):
+    if not belongs(about, t5.config, model):
         raise InputError(f"{path} was learned on another {about.get('model')} than {model} is now:"
                          " take a prompt of this model")
     if len(theta) != P:

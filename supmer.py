@@ -40,7 +40,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.func import grad_and_value, vjp
 
-from data import atomic_write, collate
+from data import RELEASED, atomic_write, collate
 from t5 import PAD, InputError, decode, embed_tokens, encode, next_token_logits
 
 
@@ -480,7 +480,6 @@ def validate_task(t5, theta, phi, task, method):
 
 
 # --------------------------------------------------------------------- theta and phi on the disk
-RELEASED = {768: "t5base", 2048: "flant5xl"}    # d_model -> how the authors' files call the model
 IGNORED = ("grad_mean", "grad_std", "grad_s", "k")      # buffers in them that psi never uses
 
 
@@ -543,11 +542,12 @@ def prompt_metadata(path):
 
 def _load_released(folder, d):
     """The authors' prompt_*.pt and gradient_edit_*.pt for a T5 of width d, as _load_peft."""
-    if d not in RELEASED:
+    names = [name for (width, _), name in RELEASED.items() if width == d]
+    if not names:
         raise InputError(f"{folder} has prompts for t5-base and flan-t5-xl, of widths 768 and 2048,"
                          f" not {d}: take one of those models")
     read = []
-    for path in (folder / f"{kind}_{RELEASED[d]}.pt" for kind in ("prompt", "gradient_edit")):
+    for path in (folder / f"{kind}_{names[0]}.pt" for kind in ("prompt", "gradient_edit")):
         try:
             read.append(torch.load(path, map_location="cpu", weights_only=True))
         except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError) as error:
@@ -559,7 +559,7 @@ def _load_released(folder, d):
             isinstance(x, torch.Tensor) for x in phi.values()):
         raise InputError(f"{folder} does not hold a tensor and a dict of tensors: fetch both again")
     return theta, {name: x for name, x in phi.items() if name not in IGNORED}, {
-        "model": RELEASED[d], "regularizer": "released"}
+        "model": names[0], "regularizer": "released"}
 
 
 def _load_peft(folder, d):

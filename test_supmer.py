@@ -3975,13 +3975,14 @@ def test_the_memory_estimate_is_what_a_step_takes(model, rows, tokens):
     parts = train.memory_needed(config, training, method)
     assert parts["weights"] == 4 * sum(map(math.prod, T.expected_shapes(config).values()))
     said = sum(parts.values()) - parts["weights"] - parts["program"] + train.LIBRARIES
+    tidy = {"MALLOC_MMAP_THRESHOLD_": "65536"}
     grown = peak_of(f"""
 import supmer, train
 t5 = train.stand_in(train.model_shape({model!r}), "float32", "cpu")
 task = train.stand_in_task(t5.config.d_model, {rows}, {tokens})
 method = supmer.Method(micro_batch={rows})""", """
 theta, phi = supmer.init_prompt(t5, 100, 0), supmer.init_regularizer(t5.config.d_model)
-supmer.meta_gradient(t5, theta, phi, task, task, 0.5, 0.5, method)""", MALLOC_MMAP_THRESHOLD_="65536")
+supmer.meta_gradient(t5, theta, phi, task, task, 0.5, 0.5, method)""", **tidy)
     assert grown * 2 ** 20 == pytest.approx(said, rel=0.15)
 
 
