@@ -3349,7 +3349,7 @@ def test_json_is_complete(place, capsys):
     written = json.loads(Path("runs/eval/small-planted.json").read_text())
     assert set(written) == {"command", "settings", "prompts", "tasks"}
     assert written["prompts"]["runs/small-1"] == {
-        "file": "runs/small-1/prompt.safetensors",
+        "file": "runs/small-1",
         "model": "small",
         "corpus": "embedded",
         "step": "7",
@@ -3383,7 +3383,7 @@ def test_json_is_complete(place, capsys):
         and "majority" in printed
         and "paper" not in printed.split("\n\n")[1]
     )
-    assert "runs/small-1/prompt.safetensors" in printed and "embedded" in printed
+    assert "'file': 'runs/small-1'" in printed and "embedded" in printed
 
 
 def test_first_test_rows_are_fixed(place, monkeypatch):
