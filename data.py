@@ -427,8 +427,9 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
         new.mkdir()
         texts = documents(paths, max_bytes, counts)
         with open(new / "tokens.bin", "wb") as file:
-            offsets, document, keys = _tokenize_corpus(texts, tokenizer, file, counts, progress)
-        held_out = _hold_out(document, clusters, seed, counts)
+            *columns, shares = _tokenize_corpus(texts, tokenizer, file, counts, progress)
+        offsets, document, keys = columns
+        held_out = _hold_out(document, shares, clusters, counts)
         anchor = np.zeros(len(keys), dtype=bool)
         anchor[np.unique(keys, return_index=True)[1]] = True        # of equal texts the first
         tokens = np.memmap(new / "tokens.bin", np.uint16, "r")
@@ -450,14 +451,24 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
     return open_store(folder, made_of)
 
 
-def _hold_out(document, clusters, seed, counts):
-    """Choose the held-out documents -> (n,) bool, true for their sentences."""
+def hash_share(paragraphs):
+    """A document's place in [0, 1), uniform, by sha256 of its text: the same in every corpus.
+
+    ["It rained."] -> 0.5...
+    """
+    digest = hashlib.sha256("\n".join(paragraphs).encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:8]) / 2 ** 64
+
+
+def _hold_out(document, shares, clusters, counts):
+    """Choose the held-out documents, those of the lowest hash_share -> (n,) bool, true for their
+    sentences."""
     n = counts["documents"]
     if len(document) < clusters or n < 4:
         raise InputError(f"the corpus has {len(document)} sentences in {n} documents; {clusters}"
                          " clusters and 4 documents are wanted: give more text, or fewer clusters")
     counts["documents held out"] = max(2, round(0.05 * n))
-    chosen = np.random.default_rng((seed, 0, 0, 1)).permutation(n)[:counts["documents held out"]]
+    chosen = np.argsort(shares, kind="stable")[:counts["documents held out"]]
     return np.isin(document, chosen)
 
 
@@ -477,12 +488,14 @@ def join_short(sentences):
 
 
 def _tokenize_corpus(texts, tokenizer, file, counts, progress):
-    """Append all tokens to file -> offsets (n + 1,), document (n,), keys (n,), 64-bit hashes."""
-    offsets, document, keys = array("q", [0]), array("i"), array("Q")
-    stream = ([s for paragraph in text for s in split_sentences(paragraph)] for text in texts)
+    """Append all tokens to file -> offsets (n + 1,), document (n,), keys (n,), 64-bit hashes,
+    shares, a document's hash_share."""
+    offsets, document, keys, shares = array("q", [0]), array("i"), array("Q"), array("d")
+    stream = ((hash_share(text), [s for paragraph in text for s in split_sentences(paragraph)])
+              for text in texts)
     while batch := list(islice(stream, 256)):
-        encoded = iter(tokenize(tokenizer, [sentence for part in batch for sentence in part]))
-        for sentences in batch:
+        encoded = iter(tokenize(tokenizer, [sentence for _, part in batch for sentence in part]))
+        for share, sentences in batch:
             whole = join_short([next(encoded) for _ in sentences])
             counts["short sentences joined"] += len(sentences) - len(whole)
             for ids in whole:
@@ -492,10 +505,11 @@ def _tokenize_corpus(texts, tokenizer, file, counts, progress):
                 offsets.append(offsets[-1] + len(raw) // 2)
                 document.append(counts["documents"])
                 keys.append(int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest()))
+            shares.extend([share] if whole else [])
             counts["documents" if whole else "empty documents"] += 1
         progress("reading text, bytes", counts["bytes"], None)
     counts["sentences"] = len(keys)
-    return np.array(offsets), np.array(document), np.array(keys)
+    return np.array(offsets), np.array(document), np.array(keys), np.array(shares)
 
 
 def embed_sentences(t5, ids, mask):

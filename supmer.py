@@ -65,6 +65,10 @@ class Method:
     clip: float = knob(1.0, "largest norm of theta's and of phi's gradient (the released code)")
     max_steps: int = knob(100_000, "steps; both rates fall linearly to 0 over them (Table 6)")
     first_order: bool = knob(False, "drop theta's Hessian term (what the released code computes)")
+    augmentation: bool = knob(True, "mix a partner task into the query sets (Alg. 2); without it "
+                                    "there is no L_reg, which would close the gate (ours)")
+    curriculum: bool = knob(True, "lambda follows b (Eq. 10); without it ~ Beta(alpha, alpha)")
+    regularizer: bool = knob(True, "learn phi; without it psi stays the identity")
     exact_cosine: bool = knob(
         False, "s from grad L_query(theta), one pass more, instead of v (Alg. 1, line 13)")
     words_only: bool = knob(
@@ -370,13 +374,14 @@ def meta_gradient(t5, theta, phi, task, partner, lam, b, method):
         second = hessian(u)
         d_theta = d_theta + second
     through_gate, gate_error = grad_and_value(gate_loss)(phi, H, b)
-    d_phi = {name: through_psi[name] + method.gate_weight * through_gate[name] for name in phi}
+    gate_weight = method.gate_weight * method.augmentation
+    d_phi = {name: through_psi[name] + gate_weight * through_gate[name] for name in phi}
     q = prompt_gradient(t5, theta, *mixed)[0] if method.exact_cosine else v
     log = {"support_loss": support_loss, "query_loss": query_loss, "gate_loss": gate_error,
            "step_size": (adapted - theta).norm() / theta.norm(),
            "second_order": second.norm() / d_theta.norm(), "gate_mean": gate(phi, H).mean(),
            "phi_gradient_meta": _norm(through_psi),
-           "phi_gradient_gate": method.gate_weight * _norm(through_gate)}
+           "phi_gradient_gate": gate_weight * _norm(through_gate)}
     return TaskGradient(d_theta, d_phi, cosine(q, regularize(phi, g, H)),
                         {name: float(value) for name, value in log.items()})
 
@@ -420,7 +425,8 @@ def meta_step(t5, state, pairs, method, seed):
     state as it was, when a loss or a gradient is not finite.
     """
     b = curriculum(state.s, method.curve)
-    lams = [draw_lambda(b, method.alpha, seed, state.step, i) for i in range(len(pairs))]
+    lams = [draw_lambda(b if method.curriculum else 1.0, method.alpha, seed, state.step, i)
+            if method.augmentation else 0.0 for i in range(len(pairs))]
     parts = []
     for (task, partner), lam in zip(pairs, lams, strict=True):
         part = meta_gradient(t5, state.theta, state.phi, task, partner, lam, b, method)
@@ -438,8 +444,8 @@ def meta_step(t5, state, pairs, method, seed):
            "A_minus_I": float((state.phi["A"] - torch.eye(theta_width).to(state.theta)).norm()),
            **{name: sum(part.log[name] for part in parts) / n for name in parts[0].log}}
     left = 1 - state.step / method.max_steps                        # linear decay, no warm-up
-    for optimizer, rate in ((state.theta_adam, method.prompt_rate),
-                            (state.phi_adam, method.regularizer_rate)):
+    learned = ((state.theta_adam, method.prompt_rate), (state.phi_adam, method.regularizer_rate))
+    for optimizer, rate in learned if method.regularizer else learned[:1]:
         group = optimizer.param_groups[0]
         torch.nn.utils.clip_grad_norm_(group["params"], method.clip)
         group["lr"] = rate * left

@@ -1523,6 +1523,28 @@ def test_meta_step_is_adam_on_the_mean_with_clip_and_linear_decay():
     assert torch.allclose(state.phi["a"], phi["a"] - 1e-4 * 0.6 * a.sign(), atol=1e-7)
 
 
+def test_ablations_leave_out_what_they_name():
+    """Table 4's rows by step: without the regularizer phi stays the identity; without augmentation
+    lambda is 0 and L_reg is no part of phi's gradient; without the curriculum lambda is drawn at
+    b = 0 as well, where the curriculum has 0.
+    """
+    tasks = [(random_task(1), random_task(2))]
+
+    def step(**choices):
+        t5, state = small_state(method := Method(inner_rate=5.0, gate_weight=1e6, **choices))
+        return supmer.meta_step(t5, state, tasks, method, seed=7), state.phi
+    log, phi = step()
+    start = supmer.init_regularizer(8)
+    assert log["lambda"] == [0.0] and not torch.equal(phi["c"], start["c"])
+    log, phi = step(regularizer=False)
+    assert all(torch.equal(phi[name], start[name]) for name in phi)
+    log, _ = step(augmentation=False)
+    assert log["lambda"] == [0.0] and log["phi_gradient_gate"] == 0 < log["gate_loss"]
+    log, _ = step(curriculum=False)
+    assert log["b"] == 0 and 0 < log["lambda"][0] < 1
+    assert log["lambda"][0] == supmer.draw_lambda(1.0, 1.0, 7, 0, 0)
+
+
 def test_meta_step_stops_on_numbers_that_are_not_finite():
     """A NaN in the weights stops the step with its number and a remedy, and changes nothing."""
     method = Method()

