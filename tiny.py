@@ -816,7 +816,7 @@ def step_once(p, optimizer, lessons, step, progress):
     named = {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(p.items(), grads)}
     optimizer.step(p, named, min(1, (step + 1) / 20, (1 - progress) / 0.6 + 0.02))
     tune_prompts(tasks, grads[len(p):])
-    return float(total), figures
+    return float(total.detach()), figures
 
 
 def train(pool, tokenizer, work, tasks, steps, dtype):
@@ -1111,10 +1111,20 @@ def held_out(share):
     return share < 0.07
 
 
-def read_lines(path):
-    """The records of a .jsonl.gz or .jsonl file."""
+def read_records(path):
+    """A .jsonl or .jsonl.gz file -> (rating 1..10 or 0, category or "", paragraphs) of each line.
+    InputError, with its number, for a line that has no text."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        yield from map(json.loads, file)
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                text = record.get("text") or record.get("question") or ""
+                yield (int(record.get("rating") or 0),
+                       str(record.get("category", record.get("label", ""))),
+                       record.get("paragraphs") or re.split(r"(?:<br />\s*)+|\n", text))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise InputError(f"{path}, line {number}: no record with `paragraphs`, `text` or "
+                                 f"`question` ({error}): mend or drop it") from None
 
 
 def read_documents(path):
@@ -1124,16 +1134,9 @@ def read_documents(path):
     `category` or `label`, if the document has one. The rated ones first, then by hash_share, until
     SOURCE_BYTES; a text that comes twice is taken once.
     """
-    if path.name.endswith(".txt"):
-        found = [(0, "", paragraphs) for paragraphs in documents([path])]
-    else:
-        found = [(int(record.get("rating") or 0),
-                  str(record.get("category", record.get("label", ""))),
-                  record.get("paragraphs") or
-                  re.split(r"(?:<br />\s*)+|\n", record.get("text") or record["question"]))
-                 for record in read_lines(path)]
-    known = {hash_share(paragraphs): (rating, category, paragraphs)
-             for rating, category, paragraphs in found}
+    records = ((0, "", text) for text in documents([path])) if path.suffix == ".txt" \
+        else read_records(path)
+    known = {hash_share(record[2]): record for record in records}
     total, taken = 0, []
     for share, document in sorted(known.items(), key=lambda item: (not item[1][0], item[0])):
         total += sum(map(len, document[2]))
