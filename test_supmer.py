@@ -29,6 +29,7 @@ import time
 import urllib.parse
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -3031,7 +3032,7 @@ def test_tuning_step_by_hand(monkeypatch):
     _, best, found = evaluation.tune(
         t5,
         start,
-        phi,
+        partial(supmer.regularize, phi),
         (train, small_examples(4, 9)),
         10,
         rate,
@@ -3232,7 +3233,7 @@ def test_identity_regularizer_is_plain_tuning():
     turned = {**phi, "A": phi["A"].flip(0)}
     plain, identity, other = (
         evaluation.tune(t5, start, p, sample, 10, 0.1, eval_settings())[0]
-        for p in (None, phi, turned)
+        for p in (None, partial(supmer.regularize, phi), partial(supmer.regularize, turned))
     )
 
     def losses(curve):
@@ -4142,6 +4143,32 @@ def test_released_prompts_are_read(name, d, tmp_path):
     assert read_phi.keys() == phi.keys() and all(torch.equal(read_phi[n], phi[n]) for n in phi)
     psi = supmer.REGULARIZERS["released"][1](read_phi, theta / 1e6, theta.mean(0))
     assert psi.isfinite().all() and not torch.allclose(psi, theta / 1e6)
+
+
+def test_tuning_with_the_authors_files(place, monkeypatch):
+    """`eval.py --prompt released` fetches both files, once, and tunes as with a folder that has
+    them: from their theta, through their form of psi, which no other model's shape gets."""
+    theta, phi = released_files(place / "theirs", "t5base", 16)
+    monkeypatch.setitem(data.RELEASED, (16, 32), "t5base")
+    monkeypatch.setattr(data, "RELEASED_URL", (place / "theirs").as_uri() + "/")
+    evaluation.main([*SMALL, "--prompt-length", "100", "--prompt", "released", "theirs"])
+    assert {path.name for path in (place / "cache/released").iterdir()} == {
+        path.name for path in (place / "theirs").iterdir()}
+    tuning = json.loads(Path("runs/eval/small-planted.json").read_text())["tasks"]["planted"][
+        "tuning"]
+    assert without_times(tuning["released"]) == without_times(tuning["theirs"])
+    monkeypatch.setattr(data, "RELEASED_URL", "file:///nowhere/")       # they are there already
+    settings, _ = evaluation.parse([*SMALL, "--prompt-length", "100", "--prompt", "released"])
+    prompt = evaluation.open_prompt("released", small_t5(), settings)
+    g, H = theta.flip(0) / 1e4, theta[0]
+    assert torch.equal(prompt.starts[0], theta)
+    assert torch.equal(prompt.psi(g, H), supmer.regularize_released(phi, g, H))
+    with_psi, without = (evaluation.tune(small_t5(), theta, psi, (small_examples(8),) * 2, 10, 0.3,
+                                         settings)[0] for psi in (prompt.psi, None))
+    assert with_psi[-1]["loss"] != pytest.approx(without[-1]["loss"], rel=1e-4)
+    monkeypatch.delitem(data.RELEASED, (16, 32))
+    with pytest.raises(InputError, match="for t5-base and flan-t5-xl only"):
+        evaluation.open_prompt("released", small_t5(), settings)
 
 
 def test_damaged_released_prompts(tmp_path):
