@@ -2576,8 +2576,8 @@ def test_sst2_is_read_whole():
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """A model hub on this machine: as much of its protocol as the client asks for. Its server has
-    repos {name: {revision: (commit, {file: bytes})}}, `asked` (method, repository, file, range) and
-    `cut`: after how many bytes of a file the line goes dead."""
+    repos {name: {revision: (commit, {file: bytes})}}, `asked` (method, repository, file) and `cut`:
+    after how many bytes of a file the line goes dead."""
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_):
@@ -2600,7 +2600,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             for name in (revision, commit):
                 if rest.startswith(name + "/"):
                     file = rest[len(name) + 1:]
-                    hub.asked.append((self.command, repo, file, self.headers.get("Range")))
+                    hub.asked.append((self.command, repo, file))
                     if file not in files:
                         return self.send(404, "", ("X-Error-Code", "EntryNotFound"),
                                          ("X-Repo-Commit", commit))
@@ -2675,7 +2675,7 @@ def test_only_the_needed_files_are_fetched(tmp_path, hub):
     assert listed == [(name, len(hub.repos[ANY]["main"][1][name]))
                       for name in ("config.json", "model.safetensors", "tokenizer.json")]
     fetched = data.model_folder(ANY)
-    assert {file for method, _, file, _ in hub.asked if method == "GET"} == {
+    assert {file for method, _, file in hub.asked if method == "GET"} == {
         "config.json", "model.safetensors", "tokenizer.json"}
     assert data.tokenizer_file(fetched) == fetched / "tokenizer.json"
     assert load_t5(fetched).config == V11
@@ -2690,14 +2690,14 @@ def test_shards_are_fetched_where_there_is_no_single_file(tmp_path, hub):
     config = json.loads(files["config.json"]) | {"vocab_size": data.OFFICIAL_ROWS}
     hub.repos[ANY] = {"main": (COMMIT, files)}
     hub.repos["google-t5/t5-base"] = {
-        data.MODELS["t5-base"].split("@")[1]: ("d" * 40, {"tokenizer.json": b"base"})}
+        data.MODELS["t5-base"].split("@")[1]: ("d" * 40, {"tokenizer.json": b'"base"'})}
     fetched = data.model_folder(ANY)
     assert sorted(path.name for path in fetched.iterdir()) == sorted(files)
     assert load_t5(fetched).config == V10
     other = tmp_path / "official"
     other.mkdir()
     (other / "config.json").write_text(json.dumps(config))
-    assert data.tokenizer_file(other).read_bytes() == b"base"
+    assert data.tokenizer_file(other).read_bytes() == b'"base"'
     with pytest.raises(InputError, match="tokenizer.json is missing: put the model's"):
         data.tokenizer_file(fetched)            # its vocabulary is not the official one
     del hub.repos["google-t5/t5-base"], files["model-00002-of-00002.safetensors"]
@@ -2734,6 +2734,12 @@ def test_short_names_are_hub_ids_with_their_commit():
         data.model_folder("t5-huge")
 
 
+    hub.repos["x/official"] = {"main": ("f" * 40, files | {
+        "config.json": json.dumps(config).encode()})}
+    assert train.fetch_list("x/official")[0].endswith("tokenizer.json of google-t5/t5-base")
+    hub.asked.clear()
+    data.model_downloads(f"{ANY}@{COMMIT}")      # the hub has said that two files are not there
+    assert not hub.asked
 def test_without_safetensors_the_revision_that_has_them_is_named(tmp_path, hub):
     """Only pytorch_model.bin on main: the pull requests are looked through."""
     config = hub_files(save_model(tmp_path / "m", V11), "config.json", "model.safetensors")
@@ -2750,13 +2756,15 @@ def test_without_safetensors_the_revision_that_has_them_is_named(tmp_path, hub):
 def test_what_cannot_be_fetched_says_what_to_do(tmp_path, hub, monkeypatch):
     """A wrong name, revision or file, a line that breaks: one line with the way out, and no file
     that looks whole; the next try gets it."""
-    for name, says in (("x/none", "x/none was not fetched"), ("too/many/parts", "was not fetched"),
-                       (f"{ANY}@v9", f"{ANY}@v9 was not fetched")):
+    for name, says in (("x/none", "x/none was not fetched .the hub has no such repository"),
+                       ("too/many/parts", "was not fetched .Repo id must"),
+                       (f"{ANY}@v9", "not fetched .the repository has no such revision")):
         hub.repos[ANY] = {"main": (COMMIT, hub_files(save_model(tmp_path / str(len(name)), V11),
                                                      "config.json", "model.safetensors"))}
         with pytest.raises(InputError, match=says) as caught:
             data.model_folder(name)
-        assert "check name, revision and network, or get the files by hand" in str(caught.value)
+        assert str(caught.value).endswith("check name, revision and network, or put its files into "
+                                          "a folder and give --model FOLDER")
         assert "\n" not in str(caught.value)
     hub.cut = 10_000
     monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda _: None)
@@ -2767,22 +2775,44 @@ def test_what_cannot_be_fetched_says_what_to_do(tmp_path, hub, monkeypatch):
     assert load_t5(data.model_folder(ANY)).config == V11
 
 
-def test_the_hubs_own_settings_are_honoured(tmp_path, hub):
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_nothing_broken_stays_in_the_cache(name, tmp_path, hub):
+    """A web page in place of a file, or a file that its author uploaded half, is refused by name
+    and not kept: when the hub is well again, so is the next try. What a killed download left is
+    swept away then."""
+    files = hub_files(save_model(tmp_path / "m", V11), "config.json", "model.safetensors")
+    for wrong in (b"<html>Sign in</html>", files[name][:-9]):
+        hub.repos[ANY] = {"main": (COMMIT, files | {name: wrong})}
+        with pytest.raises(InputError, match=f"{name} .*fetch it again .it was taken out"):
+            data.model_folder(ANY)
+        blobs = [path.read_bytes() for path in (tmp_path / "hub").rglob("blobs/*")]
+        assert wrong not in blobs and not list((tmp_path / "hub").rglob(f"snapshots/*/{name}"))
+    hub.repos[ANY] = {"main": (COMMIT, files)}
+    killed = tmp_path / "hub/models--x--model/blobs" / (
+        hashlib.sha256(files[name]).hexdigest() + ".0123abcd.incomplete")
+    killed.write_bytes(files[name][:100])
+    assert load_t5(data.model_folder(ANY)).config == V11 and not killed.exists()
+
+
+def test_the_hubs_own_settings_are_honoured(tmp_path, hub, monkeypatch):
     """$HF_ENDPOINT, $HF_HOME and $HF_HUB_OFFLINE: fetched into that folder from there; offline it
-    is found again, and what is not there is told, both without asking."""
+    is found again, and what is not there is told, both without asking. Without a network train.py
+    ends in one line, whatever the client does meanwhile."""
     hub.repos[ANY] = {"main": (COMMIT, hub_files(
         save_model(tmp_path / "m", V11), "config.json", "model.safetensors"))}
     home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url}
 
-    def fetch(name, **more):
-        code = f"import data; print(data.model_folder({name!r}))"
+    def python(code, **more):
         return subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent,
                               env=os.environ | home | more, text=True, capture_output=True)
-    first = fetch(ANY).stdout.strip()
+    fetch = f"import data; print(data.model_folder({ANY!r}))"
+    first = python(fetch).stdout.strip()
     assert first.startswith(str(tmp_path / "home")) and (Path(first) / "config.json").is_file()
     hub.asked.clear()
-    assert fetch(ANY, HF_HUB_OFFLINE="1").stdout.strip() == first
-    assert "get the files by hand and give their folder" in fetch("x/no", HF_HUB_OFFLINE="1").stderr
+    assert python(fetch, HF_HUB_OFFLINE="1").stdout.strip() == first
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="was not reached, and it is not in the cache.: check"):
+        data.model_folder("x/no")
     assert not hub.asked
 
 
@@ -2824,6 +2854,11 @@ def test_the_demonstration_prints_each_variant():
 
 
 POSITIVE, NEGATIVE = "good fine nice warm".split(), "bad poor dull cold".split()
+    train = ("import runpy, sys, time; time.sleep = lambda _: None; sys.argv[1:] = ['--model', "
+             "'x/no']; runpy.run_path('train.py', run_name='__main__')")
+    ended = python(train, HF_ENDPOINT="http://127.0.0.1:9")
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("error: config.json of x/no was not fetched (the hub was not re")
 FILLER = "the a film food day place and with of very".split()
 PIECES = [
     "<pad>",
@@ -3915,7 +3950,26 @@ def test_a_dry_run_stops_before_anything_is_fetched_or_made(small_world, tmp_pat
         assert not Path("runs").exists() and not Path("cache").exists()
     said = capsys.readouterr().out
     assert f"of {ANY} at {COMMIT}, not pinned: config.json (cached), model.safetensors" in said
-    assert {file for method, _, file, _ in hub.asked if method == "GET"} == {"config.json"}
+    assert {file for method, _, file in hub.asked if method == "GET"} == {"config.json"}
+    monkeypatch.setitem(train.SHAPES, "t5-small", (16, 4, 32, 1, 2, False))
+    has = {"SC_PAGE_SIZE": 2 ** 20}
+    monkeypatch.setattr(train.os, "sysconf", has.get)
+    for has["SC_PHYS_PAGES"], seconds in ((1 << 20, r"[\d.]+ s a step"), (16, "cannot be")):
+        assert train.main(["--model", "t5-small", "--device", "cpu", "--dry-run"]) == 0
+        assert re.search(r"memory: .* weights.*\ndownload: config.json of google-t5/t5-small@\w+ "
+                         f"was not fetched .*\ntime: +{seconds}", capsys.readouterr().out)
+
+
+def test_official_shapes_have_the_published_sizes():
+    """Every short name's shape is known, to count without a network: its parameters are as many as
+    the model cards say."""
+    counts = {"t5-small": 60_506_624, "t5-base": 222_903_552, "t5-large": 737_668_096,
+              "t5-3b": 2_851_598_336}
+    counts |= {family.format(size): count for size, count in {
+        "small": 76_961_152, "base": 247_577_856, "large": 783_150_080, "xl": 2_849_757_184,
+        "xxl": 11_135_332_352}.items() for family in ("t5-v1_1-{}", "t5-{}-lm-adapt", "flan-t5-{}")}
+    assert counts == {name: sum(map(math.prod, T.expected_shapes(train.model_shape(name)).values()))
+                      for name in train.SHAPES} and counts.keys() == data.MODELS.keys()
 
 
 def test_flan_t5_xl_fits_24_gigabytes():

@@ -330,7 +330,9 @@ def fetch_list(name):
     pinned = "" if source["revision"] in data.MODELS.get(name, name) else ", not pinned"
     size = sum(part.bytes for part in parts if not part.cached) / 1e6
     return [f"download: {size:,.0f} MB of {source['repo_id']} at {source['revision']}{pinned}: " +
-            ", ".join(part.file + " (cached)" * part.cached for part in parts)]
+            ", ".join(part.file + f" of {part.source['repo_id']}" * (
+                part.source["repo_id"] != source["repo_id"]) + " (cached)" * part.cached
+                for part in parts)]
 
 
 # ------------------------------------------------------------------------------ a run on the disk
