@@ -3928,8 +3928,8 @@ def test_an_official_model_without_a_gpu_says_what_it_would_cost_and_stops(
     with pytest.raises(InputError, match="no GPU here: add --yes"):
         train.main(["--model", "t5-small", "--bytes", "1000000000"])
     said = capsys.readouterr().out
-    assert re.search(r"memory: +[\d.]+ GiB with micro-batches of 8: [\d.]+ weights, [\d.]+ micro-b",
-                     said)
+    assert re.search(r"memory: +[\d.]+ GiB with micro-batches of 8: [\d.]+ weights, [\d.]+ micro-b"
+                     r".*\ndownload: 242 MB of t5-small\n", said)
     assert re.search(r"[\d.]+ s a step, [\d,.]+ hours for 100,000 steps", said)
     assert "OpenWebText, about 0.3 GB of archives for 1 GB of text" in said
     monkeypatch.setattr(train, "time_lines", lambda *_: (["time: 7 s a step"], 194.0))
@@ -3940,8 +3940,10 @@ def test_an_official_model_without_a_gpu_says_what_it_would_cost_and_stops(
             assert "7 s a step" in capsys.readouterr().out
 
 
-def test_a_dry_run_stops_before_anything_is_fetched_or_made(small_world, tmp_path, hub, capsys):
-    """--dry-run prints memory, time and each file with its size, and fetches config.json only."""
+def test_a_dry_run_stops_before_anything_is_fetched_or_made(
+        small_world, tmp_path, hub, capsys, monkeypatch):
+    """--dry-run prints memory, time and each file with its size, and fetches config.json only; for
+    an official model it needs no hub that answers, and no machine that has the memory."""
     folder = save_model(tmp_path / "m", V11)
     hub.repos[ANY] = {"main": (COMMIT, hub_files(folder, "config.json", "model.safetensors"))}
     with contextlib.chdir(tmp_path):
@@ -3965,6 +3967,7 @@ def test_official_shapes_have_the_published_sizes():
     the model cards say."""
     counts = {"t5-small": 60_506_624, "t5-base": 222_903_552, "t5-large": 737_668_096,
               "t5-3b": 2_851_598_336}
+    monkeypatch.setattr(train, "fetch_list", lambda _: ["download: 242 MB of t5-small"])
     counts |= {family.format(size): count for size, count in {
         "small": 76_961_152, "base": 247_577_856, "large": 783_150_080, "xl": 2_849_757_184,
         "xxl": 11_135_332_352}.items() for family in ("t5-v1_1-{}", "t5-{}-lm-adapt", "flan-t5-{}")}
@@ -3985,7 +3988,7 @@ def test_flan_t5_xl_fits_24_gigabytes():
 def test_memory_that_is_not_there_is_told_with_what_would_do(monkeypatch):
     """Before anything is allocated: a run that needs more than the device has is refused, with the
     micro-batch that would fit, or with the advice to take less of a model."""
-    training, method, _, _ = train.parse(["--model", "m", "--micro-batch", "6"])
+    training, method, _, control = train.parse(["--model", "m", "--micro-batch", "6"])
     parts = {"weights": 8 << 30, "micro-batch": 12 << 30, "program": 1 << 30}
     has = {"SC_PAGE_SIZE": 2 ** 20, "SC_PHYS_PAGES": 16 << 10}
     monkeypatch.setattr(train, "memory_needed", lambda *_: parts)
@@ -3994,12 +3997,13 @@ def test_memory_that_is_not_there_is_told_with_what_would_do(monkeypatch):
                           (10, "--dtype bfloat16 or a smaller model")):
         has["SC_PHYS_PAGES"] = there << 10
         with pytest.raises(InputError) as caught:
-            train.memory_line(None, training, method, torch.device("cpu"))
+            train.prepare(training, method, torch.device("cpu"), control)
         assert str(caught.value) == (f"m needs 21.0 GiB with micro-batches of 6, cpu has {there}.0:"
                                      f" try {advice}")
     has["SC_PHYS_PAGES"] = 21 << 10
-    assert train.memory_line(None, training, method, torch.device("cpu")).startswith(
-        "memory:   21.0 GiB with micro-batches of 6: 8.00 weights, 12.00 micro-batch")
+    assert train.memory_lines(None, training, method, torch.device("cpu")) == (
+        "memory:   21.0 GiB with micro-batches of 6: 8.00 weights, 12.00 micro-batch, 1.00 program",
+        "")
 
 
 def test_memory_does_not_grow_with_the_support_set():
@@ -4023,12 +4027,14 @@ def test_memory_does_not_grow_with_the_support_set():
 def test_the_memory_estimate_is_what_a_step_takes(model, rows, tokens):
     """t5-base's shape, for which nothing was calibrated (and t5-small's, for which LIBRARIES was):
     an exact second-order meta-gradient in a fresh process takes within 15 % of what memory_needed
-    says, the weights aside. The allocator gives back what it does not use."""
-    training, method, _, _ = train.parse(
-        ["--model", model, "--micro-batch", str(rows), "--max-tokens", str(tokens)])
+    says for one task, the weights aside. The allocator gives back what it does not use."""
+    training, method, _, _ = train.parse(["--model", model, "--micro-batch", str(rows),
+                                          "--max-tokens", str(tokens), "--tasks", "1"])
     config = train.model_shape(model)
     parts = train.memory_needed(config, training, method)
     assert parts["weights"] == 4 * sum(map(math.prod, T.expected_shapes(config).values()))
+    monkeypatch.setattr(train, "model_shape", lambda _: None)
+    monkeypatch.setattr(train, "fetch_list", None)                      # it does not come so far
     said = sum(parts.values()) - parts["weights"] - parts["program"] + train.LIBRARIES
     tidy = {"MALLOC_MMAP_THRESHOLD_": "65536"}
     grown = peak_of(f"""
@@ -4043,11 +4049,22 @@ supmer.meta_gradient(t5, theta, phi, task, task, 0.5, 0.5, method)""", **tidy)
 
 def test_max_minutes_ends_a_run_that_can_go_on(small_world, monkeypatch, capsys):
     """--max-minutes stops after the step in which the time is over, with status 0 and the command
-    to go on; going on gives the run that was never stopped."""
+    to go on; going on gives the run that was never stopped. Over before the first step it is a
+    Ctrl-C."""
     folder, defaults = small_world
     monkeypatch.chdir(folder)
     assert train.main([*defaults, "--run", "whole"]) == 0
-    assert train.main([*defaults, "--run", "short", "--max-minutes", "1e-9"]) == 0
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*defaults, "--run", "none", "--max-minutes", "1e-9"])
+    step = train.meta_step
+
+    def slow(*arguments):                                   # the time is over within this one
+        signal.setitimer(signal.ITIMER_REAL, 1e-6)
+        time.sleep(0.01)
+        return step(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "meta_step", slow)
+        assert train.main([*defaults, "--run", "short", "--max-minutes", "9"]) == 0
     said = capsys.readouterr().out
     assert "stopped after step 1, nothing is lost" in said and "--resume short" in said
     assert train.main(["--resume", "short", "--max-minutes", "9"]) == 0
