@@ -307,7 +307,8 @@ def load_t5(folder, dtype=torch.float32, device="cpu"):
             weights |= {name: file.get_tensor(stored).to(device=device, dtype=dtype)
                         for name, stored in source.items() if found[stored].path == path}
     _complain(named, "has values that are not finite in",
-              [name for name, w in weights.items() if not w.isfinite().all()])
+              [name for name, w in weights.items()          # aminmax makes no copy and keeps NaN
+               if not all(map(math.isfinite, w.aminmax()))])
     weights.setdefault("lm_head.weight", weights["shared.weight"])             # the tied head
     return T5(config, weights)
 
