@@ -34,13 +34,13 @@ from data import (RELEASED, TASKS, TINY, atomic_write, few_shot, load_test, load
 from supmer import (REGULARIZERS, Method, init_prompt, knob, load_prompt, measure, prompt_gradient,
                     score)
 from t5 import InputError, load_t5
-from train import TINY_VALUES, knob_parser, pick_device, read_run
+from train import TINY_VALUES, fetch_list, knob_parser, pick_device, read_run
 
 
 @dataclass(frozen=True)
 class Settings:
     """What an evaluation is made of, with the paper's values; the command line is made from it."""
-    model: str = knob("tiny", "tiny, t5-small, t5-base, t5-large, a hub id, or a folder with a T5")
+    model: str = knob("tiny", "tiny, a short name such as flan-t5-xl, a hub id, or a T5's folder")
     task: tuple = knob(("movie",), f"one or several of {', '.join(TASKS)}")
     data: str = knob(os.environ.get("SUPMER_DATA") or "data", "folder of the tasks not in tiny/")
     prompt: tuple = knob(("newest", "random"), "RUN (its folder or prompt.safetensors), a folder "
@@ -321,6 +321,8 @@ def main(argv):
     for name, folder in folders.items():        # looked for now, opened after the tuning
         if not (folder / TASKS[name].test).is_file():
             raise InputError(f"{name}: {folder / TASKS[name].test} is missing: give --data FOLDER")
+    for line in fetch_list(settings.model):
+        print(line)
     model = model_folder(settings.model)
     t5 = load_t5(model, getattr(torch, settings.dtype), pick_device(settings.device))
     tokenizer = load_tokenizer(model, t5.config)

@@ -2816,6 +2816,15 @@ def test_the_hubs_own_settings_are_honoured(tmp_path, hub, monkeypatch):
     assert not hub.asked
 
 
+def test_an_evaluation_tells_what_it_fetches(place, hub, capsys):
+    """eval.py --model OWNER/NAME names the files and their size, and that they are not pinned."""
+    hub.repos[ANY] = {"main": (COMMIT, hub_files(
+        place / "small", "config.json", "model.safetensors", "tokenizer.json"))}
+    evaluation.main([*SMALL, "--model", ANY, "--prompt", "random"])
+    assert (f"download: 0 MB of {ANY} at {COMMIT}, not pinned: config.json (cached), "
+            "model.safetensors, tokenizer.json\n") in capsys.readouterr().out
+
+
 def test_openwebtext_is_fetched_as_far_as_it_is_wanted(monkeypatch):
     """As many of its 21 archives as hold the bytes, of the revision that has them."""
     asked = []
