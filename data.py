@@ -39,14 +39,17 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
+from huggingface_hub import (_CACHED_NO_EXIST, HfApi, hf_hub_download, logging,
+                             try_to_load_from_cache)
+from huggingface_hub.errors import (EntryNotFoundError, HFValidationError, HTTPError,
+                                    LocalEntryNotFoundError, RepositoryNotFoundError,
+                                    RevisionNotFoundError)
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from kmeans import kmeans, nearest
-from t5 import (EOS, INDEX, PAD, SINGLE, InputError, embed_tokens, encode, load_t5, read_config,
-                shard_names, weight_files)
+from t5 import (EOS, INDEX, PAD, SINGLE, InputError, check_file, embed_tokens, encode, load_t5,
+                read_config, shard_names, weight_files)
 
 TINY = Path(__file__).resolve().parent / "tiny"
 MASK, UNK = "<extra_id_0>", 2       # <X> of the templates; the id that holds a vector's place
@@ -915,6 +918,8 @@ def model_downloads(name):
             raise InputError(f"{source['repo_id']} lacks {shards[weights.index(None) - 1]}, which "
                              "its index names: try another @REVISION")
     tokenizer = _look_up("tokenizer.json", commit)
+    if not tokenizer and read_config(config.parent).vocab_size == OFFICIAL_ROWS:
+        tokenizer = _look_up("tokenizer.json", hub_source("t5-base"))       # see tokenizer_file
     return [Download("config.json", config.stat().st_size, True, commit), *weights,
             *([tokenizer] if tokenizer else [])]
 
@@ -931,6 +936,8 @@ def hub_source(name):
 
 def _look_up(file, source):
     """A Download, or None where the hub (the cache, when offline) has no such file."""
+    if try_to_load_from_cache(filename=file, **source) is _CACHED_NO_EXIST:
+        return None                         # the hub said so before: it need not be asked again
     try:
         found = hf_hub_download(filename=file, dry_run=True, **source)
     except EntryNotFoundError:
@@ -941,20 +948,19 @@ def _look_up(file, source):
 
 
 def _no_safetensors(source):
-    """Which revisions of a repository without safetensors have them -> an error's text."""
+    """The first revision, of a repository without safetensors, that has them -> an error's text."""
     name = source["repo_id"]
     try:
         refs = HfApi().list_repo_refs(name, include_pull_requests=True)
-        found = [revision for revision in (*(branch.name for branch in refs.branches),
-                                           *(pull.ref for pull in refs.pull_requests or ()))
-                 if any(HfApi().file_exists(name, file, revision=revision)
-                        for file in (SINGLE, INDEX))]
+        where = next((f"--model {name}@{revision}" for revision in (
+            *(branch.name for branch in refs.branches), *(pull.ref for pull in refs.pull_requests))
+            if any(HfApi().file_exists(name, file, revision=revision) for file in (SINGLE, INDEX))),
+            "another model, or convert it")
     except FETCH_ERRORS as error:
         return (f"{name} has no safetensors in the cache, and the hub cannot be asked "
-                f"({_first_line(error)}): check the network, or give a folder that has them")
-    where = ", ".join(f"--model {name}@{ref}" for ref in found)
+                f"({_reason(error)}): check the network, or give a folder that has them")
     return (f"{name} has no safetensors at {source.get('revision', 'main')}, and no other weights "
-            f"are read; take {where or 'another model, or convert it'}")
+            f"are read: take {where}")
 
 
 def model_config(name):
@@ -984,26 +990,45 @@ def openwebtext_files(max_bytes):
     return [_fetch(f"subsets/urlsf_subset{i:02}.tar", **OPENWEBTEXT) for i in range(count)]
 
 
+if "HF_HUB_VERBOSITY" not in os.environ:    # it tells of each of its tries, we of their failure
+    logging.set_verbosity_error()
 # What the hub's client raises: no network (OSError or its HTTP library's own), a name or revision
 # that is not there or not allowed, no room on the disk.
 FETCH_ERRORS = (OSError, EntryNotFoundError, HFValidationError, HTTPError)
+REASONS = {LocalEntryNotFoundError: "the hub was not reached, and it is not in the cache",
+           RepositoryNotFoundError: "the hub has no such repository, or it is private",
+           RevisionNotFoundError: "the repository has no such revision"}
 
 
 def _fetch(file, **source):
+    """A file of the hub -> its path in the cache. There nothing is left that is not what its name
+    says (a web page under its name), nor the part that a killed download leaves."""
     try:
-        return Path(hf_hub_download(filename=file, **source))
+        path = Path(hf_hub_download(filename=file, **source))
     except FETCH_ERRORS as error:
         raise _not_fetched(file, source, error) from None
+    blob = path.resolve()
+    for part in blob.parent.glob(f"{blob.name}.*.incomplete"):
+        part.unlink(missing_ok=True)
+    try:
+        check_file(path)
+    except InputError as error:
+        for wrong in {path, blob}:
+            wrong.unlink()
+        raise InputError(f"{error} (it was taken out of the hub's cache)") from None
+    return path
 
 
-def _first_line(error):
-    return str(error).strip().split("\n")[0]
+def _reason(error):
+    first_line = str(error).strip().split("\n")[0]
+    return next((REASONS[kind] for kind in REASONS if isinstance(error, kind)), first_line)
 
 
 def _not_fetched(file, source, error):
     where = "@".join(filter(None, (source["repo_id"], source.get("revision"))))
-    return InputError(f"{file} of {where} was not fetched ({_first_line(error)}): check name, "
-                      "revision and network, or get the files by hand and give their folder")
+    option = "corpus" if "repo_type" in source else "model"
+    return InputError(f"{file} of {where} was not fetched ({_reason(error)}): check name, revision "
+                      f"and network, or put its files into a folder and give --{option} FOLDER")
 
 
 def download(url, path):

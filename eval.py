@@ -19,7 +19,9 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,16 +31,16 @@ from tqdm import tqdm
 
 from data import (RELEASED, TASKS, TINY, atomic_write, few_shot, load_test, load_tokenizer,
                   load_train, model_fingerprint, model_folder, released_folder, task_examples)
-from supmer import (Method, init_prompt, knob, load_prompt, measure, prompt_gradient, regularize,
+from supmer import (REGULARIZERS, Method, init_prompt, knob, load_prompt, measure, prompt_gradient,
                     score)
 from t5 import InputError, load_t5
-from train import TINY_VALUES, knob_parser, pick_device, read_run
+from train import TINY_VALUES, fetch_list, knob_parser, pick_device, read_run
 
 
 @dataclass(frozen=True)
 class Settings:
     """What an evaluation is made of, with the paper's values; the command line is made from it."""
-    model: str = knob("tiny", "tiny, t5-small, t5-base, t5-large, a hub id, or a folder with a T5")
+    model: str = knob("tiny", "tiny, a short name such as flan-t5-xl, a hub id, or a T5's folder")
     task: tuple = knob(("movie",), f"one or several of {', '.join(TASKS)}")
     data: str = knob(os.environ.get("SUPMER_DATA") or "data", "folder of the tasks not in tiny/")
     prompt: tuple = knob(("newest", "random"), "RUN (its folder or prompt.safetensors), a folder "
@@ -77,7 +79,7 @@ class Prompt(NamedTuple):
     """Where tuning starts."""
     name: str
     starts: list[torch.Tensor]  # for each seed theta (P, d) float32
-    phi: dict | None            # a learned prompt's regularizer, frozen; None for the others
+    psi: Callable | None        # a learned prompt's regularizer (g, H) -> g; None for the others
     about: dict                 # a learned prompt's file and its metadata
 
 
@@ -124,8 +126,9 @@ def open_prompt(name, t5, settings):
                          " take a prompt of this model")
     if len(theta) != P:
         raise InputError(f"{path} has {len(theta)} vectors, not {P}: --prompt-length {len(theta)}?")
-    phi = phi and {key: value.to(device) for key, value in phi.items()}
-    return Prompt(name, [theta.to(device)] * len(settings.seeds), phi, {"file": str(path), **about})
+    psi = phi and partial(REGULARIZERS[about["regularizer"]][1],
+                          {key: value.to(device) for key, value in phi.items()})
+    return Prompt(name, [theta.to(device)] * len(settings.seeds), psi, {"file": str(path), **about})
 
 
 # -------------------------------------------------------------------------------- tuning (C.1)
@@ -145,11 +148,11 @@ def rank(validation):
     return -validation["accuracy"], validation["loss"], validation["step"], validation["rate"]
 
 
-def tune(t5, start, phi, sample, seed, rate, settings, unit=1.0, report=lambda loss, best: None):
+def tune(t5, start, psi, sample, seed, rate, settings, unit=1.0, report=lambda loss, best: None):
     """Tune a prompt at one rate -> its validations, the best of them, theta (P, d) of that step.
 
-    A step: the gradient g of a batch (Eq. 1) -> psi(g) (Eq. 5; phi frozen, the gate's H from that
-    batch; phi None: g itself) -> norm clipped -> AdamW, whose rate falls linearly to 0.
+    A step: the gradient g of a batch (Eq. 1) -> psi(g, H) (Eq. 5; phi frozen, the gate's H from
+    that batch; psi None: g itself) -> norm clipped -> AdamW, whose rate falls linearly to 0.
     start (P, d), kept as it is, counts as step 0. sample: (training, validation) Examples. rate is
     in units of unit. report(loss, best validation) follows each step. InputError: a loss is not
     finite (a gradient that was not shows in the next validation at the latest).
@@ -175,7 +178,7 @@ def tune(t5, start, phi, sample, seed, rate, settings, unit=1.0, report=lambda l
                 ids=[train.ids[row] for row in rows], slots=[train.slots[row] for row in rows],
                 vectors=train.vectors[rows], labels=train.labels[rows])
             g, H, loss = prompt_gradient(t5, theta, batch, method)
-            theta.grad = g if phi is None else regularize(phi, g, H)
+            theta.grad = psi(g, H) if psi else g
             torch.nn.utils.clip_grad_norm_([theta], method.clip)
             optimizer.param_groups[0]["lr"] = rate * unit * (1 - step / steps)
             optimizer.step()
@@ -204,7 +207,7 @@ def tune_task(t5, tokenizer, task, folder, prompts, settings):
             for seed, start, sample in zip(settings.seeds, prompt.starts, samples, strict=True):
                 bar.set_description(f"{prompt.name}, seed {seed}")
                 began = time.perf_counter()
-                tuned = [tune(t5, start, prompt.phi, sample, seed, rate, settings, unit, report)
+                tuned = [tune(t5, start, prompt.psi, sample, seed, rate, settings, unit, report)
                          for rate in settings.rates]
                 _, best, theta = min(tuned, key=lambda run: rank(run[1]))
                 records[prompt.name].append({
@@ -229,7 +232,7 @@ def test_task(t5, tokenizer, task, folder, prompts, thetas, settings):
         return 100 * measure(score(t5, theta, examples, Method()), examples.labels)["correct"] / n
     for prompt in prompts:
         tuned = [accuracy(theta) for theta in thetas[prompt.name]]
-        starts = prompt.starts if prompt.phi is None else prompt.starts[:1]     # they are all one
+        starts = prompt.starts[:1] if prompt.psi else prompt.starts             # they are all one
         results[prompt.name] = {"untuned": [accuracy(theta) for theta in starts], "tuned": tuned,
                                 "mean": statistics.mean(tuned),
                                 "sample_std": statistics.stdev(tuned) if len(tuned) > 1 else None}
@@ -281,7 +284,7 @@ def table(task, result, prompts, config, settings):
     for prompt in prompts:
         records, found = result["tuning"][prompt.name], test["prompts"][prompt.name]
         spread = f"+- {found['sample_std']:.1f}" if len(records) > 1 else "one seed"
-        figure = paper.get("learned" if prompt.phi else prompt.name, "") if paper else ""
+        figure = paper.get("learned" if prompt.psi else prompt.name, "") if paper else ""
         lines.append(f"{prompt.name:{width}}  {statistics.mean(found['untuned']):7.1f}  "
                      f"{found['mean']:5.1f} {spread:8}"
                      f"{sum(record['time']['seconds'] for record in records):7.0f}  "
@@ -318,6 +321,8 @@ def main(argv):
     for name, folder in folders.items():        # looked for now, opened after the tuning
         if not (folder / TASKS[name].test).is_file():
             raise InputError(f"{name}: {folder / TASKS[name].test} is missing: give --data FOLDER")
+    for line in fetch_list(settings.model):
+        print(line)
     model = model_folder(settings.model)
     t5 = load_t5(model, getattr(torch, settings.dtype), pick_device(settings.device))
     tokenizer = load_tokenizer(model, t5.config)

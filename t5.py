@@ -228,10 +228,7 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(f"{path} is missing: put the model's config.json there")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): fetch it again") from None
+    values = _read_json(path)
     if not isinstance(values, dict) or values.get("model_type", "t5") != "t5":
         raise InputError(f"{path} does not describe a T5: take a model whose model_type is t5")
     form = values.get("feed_forward_proj", "relu")
@@ -310,7 +307,8 @@ def load_t5(folder, dtype=torch.float32, device="cpu"):
             weights |= {name: file.get_tensor(stored).to(device=device, dtype=dtype)
                         for name, stored in source.items() if found[stored].path == path}
     _complain(named, "has values that are not finite in",
-              [name for name, w in weights.items() if not w.isfinite().all()])
+              [name for name, w in weights.items()          # aminmax makes no copy and keeps NaN
+               if not all(map(math.isfinite, w.aminmax()))])
     weights.setdefault("lm_head.weight", weights["shared.weight"])             # the tied head
     return T5(config, weights)
 
@@ -351,6 +349,22 @@ class _Stored(NamedTuple):
     path: Path
     shape: list[int]
     dtype: str
+
+
+def check_file(path):
+    """Raise InputError unless a .json or .safetensors file is one, and whole."""
+    if path.suffix == ".json":
+        _read_json(path)
+    elif path.suffix == ".safetensors":
+        with _open(path):
+            pass
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): fetch it again") from None
 
 
 def _open(path):

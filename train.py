@@ -42,7 +42,7 @@ from t5 import T5, InputError, T5Config, expected_shapes, load_t5
 @dataclass(frozen=True)
 class Training:
     """What a run needs beside the method's numbers: data, sizes, when to validate and save."""
-    model: str = knob("tiny", "tiny, t5-small, t5-base, t5-large, a hub id, or a T5's folder")
+    model: str = knob("tiny", "tiny, a short name such as flan-t5-xl, a hub id, or a T5's folder")
     corpus: tuple = knob(
         ("openwebtext",), "openwebtext, embedded, or files and folders of .txt, .jsonl, .jsonl.gz")
     bytes: int = knob(10 ** 10, "text read at most (section 4.1: 10 GB)")
@@ -79,10 +79,12 @@ TINY_VALUES = {
 }
 # Official shapes (d_model, d_kv, d_ff, layers, heads, gated), to estimate without any download.
 SHAPES = {"t5-small": (512, 64, 2048, 6, 8, False), "t5-base": (768, 64, 3072, 12, 12, False),
-          "t5-large": (1024, 64, 4096, 24, 16, False),
-          "t5-v1_1-base": (768, 64, 2048, 12, 12, True)}
-SHAPES |= {"t5-base-lm-adapt": SHAPES["t5-v1_1-base"], "flan-t5-base": SHAPES["t5-v1_1-base"],
-           "flan-t5-xl": (2048, 64, 5120, 24, 32, True)}
+          "t5-large": (1024, 64, 4096, 24, 16, False), "t5-3b": (1024, 128, 16384, 24, 32, False)}
+SHAPES |= {family.format(size): (*shape, True) for size, shape in {
+    "small": (512, 64, 1024, 8, 6), "base": (768, 64, 2048, 12, 12),
+    "large": (1024, 64, 2816, 24, 16), "xl": (2048, 64, 5120, 24, 32),
+    "xxl": (4096, 64, 10240, 24, 64)}.items()
+    for family in ("t5-v1_1-{}", "t5-{}-lm-adapt", "flan-t5-{}")}
 LIBRARIES = 110 << 20           # measured on shapes of 3 and 6 layers, see the tests
 
 
@@ -123,7 +125,7 @@ def parse(argv):
     parser.add_argument("--dry-run", action="store_true",
                         help="only say what would be fetched, the memory and the time")
     parser.add_argument("--max-minutes", type=float, default=math.inf,
-                        help="stop after so many minutes of training, as Ctrl-C does")
+                        help="stop so many minutes from now, as Ctrl-C does")
     parser.add_argument("--export-peft", type=Path, nargs=2, metavar=("RUN", "DIR"), help="only "
                         "write RUN's prompt as a folder for Hugging Face PEFT")
     given = vars(parser.parse_args(argv))
@@ -253,30 +255,32 @@ def memory_needed(config, training, method):
     with LiveBytes([*t5.weights.values(), theta]) as live:
         prompt_gradient(t5, theta, task.query, method, task.query, 0.5)
         gradient_and_hessian(t5, theta, task.support, replace(method, keep_graphs=0))[3](theta)
-    with LiveBytes([*t5.weights.values(), theta]) as kept:
-        *_, hessian = gradient_and_hessian(t5, theta, task.support, replace(method, keep_graphs=1))
-    graphs = min(method.keep_graphs, math.ceil(training.support / rows))
+    parts, graphs = {}, min(method.keep_graphs, math.ceil(training.support / rows))
+    if graphs:
+        with LiveBytes([*t5.weights.values(), theta]) as kept:
+            *_, hessian = gradient_and_hessian(t5, theta, task.support,
+                                               replace(method, keep_graphs=1))
+        parts = {f"{graphs} kept graphs": graphs * kept.bytes}
     phi = init_regularizer(config.d_model, device="meta")
     learned = sum(x.nbytes for x in (theta, *phi.values()))
     return {"weights": sum({id(w): w.nbytes for w in t5.weights.values()}.values()),
-            "micro-batch": live.peak, f"{graphs} kept graphs": graphs * kept.bytes,
-            "theta, phi, their gradients and optimizers": 6 * learned,
+            "micro-batch": live.peak, **parts,
+            "theta, phi, Adam's moments, each task's gradients": (4 + training.tasks) * learned,
             "program": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + LIBRARIES}
 
 
-def memory_line(config, training, method, device):
-    """memory_needed() as text. Raises InputError, with what would fit, if the device has less."""
+def memory_lines(config, training, method, device):
+    """memory_needed() as text, and what would fit, "" where it does, if the device has less."""
     parts, gib, rows = memory_needed(config, training, method), 2 ** 30, method.micro_batch
     total = sum(parts.values())
     there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else \
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if total > there:
-        fits = int(rows * (there - total + parts["micro-batch"]) / parts["micro-batch"])
-        advice = f"--micro-batch {fits}" if fits > 0 else "--dtype bfloat16 or a smaller model"
-        raise InputError(f"{training.model} needs {total / gib:.1f} GiB with micro-batches of "
-                         f"{rows}, {device} has {there / gib:.1f}: try {advice}")
+    fits = int(rows * (there - total + parts["micro-batch"]) / parts["micro-batch"])
+    advice = f"--micro-batch {fits}" if fits > 0 else "--dtype bfloat16 or a smaller model"
     return (f"memory:   {total / gib:.1f} GiB with micro-batches of {rows}: " +
-            ", ".join(f"{size / gib:.2f} {name}" for name, size in parts.items()))
+            ", ".join(f"{size / gib:.2f} {name}" for name, size in parts.items()),
+            f"{training.model} needs {total / gib:.1f} GiB with micro-batches of {rows}, {device} "
+            f"has {there / gib:.1f}: try {advice}" if total > there else "")
 
 
 def seconds_needed(t5, training, method, tokens):
@@ -333,7 +337,9 @@ def fetch_list(name):
     pinned = "" if source["revision"] in data.MODELS.get(name, name) else ", not pinned"
     size = sum(part.bytes for part in parts if not part.cached) / 1e6
     return [f"download: {size:,.0f} MB of {source['repo_id']} at {source['revision']}{pinned}: " +
-            ", ".join(part.file + " (cached)" * part.cached for part in parts)]
+            ", ".join(part.file + f" of {part.source['repo_id']}" * (
+                part.source["repo_id"] != source["repo_id"]) + " (cached)" * part.cached
+                for part in parts)]
 
 
 # ------------------------------------------------------------------------------ a run on the disk
@@ -575,13 +581,12 @@ class Run:
         self.log.write({"step": self.state.step, "variants": variants, **entry})
         return entry
 
-    def train(self, max_minutes=math.inf):
-        """Step until max_steps, or SIGINT or SIGTERM or max_minutes: end the step, save -> the
-        signal, SIGALRM when the minutes are over, or None."""
+    def train(self):
+        """Step until max_steps or SIGINT, SIGTERM or SIGALRM: end the step, save -> the signal, or
+        None."""
         caught, saved, last = [], time.monotonic(), self.method.max_steps
-        end = saved + 60 * max_minutes
         before = {number: signal.signal(number, lambda number, frame: caught.append(number))
-                  for number in (signal.SIGINT, signal.SIGTERM)}
+                  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
         with tqdm(total=last, initial=self.state.step, unit="step", dynamic_ncols=True,
                   disable=None) as bar:
             while self.state.step < last and not caught:
@@ -591,8 +596,6 @@ class Run:
                                 tokens_s=f"{entry['time']['tokens_per_second']:.0f}")
                 bar.update()
                 step = self.state.step
-                if time.monotonic() > end and not caught:
-                    caught.append(signal.SIGALRM)
                 if step == last or step % self.training.validate_every == 0:
                     self.validate()
                 if step == last or caught or time.monotonic() - saved > self.training.save_seconds:
@@ -619,9 +622,24 @@ def export_peft(source, folder):
 
 
 def prepare(training, method, device, control):
-    """Say what a run needs, takes and fetches; InputError if that is out of the question."""
+    """Say what a run needs, fetches and takes; InputError if that is out of the question. A dry run
+    needs no network for an official model, and no machine that could hold it."""
     config = model_shape(training.model)
-    print(memory_line(config, training, method, device))
+    needed, too_much = memory_lines(config, training, method, device)
+    print(needed)
+    if too_much and not control.dry_run:
+        raise InputError(too_much)
+    try:
+        lines = fetch_list(training.model)
+    except InputError as error:
+        if not control.dry_run:
+            raise
+        lines = [f"download: {error}"]
+    for line in lines:
+        print(line)
+    if too_much:
+        print(f"time:     cannot be measured here: {too_much}")
+        return
     t5 = stand_in(config, training.dtype, device) if not data.is_local(training.model) else \
         load_t5(data.model_folder(training.model), getattr(torch, training.dtype), device)
     lines, hours = time_lines(t5, training, method)
@@ -630,8 +648,6 @@ def prepare(training, method, device, control):
     if long and device.type == "cpu" and not (control.yes or control.dry_run):
         raise InputError("there is no GPU here: add --yes to start all the same, "
                          "or begin with the embedded model: python train.py")
-    for line in fetch_list(training.model):
-        print(line)
 
 
 def main(argv):
@@ -642,6 +658,9 @@ def main(argv):
         return 0
     if control.resume and read_run(control.resume)["finished"]:
         raise InputError(f"{control.resume} is finished already: start a new run")
+    # --max-minutes is a Ctrl-C to come: it ends what is before the first step, then only steps.
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, min(60 * control.max_minutes, 1e9))
     device = pick_device(training.device)
     if control.dry_run or training.model != "tiny" and not control.resume:
         prepare(training, method, device, control)
@@ -660,7 +679,8 @@ def main(argv):
     folder = control.resume or new_run(training, method, made_of, control.run)
     print(f"run:    {folder}")
     run = Run(folder, training, method, t5, index)
-    interrupted = run.train(control.max_minutes)
+    interrupted = run.train()
+    signal.setitimer(signal.ITIMER_REAL, 0)
     if interrupted:
         print(f"stopped after step {run.state.step}, nothing is lost; "
               f"go on with: python train.py --resume {folder}")
