@@ -27,6 +27,7 @@ import tarfile
 import threading
 import time
 import urllib.parse
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -2486,15 +2487,17 @@ def test_labeled_files_literally(tmp_path):
     assert found == [data.Row(1, {"text": 'It works, and "well".\nTwice.'}),
                      data.Row(0, {"text": "caf\u00e9"})]
     with pytest.raises(InputError, match="test.csv is missing"):
-        data.load_test(data.TASKS["movie"], tmp_path)
+        data.read_rows(tmp_path / "tasks" / "movie" / "test.csv", data.TASKS["movie"])
 
 
 @pytest.mark.parametrize("content, says", [
-    (b"", "first line must be"), (b"text\tlabel\nok\t1\n", "first line must be"),
-    (b"sentence\tlabel\n", "no rows"),
-    (b"sentence\tlabel\nok\t1\nok\t2\n", "line 3"), (b"sentence\tlabel\nok\tpositive\n", "line 2"),
+    (b"", "no rows"), (b"text\tlabel\nok\t1\n", "line 1"), (b"sentence\tlabel\n", "no rows"),
+    (b"sentence\tlabel\nok\t1\nok\t2\n", "line 3"),
+    (b"sentence\tlabel\nok\tpositive\n", "line 2"),
     (b"sentence\tlabel\nok\t1\textra\n", "line 2"), (b"sentence\tlabel\nok\n", "line 2"),
-    (b"sentence\tlabel\n \t1\n", "line 2"), (b"sentence\tlabel\ncaf\xe9\t1\n", "must be UTF-8"),
+    (b"sentence\tlabel\n \t1\n", "line 2"),
+    (b"sentence\tlabel\ncaf\xe9\t1\n", "must be UTF-8"),
+    ("sentence\tlabel\nok\t1\n".encode("utf-16"), "must be UTF-8"),
 ])
 def test_bad_labeled_rows_are_refused_with_file_and_line(tmp_path, content, says):
     """A wrong header, label, number of columns, a blank text, other encodings: an InputError of one
@@ -2522,12 +2525,12 @@ def test_few_shot_samples_are_balanced_disjoint_and_fixed():
     """16 + 16 a label, no text twice, the same for the same seed in whatever order rows come,
     another for another seed."""
     rows = labeled_rows([100, 50, 40])
-    train, validation = data.few_shot(rows, 16, 10)
+    train, validation = data.few_shot(rows, 16, 10, 3)
     for part in (train, validation):
         assert Counter(row.label for row in part) == {0: 16, 1: 16, 2: 16}
     assert len({r.fields["text"] for r in train + validation}) == 96
-    assert data.few_shot(rows[::-1], 16, 10) == (train, validation)
-    assert data.few_shot(rows, 16, 20)[0] != train
+    assert data.few_shot(rows[::-1], 16, 10, 3) == (train, validation)
+    assert data.few_shot(rows, 16, 20, 3)[0] != train
     by_hash = sorted(rows[100:150],
                      key=lambda r: hashlib.sha256(f"10\t1\t{r.fields['text']}".encode()).digest())
     assert train[16:32] == by_hash[:16] and validation[16:32] == by_hash[16:32]
@@ -2546,6 +2549,8 @@ def test_few_shot_with_small_classes_duplicates_and_contradictions():
                 labeled_rows([5]) + [data.Row(1, {"text": "same"})] * 3):
         with pytest.raises(InputError, match="label 1 has"):
             data.few_shot(bad, 16, 0)
+    with pytest.raises(InputError, match="label 2 has 0"):
+        data.few_shot(labeled_rows([5, 5]), 16, 0, 3)
 
 
 def test_task_examples_literally(tmp_path):
@@ -2561,14 +2566,248 @@ def test_task_examples_literally(tmp_path):
     assert data.collate(examples, [0, 1]).ids.shape == (2, 128)
 
 
+# A file of each format, by its task: what is written, what is read.
+FORMATS = {
+    "sst5": ('4,"so ""good"" ."\n0,bad\n', [(4, {"text": 'so "good" .'}), (0, {"text": "bad"})]),
+    "cr": ("1,good\n0, \n1,\n", [(1, {"text": "good"}), (0, {"text": " "})]),
+    "trec": ("3,Who is he ?\n5,How many ?\n",
+             [(3, {"text": "Who is he ?"}), (5, {"text": "How many ?"})]),
+    "cb": ('{"premise": "It rains, he said.", "hypothesis": "it rains?!", "label": "neutral"}\n',
+           [(2, {"hypothesis": "it rains", "premise": "It rains, he said."})]),
+    "rte": ("index\tsentence1\tsentence2\tlabel\n7\tA \"dog\" ran.\tIt ran.\tnot_entailment\n",
+            [(1, {"hypothesis": "It ran", "premise": 'A "dog" ran.'})]),
+    "qnli": ("index\tquestion\tsentence\tlabel\n0\tWho?\tHe did.\tentailment\n",
+             [(0, {"sentence": "He did.", "question": "Who?"})]),
+    "wic": ('{"word": "bed", "sentence1": "A bed.", "sentence2": "Go to bed.", "idx": 0, "label": '
+            'true, "start1": 2}\n',
+            [(1, {"sentence1": "A bed.", "sentence2": "Go to bed.", "word": "bed"})]),
+    "mrpc": ("\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t8\t9\tHe \"ran .\tNo .\n",
+             [(1, {"a": 'He "ran .', "b": "No ."})]),
+    "qqp": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n0\t1\t2\tWhy?\tHow?\t0\n"
+            "1\t3\t4\tWhat\n2\t5\t6\tWho?\t\t1\n", [(0, {"a": "Why?", "b": "How?"})]),
+    "kitchen": (pickle.dumps((["A pan.\n\tGood.", "Rust."], [1, 0]), 3),
+                [(1, {"text": "A pan.\n\tGood."}), (0, {"text": "Rust."})]),
+    "restaurants": ("Wow... \"Loved it.\t1\nNo.\t0\n",
+                    [(1, {"text": 'Wow... "Loved it.'}), (0, {"text": "No."})]),
+}
+
+
+def write_task(folder, name, train, test=None):
+    for file, content in ((TASKS[name].train, train), (TASKS[name].test, test)):
+        if content is not None:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(content if type(content) is bytes else content.encode())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_format_literally(tmp_path, name):
+    """Quotes, tabs, byte-order mark, label words and the hypothesis' last point as each format has
+    them; of CR's blank texts the last one is left out, of QQP's ragged rows all; both are said, and
+    so is a size that is not the paper's."""
+    written, read = FORMATS[name]
+    said = []
+    write_task(tmp_path, name, written)
+    assert data.load_train(TASKS[name], tmp_path, said.append) == [data.Row(*row) for row in read]
+    size = TASKS[name].sizes[0]
+    told = [f"{len(read):,} rows, the paper has {size:,}"] if size else []
+    told = {"cr": ["last row", "1 rows without"], "qqp": ["2 rows with"]}.get(name, []) + told
+    assert len(said) == len(told) and all(b in a for a, b in zip(said, told))
+
+
+class Evil:
+    """Unpickled without care it makes a file."""
+
+    def __init__(self, path=Path("executed")):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("content", [
+    pickle.dumps(Evil()), pickle.dumps((["a", "b"], [0, Evil()])), pickle.dumps((["a"], [0, 1])),
+    pickle.dumps((["a"], ["0"])), pickle.dumps((["a", "b"], [0, 1]))[:-4], b"", b"text\t1\n",
+    pickle.dumps((["a", "b"], [0, 2]))])
+def test_a_pickle_is_data_or_it_is_refused(tmp_path, monkeypatch, content):
+    """Code in it, a wrong shape or label, damage: an InputError of one line, and nothing is run."""
+    monkeypatch.chdir(tmp_path)
+    write_task(tmp_path, "books", content)
+    with pytest.raises(InputError, match="domain/books/train") as error:
+        data.load_train(TASKS["books"], tmp_path)
+    assert "\n" not in str(error.value) and not Path("executed").exists()
+
+
+def test_templates_and_words_literally():
+    """What T5 reads of an example of each task, as the authors released their templates."""
+    row = {"hypothesis": "h", "premise": "p", "text": "s", "sentence": "s", "question": "q",
+           "sentence1": "s1", "sentence2": "s2", "word": "w", "a": "a", "b": "b"}
+    shown = {name: (task.template.replace("<X>", "X").format(**row), " ".join(task.words))
+             for name, task in TASKS.items()}
+    sentiment = ("s It was X ?", "terrible great")
+    assert shown == {
+        **dict.fromkeys(("sst2", "mr", "cr", *data.GROUPS["dg"], "movie", "amazon", "nyt",
+                         "tweets"), sentiment),
+        "sst5": ("s It was X ?", "terrible bad okay good great"),
+        "subj": ("s This is X .", "subjective objective"),
+        "trec": ("s X :", "description entity expression human location number"),
+        "cb": ('" h " ? X , " p "', "yes no maybe"), "rte": ('" h " ? X , " p "', "yes no"),
+        "qnli": ("s . Question: q ? Answer: X .", "Yes No"),
+        "wic": ('" s1 " / " s2 " Similar sense of "w"? X .', "No Yes"),
+        "mrpc": ("Do a and b have the same meaning? X .", "No Yes"),
+        "qqp": ("Do a and b have the same meaning? X .", "No Yes")}
+    longer = {name for name, task in TASKS.items() if task.max_tokens == 256}
+    assert longer == {"cr", "subj", "cb", "rte", "wic", *data.GROUPS["dg"]}
+
+
 @needs_data
-def test_sst2_is_read_whole():
-    """6,920 and 872 rows, as the paper's Table 5 has them; and the first one, literally."""
-    train = data.load_train(data.TASKS["sst2"], SUPMER_DATA)
-    assert (len(train), len(data.load_test(data.TASKS["sst2"], SUPMER_DATA))) == (6920, 872)
-    text = ("a stirring , funny and finally transporting re-imagining of beauty and the beast and"
-            " 1930s horror films")
-    assert train[0] == data.Row(1, {"text": text})
+@pytest.mark.parametrize("name, first", [
+    ("sst2", "a stirring , funny and finally transporting re-imagining of beauty and the beast "),
+    ("sst5", "a stirring , funny and finally transporting re-imagining of beauty and the beast "),
+    ("mr", ' " analyze that " is one of those crass'), ("cr", "it 's not as stylized as a sony"),
+    ("subj", "gangs , despite the gravity of its subject matter"),
+    ("cb", "the language was peeled down"), ("rte", "Weapons of Mass Destruction Found in Iraq"),
+    ("mrpc", 'Amrozi accused his brother , whom he called " the witness "'),
+    ("airlines", "WAW-SKJ Economy. No free snacks"), ("books", "Horrible book, horrible.\n\tTHis"),
+    ("electronics", "bad\n\tcons\ntips extremely"), ("restaurants", "Wow... Loved this place.")])
+def test_real_tasks_are_read_whole(name, first):
+    """The sizes of the paper's Table 5 and of the domains, all labels, how the first row begins;
+    the only thing that is told of sizes is Restaurants'."""
+    said, task = [], TASKS[name]
+    train, test = (load(task, SUPMER_DATA, said.append) for load in (data.load_train, load_test))
+    ours = {"restaurants": (1000, 1000)}.get(name, (task.sizes[0] or 1700, task.sizes[1]))
+    assert (len(train), len(test)) == ours and [*train[0].fields.values()][0].startswith(first)
+    for rows in (train, test):
+        assert {row.label for row in rows} == set(range(len(task.words)))
+    assert [line for line in said if "the paper has" in line] == [
+        f"{SUPMER_DATA}/{task.test}: 1,000 rows, the paper has 2,000"] * (name == "restaurants")
+    assert any("the last row" in line for line in said) == (name == "cr")
+
+
+# --------------------------------------------------------------------- data: where tasks come from
+
+def tar_of(members):
+    """A tar {name: bytes}, as bytes."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return out.getvalue()
+
+
+def zip_of(members):
+    """A zip {name: bytes}, as bytes."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+class Files(http.server.BaseHTTPRequestHandler):
+    """Serves `files` {path: bytes}, from a byte on if asked; `cut`: the line goes dead after it."""
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        """Not on the test's output."""
+
+    def do_GET(self):
+        """A file, or 404."""
+        self.server.asked.append((self.path, self.headers.get("Range")))
+        body = self.server.files.get(self.path)
+        begin = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        rest = (body or b"")[begin:]
+        self.send_response(404 if body is None else 206 if begin else 200)
+        self.send_header("Content-Length", str(len(rest)))
+        self.end_headers()
+        self.wfile.write(rest[:self.server.cut])
+        self.close_connection = True
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A server of archives that stands in for the real ones, and an empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files)
+    server.files, server.asked, server.cut = {}, [], None
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/"
+    monkeypatch.setattr(data, "SOURCES", {
+        "original/QQP/": (url + "datasets.tar", url + "QQP-clean.zip"),
+        "original/": (url + "datasets.tar",), "superglue/CB/": (url + "CB.zip",),
+        "domain/kitchen/test": (url + "kitchen/test",)})
+    monkeypatch.setattr(data, "CHECKSUMS", {})
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_missing_tasks_are_fetched_once(files, monkeypatch):
+    """Out of LM-BFF's tar (whose GLUE-SST-2 is another data set), a zip, the second address where
+    the first fails, or as a file; the archive is not fetched again; a checksum is held against."""
+    cb, kitchen = FORMATS["cb"][0].encode(), FORMATS["kitchen"][0]
+    sst = b"sentence\tlabel\nok\t1\n"
+    files.files = {
+        "/datasets.tar": tar_of({"original/GLUE-SST-2/dev.tsv": b"other", "original/mr/a": b"",
+                                 "original/trec/test.csv": b"1,x\n",
+                                 "original/SST-2/dev.tsv": sst}),
+        "/CB.zip": zip_of({"CB/val.jsonl": cb, "__MACOSX/CB/._val.jsonl": b"?"}),
+        "/QQP-clean.zip": zip_of({"QQP-clean/dev.tsv": FORMATS["qqp"][0]}),
+        "/kitchen/test": kitchen}
+    assert load_test(TASKS["sst2"], "none") == [data.Row(1, {"text": "ok"})]
+    assert load_test(TASKS["trec"], "none") == [data.Row(1, {"text": "x"})]
+    for name in ("cb", "qqp", "kitchen"):
+        assert load_test(TASKS[name], "none") == [data.Row(*row) for row in FORMATS[name][1]]
+    assert [path for path, _ in files.asked] == [
+        "/datasets.tar", "/CB.zip", "/QQP-clean.zip", "/kitchen/test"]
+    for name in ("cb", "kitchen"):
+        (data.FETCHED / TASKS[name].test).unlink()
+        monkeypatch.setitem(data.CHECKSUMS, TASKS[name].test, "0" * 32)
+        with pytest.raises(InputError, match="checksum|sha256"):
+            load_test(TASKS[name], "none")
+        assert not (data.FETCHED / TASKS[name].test).exists()
+
+
+def test_a_download_goes_on_where_it_stopped(files):
+    """The line goes dead: one error with what to do. The second call asks for the rest only."""
+    files.files = {"/kitchen/test": FORMATS["kitchen"][0]}
+    files.cut = 10
+    with pytest.raises(InputError, match="10 of .* bytes.*put it there") as error:
+        data.locate("domain/kitchen/test", "none")
+    assert "\n" not in str(error.value) and not (data.FETCHED / "domain/kitchen/test").exists()
+    files.cut = None
+    assert data.locate("domain/kitchen/test").read_bytes() == FORMATS["kitchen"][0]
+    assert [range for _, range in files.asked] == [None, "bytes=10-"]
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("CB.zip", zip_of({"../CB/val.jsonl": b"x"}), "leads outside"),
+    ("CB.zip", zip_of({"CB/val.jsonl": b"x", "/etc/passwd": b"x"}), "leads outside"),
+    ("CB.zip", zip_of({"CB/val.jsonl": b"x" * 99})[:-40], "damaged or incomplete"),
+    ("CB.zip", b"", "damaged or incomplete"),
+    ("CB.zip", zip_of({"WiC/val.jsonl": b"x"}), "has no CB/val.jsonl"),
+    ("datasets.tar", tar_of({"original/../../mr/test.csv": b"x"}), "leads outside"),
+    ("datasets.tar", tar_of({"original/mr/test.csv": b"x" * 9999})[:2000], "damaged or incomplete"),
+    ("datasets.tar", b"<html>", "damaged or incomplete"),
+    ("datasets.tar", tar_of({"original/MRPC/test.csv": b"x"}), "has no mr/test.csv")])
+def test_archives_that_cannot_be_trusted(files, name, content, says):
+    """A truncated one, one with ../ in it, one without the task: an InputError of one line that
+    names it; nothing is written anywhere."""
+    Path("given").mkdir()
+    (Path("given") / name).write_bytes(content)
+    task = TASKS["cb" if name == "CB.zip" else "mr"]
+    with pytest.raises(InputError, match=f"{name}.*{says}|{says}.*{name}") as error:
+        load_test(task, "given")
+    assert "\n" not in str(error.value)
+    assert [path for path in Path().rglob("*") if path.is_file()] == [Path("given") / name]
+
+
+def test_a_task_that_nobody_has_says_where_to_put_it(files):
+    """Nothing to fetch it from, or a server that lacks it: the file and the option are named."""
+    for name in ("dvd", "mr"):
+        with pytest.raises(InputError, match=f"{TASKS[name].test} is not in none.*--data FOLDER"):
+            load_test(TASKS[name], "none")
 
 
 # ---------------------------------------------------------------------------- data: what is fetched
@@ -4171,16 +4410,6 @@ def test_damaged_released_prompts(tmp_path):
         torch.save(changed, edit)
         with pytest.raises(InputError, match="no prompt and regularizer for a T5 of width 768"):
             supmer.load_prompt(tmp_path, 768)
-
-
-class Evil:
-    """Unpickled without care it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
 
 
 def run_with_prompt(folder, config, model):
