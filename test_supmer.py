@@ -19,6 +19,7 @@ import os
 import pickle
 import re
 import runpy
+import shutil
 import signal
 import statistics
 import subprocess
@@ -3188,7 +3189,7 @@ def place(tmp_path, monkeypatch):
 SMALL = (
     "--data data --model small --task planted --prompt-length 3 --shots 4 --batch 8 --epochs 3 "
     "--validate-every 2 "
-    "--seeds 10 20 --rates 0.1 0.3"
+    "--seeds 10 20 --rates 0.1 0.3 --jobs 1"
 ).split()
 
 
@@ -3239,8 +3240,12 @@ def write_run(folder, model="small", finished=True, ended=1.0, P=3, d=16):
 def tuning_record(path):
     """The tuning part of a JSON file as bytes, without its times."""
     return json.dumps(
-        without_times(json.loads(Path(path).read_text())["tasks"]["planted"]["tuning"])
+        without_times(first_result(path)["tuning"])
     ).encode()
+
+
+def first_result(path):
+    return json.loads(Path(path).read_text())["results"][0]
 
 
 def without_times(record):
@@ -3252,14 +3257,11 @@ def without_times(record):
 # ----------------------------------------------------------------------------------- worked by hand
 
 
-def test_tuning_step_by_hand(monkeypatch):
+def test_tuning_step_by_hand():
     """Three tuning steps equal AdamW, written out here, on the clipped psi(g) of each batch, with
     psi's H from that batch and a rate that falls linearly; the gradient here is autograd's, example
     by example.
     """
-    monkeypatch.setattr(
-        evaluation, "rank", lambda validation: -validation["step"]
-    )  # keep the last step
     t5, generator = small_t5(torch.float64), torch.Generator().manual_seed(2)
     start = torch.randn(3, 16, generator=generator, dtype=torch.float64)
     phi = {
@@ -3267,7 +3269,7 @@ def test_tuning_step_by_hand(monkeypatch):
         for key, value in supmer.init_regularizer(16, torch.float64).items()
     }
     train, rate, steps = small_examples(6), 0.2, 3
-    _, best, found = evaluation.tune(
+    curve, thetas = evaluation.tune(
         t5,
         start,
         phi,
@@ -3294,8 +3296,8 @@ def test_tuning_step_by_hand(monkeypatch):
         m, v = 0.9 * m + 0.1 * psi, 0.999 * v + 0.001 * psi**2
         unbiased, square = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
         theta = theta - rate * (1 - step / steps) * unbiased / (square.sqrt() + 1e-8)
-    assert best["step"] == 3 and torch.allclose(found, theta, rtol=1e-9, atol=1e-9)
-    assert not torch.equal(found, start)
+    assert [entry["step"] for entry in curve] == [0, 1, 2, 3] and torch.equal(thetas[0], start)
+    assert torch.allclose(thetas[3], theta, rtol=1e-9, atol=1e-9) and not torch.equal(theta, start)
 
 
 def test_clipping_acts(monkeypatch):
@@ -3351,22 +3353,22 @@ def scripted(monkeypatch, values):
     ],
 )
 def test_step_is_chosen_by_hand(monkeypatch, values, chosen):
-    """Of the validations at steps 0, 2, 4, 6, 8 the one of highest accuracy is kept, with the
-    prompt of that step; ties go to the lower loss, then to the earlier step.
+    """Of the validations at steps 0, 2, 4, 6, 8 the one of highest accuracy is chosen; ties go to
+    the lower loss, then to the earlier step. Each one's prompt is the one that was measured.
     """
-    thetas = {}
+    measured = []
     original = evaluation.score
     monkeypatch.setattr(
         evaluation,
         "score",
         lambda t5, theta, examples, method: (
-            thetas.setdefault(2 * len(thetas), theta.clone()),
+            measured.append(theta.clone()),
             original(t5, theta, examples, method),
         )[1],
     )
     scripted(monkeypatch, values)
     sample = small_examples(4), small_examples(4, 1)
-    curve, best, theta = evaluation.tune(
+    curve, thetas = evaluation.tune(
         small_t5(),
         torch.ones(3, 16),
         None,
@@ -3376,7 +3378,8 @@ def test_step_is_chosen_by_hand(monkeypatch, values, chosen):
         eval_settings(epochs=8, validate_every=2),
     )
     assert [entry["step"] for entry in curve] == [0, 2, 4, 6, 8]
-    assert best["step"] == chosen and torch.equal(theta, thetas[chosen])
+    assert curve[evaluation.choose(curve)]["step"] == chosen
+    assert torch.equal(thetas, torch.stack(measured))
     assert [entry["accuracy"] for entry in curve] == [25 * correct for correct, _ in values]
 
 
@@ -3396,34 +3399,10 @@ def test_rate_is_chosen_by_hand():
     assert sorted(reversed(order), key=evaluation.rank) == order
 
 
-def test_standard_deviation_is_the_samples(place, monkeypatch):
+def test_standard_deviation_is_the_samples():
     """Accuracies of 60, 70, 80 % have mean 70 and standard deviation 10 (n - 1), not 8.16."""
-    values = iter([24, 28, 32, 20, 20, 20, 20])
-    monkeypatch.setattr(evaluation, "measure", lambda scores, labels: {"correct": next(values)})
-    t5 = small_t5()
-    choices = eval_settings(seeds=(1, 2, 3))
-    prompt = evaluation.open_prompt("vocab", t5, choices)
-    result = evaluation.test_task(
-        t5,
-        data.load_tokenizer("small", t5.config),
-        data.TASKS["planted"],
-        Path("data"),
-        [prompt],
-        {"vocab": prompt.starts},
-        choices,
-    )
-    assert result["prompts"]["vocab"] == {
-        "tuned": [60, 70, 80],
-        "untuned": [50, 50, 50],
-        "mean": 70,
-        "sample_std": 10,
-    }
-    assert (result["rows"], result["of"], result["majority"], result["no_prompt"]) == (
-        40,
-        40,
-        50,
-        50,
-    )
+    assert evaluation.figure([60.0, 70.0, 80.0]) == "70.0 ± 10.0"
+    assert evaluation.figure([60.0]) == "60.0"
 
 
 # -------------------------------------------------------------------------- properties, determinism
@@ -3454,8 +3433,8 @@ def test_tuning_repeats_exactly():
         for seed in (10, 10, 20)
     )
     assert (
-        first[:2] == again[:2]
-        and torch.equal(first[2], again[2])
+        first[0] == again[0]
+        and torch.equal(first[1], again[1])
         and torch.equal(start, torch.ones(3, 16))
     )
     assert first[0] != other[0]
@@ -3513,9 +3492,10 @@ def test_learns_a_planted_task():
     t5 = small_t5(seed=3)
     start = evaluation.normal_prompt(t5, 8, 10)
     sample, new = (small_examples(32), small_examples(32, 1)), small_examples(200, 2)
-    _, best, theta = evaluation.tune(
+    curve, thetas = evaluation.tune(
         t5, start, None, sample, 10, 0.1, eval_settings(epochs=80, batch=32, words_only=True)
     )
+    best = evaluation.choose(curve)
 
     def accuracy(theta):
         return (
@@ -3523,23 +3503,33 @@ def test_learns_a_planted_task():
             / 200
         )
 
-    assert accuracy(start) < 0.6 and accuracy(theta) > 0.85 and best["step"] > 0
+    assert accuracy(start) < 0.6 and accuracy(thetas[best]) > 0.85 and best > 0
 
 
 # ------------------------------------------------------------ the test set is not seen while tuning
 
 
+@contextlib.contextmanager
+def context(t5, choices, said=None):
+    """What evaluation.main() gives its functions, in this process, nothing kept from before."""
+    shutil.rmtree(evaluation.TUNED, ignore_errors=True)
+    with evaluation.workers(t5, "small", torch.float32, ["cpu"], 1) as work:
+        yield evaluation.Context(choices, data.load_tokenizer("small", t5.config), work,
+                                 {"model": "this"}, 1.0, (said if said is not None else []).append)
+
+
+def planted_plan():
+    return evaluation.Plan("planted", TASKS["planted"], {"planted": TASKS["planted"]}, "data")
+
+
 def test_tuning_needs_no_test_file(place):
     """With the test file absent the tuning record is the same, byte for byte, as with it."""
-    t5 = small_t5()
-    tokenizer = data.load_tokenizer("small", t5.config)
-    choices = eval_settings(shots=4, seeds=(10,), rates=(0.1,))
+    t5, choices = small_t5(), eval_settings(shots=(4,), seeds=(10,), rates=(0.1,))
     prompts = [evaluation.open_prompt("vocab", t5, choices)]
 
     def record():
-        records, thetas = evaluation.tune_task(
-            t5, tokenizer, data.TASKS["planted"], Path("data"), prompts, choices
-        )
+        with context(t5, choices) as c:
+            records, thetas, _ = evaluation.tune_task(c, planted_plan(), prompts, 4)
         return json.dumps(without_times(records)), thetas["vocab"][0].numpy().tobytes()
 
     present = record()
@@ -3552,7 +3542,7 @@ def test_test_labels_do_not_reach_tuning(place, monkeypatch):
     byte-identical, while the test accuracies become 100 % minus what they were; and load_test is
     called after the last tuning run.
     """
-    order = []
+    order, files = [], ("one.json", "two.json")
     for name in ("tune", "load_test"):
         original = getattr(evaluation, name)
         monkeypatch.setattr(
@@ -3563,16 +3553,39 @@ def test_test_labels_do_not_reach_tuning(place, monkeypatch):
     evaluation.main([*SMALL, "--prompt", "vocab", "random", "--out", "one.json"])
     assert order == ["tune"] * 8 + ["load_test"]
     write_rows(place / "data/planted/test.csv", 40, 2, flip=True)
+    shutil.rmtree(evaluation.TUNED)
     evaluation.main([*SMALL, "--prompt", "vocab", "random", "--out", "two.json"])
+    assert order == (["tune"] * 8 + ["load_test"]) * 2
     assert tuning_record("one.json") == tuning_record("two.json")
-    one, two = (
-        json.loads(Path(f"{name}.json").read_text())["tasks"]["planted"]["test"]
-        for name in ("one", "two")
-    )
+    one, two = (first_result(name)["test"]["planted"]["prompts"] for name in files)
     for name in ("vocab", "random"):
-        assert np.allclose(
-            np.array(one["prompts"][name]["tuned"]) + two["prompts"][name]["tuned"], 100
-        )
+        assert np.allclose(np.array(one[name]["tuned"]) + two[name]["tuned"], 100)
+
+
+def test_sampled_texts_are_not_tested(place, monkeypatch):
+    """A test file that is the training file and one row more (a domain's pool): each seed is tested
+    on the rows that it has not sampled, and how many were left out is said."""
+    train = Path("data/planted/train.csv").read_text()
+    Path("data/planted/test.csv").write_text(train + "1,good film\n")
+    t5, said, choices = small_t5(), [], eval_settings(shots=(4,), seeds=(10, 20), rates=(0.1,))
+    prompts = [evaluation.open_prompt("vocab", t5, choices)]
+    with context(t5, choices, said) as c:
+        records, thetas, sampled = evaluation.tune_task(c, planted_plan(), prompts, 4)
+        # predict the label of every row that a seed has sampled wrongly, the others rightly
+        rows = load_test(TASKS["planted"], "data")
+        wrong = [[evaluation.texts_of(row) in texts for row in rows] for texts in sampled]
+        answers = [[]] + [wrong[0]] * 2 + wrong      # no prompt, untuned, tuned
+        def scores(jobs, title):
+            for answer in answers:
+                right = torch.tensor([row.label ^ bool(answer and answer[i])
+                                      for i, row in enumerate(rows)])
+                yield {"scores": F.one_hot(right, 2).float()}, {}
+        test = evaluation.test_task(c._replace(work=scores), "planted", TASKS["planted"], "data",
+                                    prompts, thetas, sampled)
+    assert [len(texts) for texts in sampled] == [16, 16] == test["left_out"]
+    assert test["prompts"]["vocab"]["tuned"] == [100, 100] and test["no_prompt"] == 100
+    assert test["prompts"]["vocab"]["untuned"][0] == pytest.approx(100 * 45 / 61)
+    assert any("[16, 16] test rows, by seed, are left out" in line for line in said)
 
 
 # -------------------------------------------------------------------------- what comes out of a run
@@ -3586,7 +3599,7 @@ def test_json_is_complete(place, capsys):
     write_run("runs/small-1")
     evaluation.main(SMALL)  # the newest finished run, and random
     written = json.loads(Path("runs/eval/small-planted.json").read_text())
-    assert set(written) == {"command", "settings", "prompts", "tasks"}
+    assert set(written) == {"command", "settings", "prompts", "not_run", "results"}
     assert written["prompts"]["runs/small-1"] == {
         "file": "runs/small-1",
         "model": "small",
@@ -3597,9 +3610,10 @@ def test_json_is_complete(place, capsys):
         "model_sha256": data.model_fingerprint("small"),
         "regularizer": "affine",
     }
-    result = written["tasks"]["planted"]
+    result = written["results"][0]
+    tests = result["test"]["planted"]["prompts"]
     for name in ("runs/small-1", "random"):
-        records, tested = result["tuning"][name], result["test"]["prompts"][name]
+        records, tested = result["tuning"][name], tests[name]
         assert [record["seed"] for record in records] == [10, 20] and len(tested["tuned"]) == 2
         for record in records:
             assert [[(e["rate"], e["step"]) for e in curve] for curve in record["validations"]] == [
@@ -3608,96 +3622,65 @@ def test_json_is_complete(place, capsys):
             assert record["best"] == min(sum(record["validations"], []), key=evaluation.rank)
         assert tested["mean"] == pytest.approx(np.mean(tested["tuned"]))
         assert tested["sample_std"] == pytest.approx(np.std(tested["tuned"], ddof=1))
-    assert (
-        len(result["test"]["prompts"]["runs/small-1"]["untuned"]) == 1
-    )  # one prompt, whatever the seed
+    assert len(tests["runs/small-1"]["untuned"]) == 1  # one prompt, whatever the seed
     printed = capsys.readouterr().out
-    for name in ("runs/small-1", "random"):
-        line = next(line for line in printed.splitlines() if line.startswith(name) and "+-" in line)
-        figures = result["test"]["prompts"][name]
-        assert f"{statistics.mean(figures['untuned']):.1f}" in line
-        assert f"{figures['mean']:.1f} +- {figures['sample_std']:.1f}" in line
-    assert (
-        "40 of 40 test rows" in printed
-        and "majority" in printed
-        and "paper" not in printed.split("\n\n")[1]
-    )
+    for name, found in tests.items():
+        assert f"| {name} | {found['mean']:.1f} ± {found['sample_std']:.1f} |" in printed
+        assert f"| {name}, untuned | {statistics.mean(found['untuned']):.1f}" in printed
+    assert "40 of 40 test rows of planted" in printed
+    assert "| most frequent label | 50.0 |" in printed
+    assert "the paper" not in printed.split("seconds of tuning")[-1]
     assert "'file': 'runs/small-1'" in printed and "embedded" in printed
+    table = Path("runs/eval/small-planted.md").read_text()
+    assert table in printed and table.startswith("| accuracy in % | planted |\n| --- | --- |\n")
 
 
-def test_first_test_rows_are_fixed(place, monkeypatch):
-    """--test-rows takes the same rows whatever the file's order."""
-    t5 = small_t5()
-    tokenizer, choices = data.load_tokenizer("small", t5.config), eval_settings(
-        seeds=(10,), test_rows=7
-    )
-    prompts, seen = [evaluation.open_prompt("vocab", t5, choices)], []
-    monkeypatch.setattr(
-        evaluation,
-        "score",
-        lambda t5, theta, examples, method: (
-            seen.append(examples.ids),
-            torch.zeros(len(examples.ids), 2),
-        )[1],
-    )
-    for _ in range(2):
-        result = evaluation.test_task(
-            t5,
-            tokenizer,
-            data.TASKS["planted"],
-            Path("data"),
-            prompts,
-            {"vocab": prompts[0].starts},
-            choices,
-        )
-        lines = Path("data/planted/test.csv").read_text().splitlines()
-        Path("data/planted/test.csv").write_text("\n".join(reversed(lines)))
-    assert (result["rows"], result["of"]) == (7, 40) and all(ids == seen[0] for ids in seen)
+def test_first_test_rows_are_fixed(place):
+    """--test-rows takes the same rows whatever the file's order; --predictions adds what was
+    predicted for each."""
+    path = Path("data/planted/test.csv")
+    for name in ("one", "two"):
+        evaluation.main([*SMALL, "--prompt", "vocab", "--seeds", "10", "--rates", "0.1",
+                         "--test-rows", "7", "--predictions", "--out", f"{name}.json"])
+        path.write_text("\n".join(reversed(path.read_text().splitlines())))
+    one, two = (first_result(f"{name}.json")["test"]["planted"] for name in ("one", "two"))
+    assert one == two and (one["rows"], one["of"], len(one["labels"])) == (7, 40, 7)
+    predicted, = one["prompts"]["vocab"]["predictions"]
+    right = sum(a == b for a, b in zip(predicted, one["labels"], strict=True))
+    assert one["prompts"]["vocab"]["tuned"] == [pytest.approx(100 * right / 7)]
 
 
-def test_paper_column_only_beside_the_same_backbone():
-    """Table 1 stands beside t5-base itself: not beside the embedded model, nor beside a small model
-    in a folder that is called t5-base, nor beside a task that the table has not.
-    """
-    prompts = [
-        evaluation.Prompt("runs/x", [], {"A": 0}, {}),
-        evaluation.Prompt("random", [], None, {}),
-    ]
-    tested = {"untuned": [50.0], "tuned": [60.0], "mean": 60.0, "sample_std": None}
-    record = {
-        "seed": 10,
-        "examples": 32,
-        "best": {"rate": 0.1, "step": 10},
-        "time": {"seconds": 1.0},
-    }
-    result = {
-        "minutes": 1.0,
-        "tuning": {p.name: [record] for p in prompts},
-        "test": {
-            "rows": 10,
-            "of": 872,
-            "no_prompt": 50.0,
-            "majority": 50.0,
-            "prompts": {p.name: tested for p in prompts},
-        },
-    }
+def test_papers_figures_are_those_of_the_same_backbone():
+    """Under t5-base itself all of Table 1's methods stand; under the embedded model, or a small
+    model in a folder that is called t5-base, PT and SUPMER, as another model's; beside a task that
+    the table has not, or other numbers of shots, nothing. The mean is over what was run."""
+    tested = {"untuned": [50.0], "tuned": [60.0, 80.0], "mean": 70.0}
+    test = {"no_prompt": 50.0, "majority": 55.0, "prompts": {"random": tested}}
     base = small_config(d_model=768, num_layers=12, gated=False)
 
-    def shown(task, model, config):
-        return evaluation.table(
-            task, result, prompts, config, eval_settings(model=model, seeds=(10,))
-        )
+    def shown(tasks, model, config, shots=(16,)):
+        written = {"not_run": {"trec": "why"} if len(tasks) > 1 else {}, "results": [
+            {"task": task, "shots": n, "test": {task: test}} for n in shots for task in tasks]}
+        text = evaluation.table(written, config, eval_settings(
+            model=model, prompt=("random",), shots=shots))
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
 
-    beside = shown("sst2", "google-t5/t5-base", base)
-    assert "87.3 +- 0.5" in beside and "71.9 +- 3.4" in beside
-    for task, model, config in (
-        ("sst2", "tiny", base),
-        ("sst2", "models/t5-base", small_config()),
-        ("movie", "t5-base", base),
-    ):
-        assert "paper" not in shown(task, model, config) and "87.3" not in shown(
-            task, model, config
-        )
+    beside = shown(("sst2", "mr"), "google-t5/t5-base", base)
+    assert beside[0] == ["accuracy in %", "sst2", "mr", "trec", "mean of 2"]
+    assert ["random", "70.0 ± 14.1", "70.0 ± 14.1", "not run", "70.0"] in beside
+    assert beside[-1] == ["the paper's t5-base: supmer", "87.3 ± 0.5", "84.0 ± 0.6",
+                          "80.2 ± 0.9", "85.7"]
+    assert len(beside) == 2 + 4 + 8
+    for model, config in (("tiny", base), ("models/t5-base", small_config())):
+        rows = shown(("sst2",), model, config)
+        assert rows[-2:] == [["the paper's T5-base, another model: pt", "71.9 ± 3.4"],
+                             ["the paper's T5-base, another model: supmer", "87.3 ± 0.5"]]
+        assert len(rows) == 2 + 4 + 2
+    for task, shots in (("movie", (16,)), ("sst2", (8,))):
+        assert "paper" not in str(shown((task,), "t5-base", base, shots))
+    several = shown(("sst2",), "t5-base", base, (8, 16))
+    assert several[0] == ["accuracy in %", "sst2, 8 shots", "sst2, 16 shots"]
+    assert several[-1] == ["the paper's t5-base: supmer", "", "87.3 ± 0.5"]
 
 
 def test_newest_finished_run(place):
@@ -3737,11 +3720,12 @@ def test_protocol_estimate_by_hand():
     record = {"validations": [[{"step": 0}, {"step": 60}]], "time": {"seconds": 30.0}}
     result = {
         "tuning": {"random": [record], "vocab": [record]},
-        "test": {"rows": 300, "of": 3000},
+        "task": "movie",
+        "test": {"movie": {"rows": 300, "of": 3000}},
         "test_seconds": 6.0,
     }
     quick = eval_settings(epochs=60, task=("movie",), prompt=("random", "vocab"))
-    said = evaluation.protocol(["--quick", "--dtype", "bfloat16"], result, quick)
+    said = evaluation.protocol(["--quick", "--dtype", "bfloat16"], result, quick, 1)
     assert (
         "not the protocol" in said
         and "60 steps of 200" in said
@@ -3822,7 +3806,8 @@ def test_interrupt_is_one_line(place, monkeypatch, capsys):
 
     monkeypatch.setattr(supmer, "prompt_gradient", interrupt)
     assert run_script([*SMALL, "--prompt", "random"], monkeypatch) == 130
-    assert "stopped" in capsys.readouterr().err and not list(place.glob("runs/eval/*"))
+    assert "stopped" in capsys.readouterr().err
+    assert [path.name for path in place.glob("runs/eval/**/*")] == ["tuned"]
 
 
 @needs_data
@@ -3830,7 +3815,7 @@ def test_real_sst2(place):
     """A micro evaluation on the real SST-2: its 872 test sentences, of which 444 are positive."""
     argv = "--task sst2 --prompt random vocab --seeds 10 --rates 0.1 --epochs 2".split()
     evaluation.main([*SMALL, *argv, "--data", os.environ["SUPMER_DATA"], "--out", "sst2.json"])
-    test = json.loads(Path("sst2.json").read_text())["tasks"]["sst2"]["test"]
+    test = first_result("sst2.json")["test"]["sst2"]
     assert (test["rows"], test["of"]) == (872, 872) and test["majority"] == pytest.approx(
         100 * 444 / 872
     )
