@@ -454,9 +454,6 @@ def tune_task(context, plan, prompts, shots):
         context.say(f"{plan.name}: {counts} examples by label instead of {shots}, as many for "
                     "validation: smaller classes give half to each")
     sampled = [{texts_of(row) for part in parts for row in part} for parts in drawn]
-    if task.train == task.test and {texts_of(row) for row in rows} <= set.intersection(*sampled):
-        raise InputError(f"{task.train}: all rows are needed to tune and validate; give a file to "
-                         "test on behind it, or fewer --shots")
     samples = [[task_examples(context.tokenizer, task, part) for part in parts] for parts in drawn]
     about = {"task": task._asdict(), "model": settings.model,
              "model_sha256": context.made_of["model"]}
@@ -486,8 +483,8 @@ def tune_task(context, plan, prompts, shots):
 def test_task(context, name, task, folder, prompts, thetas, sampled):
     """Open a test file, score every chosen theta once, and the untuned -> for the JSON, in %.
 
-    Rows with a text that a seed has sampled do not count for that seed. --test-rows takes always
-    the same: the first by sha256 of their text.
+    Rows with a text that a seed has sampled do not count for that seed; None if no others are left.
+    --test-rows takes always the same: the first by sha256 of their text.
     """
     settings, rows = context.settings, load_test(task, folder, context.say)
     of = len(rows)
@@ -497,10 +494,11 @@ def test_task(context, name, task, folder, prompts, thetas, sampled):
     examples = task_examples(context.tokenizer, task, rows)
     kept = [torch.tensor([texts_of(row) not in texts for row in rows]) for texts in sampled]
     left_out = [int((~k).sum()) for k in kept]
-    if max(left_out) == len(rows):
-        raise InputError(f"{name}: no test row is left beside the sampled ones: use more rows")
     if any(left_out):
         context.say(f"{name}: {left_out} test rows, by seed, are left out: they were sampled")
+    if max(left_out) == len(rows):
+        context.say(f"{name}: none is left: it is tuned, not tested")
+        return None
     stacks = [[prompts[0].starts[0][None, :0]]]         # (0, d): the template alone
     for prompt in prompts:
         untuned = prompt.starts if prompt.phi is None else prompt.starts[:1]    # they are all one
@@ -584,7 +582,7 @@ def details(result, settings):
                       for target, test in result["test"].items())
     first = next(iter(result["tuning"].values()))[0]
     lines = [f"{result['task']} on {settings.model}, {result['shots']} shots, {first['examples']} "
-             f"examples; {tests}; {result['minutes']:.1f} minutes"]
+             f"examples; {tests or 'not tested'}; {result['minutes']:.1f} minutes"]
     for name, records in result["tuning"].items():
         best = min(records, key=lambda record: rank(record["best"]))
         lines += [f"  {name}: {sum(r['time']['seconds'] for r in records):.0f} seconds of tuning; "
@@ -604,29 +602,29 @@ def draw(written, settings, path):
     picture, axes = pyplot.subplots(1, len(panels), squeeze=False, sharey=len(panels) > 2,
                                     figsize=(max(4 * len(panels), 5), 4), layout="constrained")
     for axis, (target, found) in zip(axes[0], panels.items()):
+        axis.set_xlabel("tuning steps" if settings.study == "steps" else "samples per label")
         for place, name in enumerate(settings.prompt):
-            result, test = found[0]
             ours = [test["prompts"][name] for _, test in found]
             if settings.study == "steps":
-                steps = [validation["step"] for validation in result["tuning"][name][0]
-                         ["validations"][0]]
-                x, y = steps, list(zip(*ours[0]["steps"]))
+                tuning = found[0][0]["tuning"][name]
+                x = [validation["step"] for validation in tuning[0]["validations"][0]]
+                y = list(zip(*ours[0]["steps"]))
             elif len(found) > 1:
                 x, y = [result["shots"] for result, _ in found], [one["tuned"] for one in ours]
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(x, x)
             else:
-                axis.boxplot([ours[0]["tuned"]], positions=[place], widths=0.5)
+                axis.boxplot([ours[0]["tuned"]], positions=[place], widths=0.5, showfliers=False)
                 axis.plot([place] * len(ours[0]["tuned"]), ours[0]["tuned"], "o", alpha=0.6)
+                axis.set_xlabel("")
                 continue
             spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in y]
             axis.errorbar(x, [statistics.mean(values) for values in y], spread, label=name,
                           marker="o", markersize=3, capsize=2)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend()
-            axis.set_xlabel("tuning steps" if settings.study == "steps" else "samples per label")
-            axis.set_xscale("linear" if settings.study == "steps" else "log", **(
-                {} if settings.study == "steps" else {"base": 2}))
-        else:
+        if axis.lines and not axis.containers:
             axis.set_xticks(range(len(settings.prompt)), settings.prompt, rotation=20)
+        else:
+            axis.legend()
         axis.set_title(target)
     axes[0][0].set_ylabel(f"test accuracy in %, {len(settings.seeds)} seeds, {settings.model}")
     image = io.BytesIO()
@@ -803,18 +801,22 @@ def main(argv):
             began = time.perf_counter()
             tuning, thetas, sampled = tune_task(context, plan, prompts, shots)
             tuned = time.perf_counter()
-            test = {name: test_task(context, name, task, plan.folder, prompts, thetas, sampled)
-                    for name, task in plan.targets.items()}
-            result = {"task": plan.name, "shots": shots, "tuning": tuning, "test": test,
+            tests = {name: test_task(context, name, task, plan.folder, prompts, thetas, sampled)
+                     for name, task in plan.targets.items()}
+            result = {"task": plan.name, "shots": shots, "tuning": tuning,
+                      "test": {name: test for name, test in tests.items() if test},
                       "test_seconds": time.perf_counter() - tuned,
                       "minutes": (time.perf_counter() - began) / 60}
             written["results"].append(result)
             atomic_write(out, lambda file: file.write(json.dumps(written, indent=1).encode()))
             print(details(result, settings))
+    print(f"details: {out}")
+    if not any(result["test"] for result in written["results"]):
+        return
     text = table(written, t5.config, settings)
     atomic_write(out.with_suffix(".md"), lambda file: file.write(f"{text}\n".encode()))
-    print("", text, "", f"±: sample standard deviation (n - 1) over {len(settings.seeds)} seeds; "
-          f"details: {out}", sep="\n")
+    print("", text, "", f"±: sample standard deviation (n - 1) over {len(settings.seeds)} seeds",
+          sep="\n")
     if settings.plot:
         draw(written, settings, out.with_suffix(".png"))
         print(f"picture: {out.with_suffix('.png')}")

@@ -3737,6 +3737,206 @@ def test_protocol_estimate_by_hand():
     )
 
 
+# ------------------------------------------------------- independent work: processes, interruptions
+
+
+def test_number_of_processes_changes_nothing(place):
+    """Two processes and one give the same records and accuracies, bit for bit."""
+    found = []
+    for jobs in ("1", "2"):
+        shutil.rmtree(evaluation.TUNED, ignore_errors=True)
+        evaluation.main([*SMALL, "--prompt", "vocab", "--rates", "0.1", "--jobs", jobs, "--out",
+                         "out.json"])
+        result = first_result("out.json")
+        found.append([without_times(result["tuning"]), result["test"]])
+    assert found[0] == found[1]
+
+
+def test_an_interrupted_evaluation_goes_on(place, monkeypatch):
+    """Stopped in its third tuning run, the same command makes the runs that are missing, reads the
+    other two, and ends with the record of a run that was never stopped; done once more it tunes and
+    scores nothing."""
+    command = [*SMALL, "--prompt", "vocab", "--out", "out.json"]
+    calls, original, scored = [], evaluation.tune, evaluation.score
+
+    def tune(*arguments):
+        calls.append(arguments[4:6])                # seed, rate
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+    monkeypatch.setattr(evaluation, "tune", tune)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main(command)
+    assert not Path("out.json").exists() and len(list(evaluation.TUNED.iterdir())) == 2
+    evaluation.main(command)
+    assert calls == [(10, 0.1), (10, 0.3), (20, 0.1), (20, 0.1), (20, 0.3)]
+    record = tuning_record("out.json")
+    monkeypatch.setattr(evaluation, "score", lambda *_: pytest.fail("scored again"))
+    evaluation.main(command)
+    assert len(calls) == 5 and tuning_record("out.json") == record
+    monkeypatch.setattr(evaluation, "score", scored)
+    shutil.rmtree(evaluation.TUNED)
+    evaluation.main([*command[:-1], "whole.json"])
+    assert tuning_record("whole.json") == record
+
+
+def test_a_result_depends_on_all_that_made_it():
+    """Another model, start, sample, rate or function is another file, the same ones the same."""
+    def path(made_of="model", function=evaluation.tune_job, **changes):
+        arguments = {"start": torch.ones(3, 16), "phi": None, "sample": [small_examples(4)] * 2,
+                     "seed": 10, "rate": 0.1, **changes}
+        return evaluation.make_job(made_of, "a/b c", function, 1, **arguments).path
+    assert path() == path() and path().name.startswith("a_b_c-")
+    other = [path("code"), path(function=evaluation.score_job), path(start=torch.ones(4, 16)),
+             path(start=torch.zeros(3, 16)), path(start=torch.ones(3, 16).double()),
+             path(sample=[small_examples(4), small_examples(4, 1)]), path(seed=20), path(rate=0.2),
+             path(phi={"A": torch.ones(1)})]
+    assert len({path(), *other}) == 10
+
+
+def test_a_damaged_result_is_refused(place, monkeypatch, capsys):
+    """Cut or of something else: one line that says to delete it."""
+    argv = [*SMALL, "--prompt", "vocab"]
+    evaluation.main(argv)
+    path = next(evaluation.TUNED.glob("planted-vocab-4-10-0.1-*"))
+    path.write_bytes(path.read_bytes()[:-9])
+    assert run_script(argv, monkeypatch) == 2
+    assert f"{path} is no result" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------- groups, own tasks, labels, studies
+
+
+def small_group(monkeypatch, *names):
+    """Let planted's files stand for these tasks of the real names; the others are not to be had."""
+    monkeypatch.setattr(data, "SOURCES", {})
+    for name in names:
+        monkeypatch.setitem(data.TASKS, name, TASKS["planted"])
+
+
+def test_what_a_group_lacks_is_told_and_the_rest_is_run(place, monkeypatch, capsys):
+    """`all`: absent tasks are named, with where to put them, and stand in the table as not run; one
+    that is asked for by its name is an error."""
+    small_group(monkeypatch, "sst2", "mr")
+    short = [*SMALL, "--prompt", "vocab", "--seeds", "10", "--rates", "0.1", "--task"]
+    evaluation.main([*short, "all", "--out", "all.json"])
+    written, printed = json.loads(Path("all.json").read_text()), capsys.readouterr().out
+    assert [result["task"] for result in written["results"]] == ["sst2", "mr"]
+    assert set(written["not_run"]) == set(data.GROUPS["all"]) - {"sst2", "mr"}
+    assert "trec: not run; original/trec/train.csv is not in data" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("| vocab |"))
+    assert row.count("not run") == 10 and "mean of 2" in printed
+    for name in ("trec", "dg"):
+        with pytest.raises(InputError, match="is not in data.*give --data FOLDER"):
+            evaluation.main([*short, name])
+
+
+def test_domain_generalization_tunes_on_airlines_alone(place, monkeypatch, capsys):
+    """`dg`: one tuning for all domains, whose training files are not needed; each domain is tested
+    with the same prompts."""
+    small_group(monkeypatch, "airlines")
+    for name, seed in (("books", 3), ("kitchen", 4)):
+        write_rows(place / f"data/{name}.csv", 30, seed)
+        monkeypatch.setitem(data.TASKS, name, data.LabeledTask("absent.csv", f"{name}.csv"))
+    argv = "--task dg --prompt vocab --rates 0.1 --out dg.json".split()
+    evaluation.main([*SMALL, *argv])
+    written = json.loads(Path("dg.json").read_text())
+    result, = written["results"]
+    assert list(result["test"]) == ["airlines", "books", "kitchen"] and len(result["tuning"]) == 1
+    assert set(written["not_run"]) == {"dvd", "electronics", "restaurants"}
+    assert [test["of"] for test in result["test"].values()] == [40, 30, 30]
+    assert len(list(evaluation.TUNED.glob("dg-vocab-*"))) == 2
+
+
+OWN = ["--template", "{text} It was <X> ?", "--model", "small", "--prompt-length", "3", "--epochs",
+       "2", "--seeds", "10", "--rates", "0.1", "--prompt", "vocab", "--shots", "2", "--jobs", "1"]
+
+
+@pytest.mark.parametrize("header", ["label,id,text\n", "text,label\n", ""])
+def test_a_task_of_ones_own_and_its_labels(place, monkeypatch, capsys, header):
+    """A CSV file with a header or without, three labels as words or numbers, a label word of two
+    pieces: tuned, tested on the rows that were not sampled. The tuned prompt then labels texts,
+    with probabilities over the three; those of the two pieces are multiplied."""
+    labels = {"bad": "terrible", "good": "1", "warm": "good warm"}
+    rows = [(f"{word} {a} {b}", label) for word, label in labels.items()
+            for a in FILLER[:3] for b in FILLER[3:6]]
+    written = {"label,id,text\n": [f"{label},7,{text}" for text, label in rows],
+               "text,label\n": [f"{text},{label}" for text, label in rows],
+               "": [f"{label},{text}" for text, label in rows]}[header]
+    Path("my.csv").write_text(header + "\n".join(written) + "\n")
+    argv = ["--data", "my.csv", "--words", "terrible, great,good warm", *OWN]
+    evaluation.main(argv)
+    result = first_result("runs/eval/small-my.json")
+    test, record = result["test"]["my"], result["tuning"]["vocab"][0]
+    assert (test["of"], test["left_out"], record["examples"]) == (27, [12], 6)
+    Path("new.txt").write_text("a good film\nvery dull food\n")
+    capsys.readouterr()
+    predict = ["--model", "small", "--predict", "new.txt", "--prompt", record["file"]]
+    evaluation.main([*predict, "--out", "labels.csv"])
+    evaluation.main(predict)
+    assert capsys.readouterr().out == Path("labels.csv").read_text()
+    found = list(csv.DictReader(open("labels.csv")))
+    assert [line["text"] for line in found] == ["a good film", "very dull food"]
+    t5 = load_t5(Path("small"))
+    tokenizer = data.load_tokenizer("small", t5.config)
+    theta = evaluation.read_result(record["file"])[0]["thetas"][0]
+    ids = tokenizer.encode("a good film It was <extra_id_0> ?").ids + [1]
+    H, mask = supmer.encode_with_prompt(t5, theta, data.Batch(
+        torch.tensor([ids]), torch.ones(1, len(ids), dtype=bool), torch.zeros(1, 0, dtype=int),
+        torch.zeros(1, 0, 16), None))
+    good, warm = (tokenizer.token_to_id(word) for word in ("good", "warm"))
+    decoded = T.decode(t5, torch.tensor([[0, len(PIECES) - 1, good]]), H, mask)
+    p = torch.log_softmax(T.next_token_logits(t5, decoded)[0], -1)
+    sums = torch.stack([p[1, 6], p[1, 7], p[1, good] + p[2, warm]]).softmax(-1)
+    words = ["terrible", "great", "good warm"]
+    assert [float(found[0][word]) for word in words] == pytest.approx(sums.tolist(), abs=1e-4)
+    assert found[0]["label"] == words[int(sums.argmax())]
+
+
+def test_own_rows_that_are_all_sampled_are_tuned_not_tested(place, capsys):
+    """Two rows a label leave nothing to test on: said, and the tuned prompt is there all the same;
+    with a file to test on behind it, it is tested."""
+    Path("my.csv").write_text("0,bad film\n0,dull food\n1,good film\n1,warm food\n")
+    argv = ["--words", "terrible,great", *OWN, "--data", "my.csv"]
+    evaluation.main(argv)
+    assert "it is tuned, not tested" in capsys.readouterr().out
+    assert Path(first_result("runs/eval/small-my.json")["tuning"]["vocab"][0]["file"]).exists()
+    evaluation.main([*argv, "data/planted/test.csv"])
+    assert first_result("runs/eval/small-my.json")["test"]["my"]["rows"] == 40
+
+
+@pytest.mark.parametrize("study", evaluation.STUDIES)
+def test_each_study_is_one_command(place, monkeypatch, study):
+    """JSON and PNG: accuracy at every validation for steps, for each number of shots, domain, or
+    start; in the spread only the starts differ, not the examples."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    small_group(monkeypatch, "cb", "mrpc", "sst5", "subj", *data.GROUPS["dg"])
+    settings = [word for word in SMALL if word not in ("--task", "planted")]
+    wanted = ["--prompt", "vocab", "random"] + ["--shots", "2", "4"] * (study == "shots")
+    seen, original = [], evaluation.tune
+    monkeypatch.setattr(evaluation, "tune", lambda *a: (seen.append(a), original(*a))[1])
+    evaluation.main([*settings, *wanted, "--study", study, "--rates", "0.1"])
+    written = json.loads(Path(f"runs/eval/small-{study}.json").read_text())
+    assert Path(f"runs/eval/small-{study}.png").read_bytes().startswith(b"\x89PNG")
+    shown = [(result["shots"], name) for result in written["results"] for name in result["test"]]
+    assert shown == {"steps": [(4, "cb"), (4, "mrpc")], "dg": [(4, n) for n in data.GROUPS["dg"]],
+                     "shots": [(n, task) for n in (2, 4) for task in ("sst5", "subj")],
+                     "spread": [(4, "mrpc"), (4, "cb"), (4, "subj")]}[study]
+    for result in written["results"]:
+        for test in result["test"].values():
+            for name, found in test["prompts"].items():
+                if study == "steps":
+                    curves = [r["validations"][0] for r in result["tuning"][name]]
+                    best = [curve.index(r["best"]) for curve, r in
+                            zip(curves, result["tuning"][name])]
+                    assert [len(c) for c in found["steps"]] == [len(c) for c in curves] == [3, 3]
+                    assert found["tuned"] == [c[i] for c, i in zip(found["steps"], best)]
+    samples = {json.dumps(a[3], default=lambda x: x.tolist()) for a in seen if a[4] == seen[0][4]}
+    starts = {a[1].numpy().tobytes() for a in seen}
+    assert len(starts) == 4 and (len({a[4] for a in seen}) == 1) == (study == "spread")
+    assert study != "spread" or len(samples) == 1
+
+
 # ----------------------------------------------------------------------------------------- mistakes
 
 
@@ -3761,6 +3961,23 @@ def test_protocol_estimate_by_hand():
         ([*SMALL, "--prompt", "runs/long"], "--prompt-length 5"),
         ([*SMALL, "--prompt", "runs/wide"], "width 16"),
         ([*SMALL, "--prompt", "random", "--data", "nowhere"], "nowhere"),
+        ([*SMALL, "--prompt", "random", "--data", "a", "b"], "--template and --words"),
+        (["--task", "sst3"], "Without a network: movie, amazon, nyt, tweets"),
+        (["--study", "depth"], "spread"),
+        (["--quick", "--study", "steps"], "sets study"),
+        ([*OWN, "--data", "my.csv"], "--words"),
+        ([*OWN, "--data", "my.csv", "--words", "bad"], "two or more"),
+        ([*OWN, "--data", "my.csv", "--words", "bad,bad"], "two or more"),
+        ([*OWN, "--data", "none.csv", "--words", "bad,good"], "none.csv"),
+        ([*OWN, "--data", "small", "--words", "bad,good"], ".jsonl"),
+        ([*OWN, "--data", "my.csv", "--words", "bad,good", "--task", "mr"], "leave them away"),
+        ([*OWN, "--data", "my.csv", "--words", "bad,good"], "my.csv, line 3"),
+        ([*OWN, "--data", "one.csv", "--words", "bad,good"], "label 1 has 0 different texts"),
+        ([*OWN, "--data", "few.csv", "--words", "bad,good"], "label 1 has 1 different texts"),
+        ([*OWN, "--data", "latin.csv", "--words", "bad,good"], "latin.csv must be UTF-8"),
+        ([*OWN, "--data", "few.csv", "--words", "bad,good", "--template", "It was"], "<X>"),
+        (["--predict", "few.csv"], "one tuned --prompt"),
+        (["--predict", "few.csv", "--prompt", "few.csv"], "no result of eval.py"),
         ([*SMALL, "--prompt", "random", "--rates", "1e39"], "below 1e9"),
         ([*SMALL, "--prompt", "random", "--model", "no_such_model"], "no_such_model"),
     ],
@@ -3770,6 +3987,9 @@ def test_mistakes_end_in_one_line(place, monkeypatch, capsys, argv, said):
     write_run("runs/other", model="other", finished=False)
     write_run("runs/long", finished=False, P=5)
     write_run("runs/wide", finished=False, d=24)
+    for name, content in (("my", b"0,a\n1,b\n2,c\n"), ("one", b"0,a\n0,b\n"),
+                          ("few", b"0,a\n0,b\n1,c\n"), ("latin", b"0,caf\xe9\n1,b\n")):
+        Path(f"{name}.csv").write_bytes(content)
     assert run_script(argv, monkeypatch) == 2
     error = capsys.readouterr().err.split("\r")[-1]
     line = error[error.index("error: ") :]
