@@ -890,15 +890,16 @@ def _csv_rows(path, columns):
 
 
 def _jsonl_rows(path, columns):
-    """A JSON object a line; true, false and numbers as Python writes them."""
+    """A JSON object a line; labels may be true, false and numbers, as Python writes them."""
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
                 values = [record[name] for name in columns]
             except (ValueError, TypeError, KeyError):
-                values = None
-            yield number, values and [str(value) for value in values]
+                values = [None]
+            plain = all(isinstance(value, str | int) for value in values)
+            yield number, [str(value) for value in values] if plain else None
 
 
 def _txt_rows(path, columns):

@@ -149,7 +149,7 @@ def belongs(about, config, model):
 
 def open_prompt(name, t5, settings):
     """random, vocab, released, RUN -> Prompt. InputError unless it is of this model and length."""
-    P, model, device = settings.prompt_length, settings.model, t5.weights["shared.weight"].device
+    P, model = settings.prompt_length, settings.model
     if name in ("random", "vocab"):
         make = normal_prompt if name == "random" else init_prompt
         return Prompt(name, [make(t5, P, seed) for seed in settings.seeds], None, {})
@@ -164,8 +164,7 @@ def open_prompt(name, t5, settings):
                          " take a prompt of this model")
     if len(theta) != P:
         raise InputError(f"{path} has {len(theta)} vectors, not {P}: --prompt-length {len(theta)}?")
-    phi = phi and {key: value.to(device) for key, value in phi.items()}
-    return Prompt(name, [theta.to(device)] * len(settings.seeds), phi, {"file": str(path), **about})
+    return Prompt(name, [theta] * len(settings.seeds), phi, {"file": str(path), **about})
 
 
 # -------------------------------------------------------------------------------- tuning (C.1)
@@ -383,7 +382,7 @@ def processes(settings, folder):
         return devices, settings.jobs or len(devices)
     size = 4 * sum(path.stat().st_size for path in weight_files(folder))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return devices, max(1, min(len(os.sched_getaffinity(0)), memory // size))
+    return devices, max(1, min(torch.get_num_threads(), memory // size))
 
 
 # ------------------------------------------------------------------------- a task: tuned, tested
@@ -448,7 +447,10 @@ def tune_task(context, plan, prompts, shots):
     settings, task = context.settings, plan.task
     rows = load_train(task, plan.folder, context.say)
     sample_seeds = [settings.seeds[0] if settings.same_examples else s for s in settings.seeds]
-    drawn = [few_shot(rows, shots, seed, len(task.words)) for seed in sample_seeds]
+    try:
+        drawn = [few_shot(rows, shots, seed, len(task.words)) for seed in sample_seeds]
+    except InputError as error:
+        raise InputError(f"{task.train}: {error}") from None
     counts = [Counter(row.label for row in drawn[0][0])[k] for k in range(len(task.words))]
     if min(counts) < shots:
         context.say(f"{plan.name}: {counts} examples by label instead of {shots}, as many for "
@@ -702,6 +704,8 @@ def parse(argv):
         parser.error(f"no task {name!r}. Without a network: {', '.join(OFFLINE)}; fetched, or from "
                      f"--data: {', '.join(name for name in TASKS if name not in OFFLINE)}; groups: "
                      f"{', '.join(GROUPS)}; or your own: --data FILE --template --words")
+    if "dg" in settings.task and set(settings.task) & set(GROUPS["dg"]):
+        parser.error("dg tests on the six domains, tuned on airlines: leave their names away")
     check_own_task(settings, given, parser.error)
     if settings.predict:
         if len(settings.prompt) != 1 or not Path(settings.prompt[0]).is_file():

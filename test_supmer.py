@@ -2661,6 +2661,30 @@ def test_templates_and_words_literally():
 
 
 @needs_data
+def test_label_words_are_one_piece_of_the_official_t5():
+    """Each task's words, word-initial, differ in their one piece; a template's quotes and points
+    are pieces that T5 knows, its mask is <extra_id_0>."""
+    tokenizer = Tokenizer.from_file(os.path.join(SUPMER_DATA, "t5_tokenizer", "tokenizer.json"))
+    for name, task in TASKS.items():
+        pieces = {piece for word in task.words for piece in data.word_pieces(tokenizer, word)}
+        assert len(pieces) == len(task.words)
+        parts = data.compile_template(tokenizer, task.template)
+        literal = [part for part in parts if isinstance(part, list)]
+        assert [32099] in literal and data.UNK not in sum(literal, [])
+    assert [data.word_pieces(tokenizer, word) for word in ("yes", "no")] == [[4273], [150]]
+
+
+def test_jsonl_of_other_things_is_refused(tmp_path):
+    """A null, a list, a missing key, no JSON: the line is named."""
+    row = '{"premise": "p", "hypothesis": "h", "label": "neutral"}\n'
+    for bad in ('{"premise": null, "hypothesis": "h", "label": "neutral"}', "[]", "{", "7",
+                '{"premise": ["p"], "hypothesis": "h", "label": "neutral"}', '{"label": true}'):
+        write_task(tmp_path, "cb", row + bad + "\n")
+        with pytest.raises(InputError, match="train.jsonl, line 2"):
+            data.load_train(TASKS["cb"], tmp_path)
+
+
+@needs_data
 @pytest.mark.parametrize("name, first", [
     ("sst2", "a stirring , funny and finally transporting re-imagining of beauty and the beast "),
     ("sst5", "a stirring , funny and finally transporting re-imagining of beauty and the beast "),
@@ -3963,6 +3987,7 @@ def test_each_study_is_one_command(place, monkeypatch, study):
         ([*SMALL, "--prompt", "random", "--data", "nowhere"], "nowhere"),
         ([*SMALL, "--prompt", "random", "--data", "a", "b"], "--template and --words"),
         (["--task", "sst3"], "Without a network: movie, amazon, nyt, tweets"),
+        (["--task", "dg", "books"], "leave their names away"),
         (["--study", "depth"], "spread"),
         (["--quick", "--study", "steps"], "sets study"),
         ([*OWN, "--data", "my.csv"], "--words"),
@@ -3972,8 +3997,8 @@ def test_each_study_is_one_command(place, monkeypatch, study):
         ([*OWN, "--data", "small", "--words", "bad,good"], ".jsonl"),
         ([*OWN, "--data", "my.csv", "--words", "bad,good", "--task", "mr"], "leave them away"),
         ([*OWN, "--data", "my.csv", "--words", "bad,good"], "my.csv, line 3"),
-        ([*OWN, "--data", "one.csv", "--words", "bad,good"], "label 1 has 0 different texts"),
-        ([*OWN, "--data", "few.csv", "--words", "bad,good"], "label 1 has 1 different texts"),
+        ([*OWN, "--data", "one.csv", "--words", "bad,good"], "one.csv: label 1 has 0 different"),
+        ([*OWN, "--data", "few.csv", "--words", "bad,good"], "few.csv: label 1 has 1 different"),
         ([*OWN, "--data", "latin.csv", "--words", "bad,good"], "latin.csv must be UTF-8"),
         ([*OWN, "--data", "few.csv", "--words", "bad,good", "--template", "It was"], "<X>"),
         (["--predict", "few.csv"], "one tuned --prompt"),
