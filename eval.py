@@ -819,8 +819,7 @@ def main(argv):
         return
     text = table(written, t5.config, settings)
     atomic_write(out.with_suffix(".md"), lambda file: file.write(f"{text}\n".encode()))
-    print("", text, "", f"±: sample standard deviation (n - 1) over {len(settings.seeds)} seeds",
-          sep="\n")
+    print("", text, "±: sample standard deviation (n - 1) over the seeds", sep="\n\n")
     if settings.plot:
         draw(written, settings, out.with_suffix(".png"))
         print(f"picture: {out.with_suffix('.png')}")
