@@ -831,9 +831,9 @@ def read_rows(path, task, size=0, say=lambda line: None):
             left += 1
             continue
         if label not in known or not (whole or values and task.incomplete == "kept"):
-            raise InputError(f"{where}: {values or 'too few or too many columns'} is not a label "
-                             f"({', '.join(known)}) and its text, {', '.join(fields)}: mend or drop"
-                             " it (without a header the label comes first)")
+            raise InputError(f"{where}: {values or 'too few or too many columns'}; a row is a label"
+                             f" ({', '.join(known)}) and {', '.join(fields)}, without a header in "
+                             "this order: mend or drop it")
         texts = [text.rstrip(string.punctuation) if field == task.bare else text
                  for field, text in zip(fields, texts)]
         rows.append(Row(known[label], dict(zip(fields, texts))))
@@ -1050,8 +1050,8 @@ def locate(file, folder=TINY):
             return FETCHED / file
         except InputError as error:
             tried.append(str(error))
-    raise InputError("; ".join([f"{file} is not in {folder}", *tried])
-                     + f": put it there, or give --data FOLDER that has {file}")
+    raise InputError("; ".join([f"{file} is not in {folder}: put it there, or give --data FOLDER "
+                                "that has it", *tried]))
 
 
 def archive_member(path, file):
@@ -1077,8 +1077,9 @@ def archive_member(path, file):
                     archive.extractfile(member).read())
     except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, AttributeError,
             RuntimeError) as error:     # AttributeError: a folder or device of that name
-        raise InputError(f"{path} is damaged or incomplete ({_first_line(error)}): delete it, "
-                         "fetch it again") from None
+        reason = _first_line(error).rstrip(":")
+        raise InputError(f"{path} is damaged or incomplete ({reason}): delete it, fetch it again"
+                         ) from None
 
 
 # --------------------------------------------------------------------------- what is fetched

@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import signal
 import statistics
 import sys
 import threading
@@ -242,8 +243,8 @@ def tune(t5, start, phi, sample, seed, rate, settings, unit=1.0, tick=lambda: No
 # ------------------------------------------------------------------------ independent work, shared
 # Nothing of the encoder's work can be kept from one step to the next: the prompt stands in front,
 # and everything attends to it. Shared are tokenization, and whatever is equal: the scores of an
-# untuned prompt that is one for all seeds, runs that an earlier call has done. Step 0's validation
-# is made once a rate: 1 pass of some 400.
+# untuned prompt that is one for all seeds, runs that an earlier call has done. Not shared: step 0's
+# validation, equal for all rates; it is 1 of some 600 forward passes of a run.
 
 class Job(NamedTuple):
     """Work that needs nothing but the T5 and its arguments. Equal jobs have equal paths."""
@@ -309,6 +310,7 @@ WORKER = {}     # in a worker process: its T5, and the count that all of them sh
 
 def begin_worker(folder, dtype, devices, begun, ticks):
     """Load the T5 in a new process. A worker ends with its parent, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the parent to tell
     torch.set_num_threads(1)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)),
                      daemon=True).start()
@@ -339,6 +341,8 @@ def workers(t5, folder, dtype, devices, count):
 
     def work(jobs, title):
         todo = {job.path: job for job in jobs if not job.path.is_file()}.values()
+        if len(todo) < len(jobs):
+            title += f" ({len(jobs) - len(todo)} of {len(jobs)} were done, or are one)"
         with tqdm(total=sum(job.ticks for job in todo), desc=title, unit="step", leave=False,
                   dynamic_ncols=True, disable=None) as bar:
             if pool is None:

@@ -2798,7 +2798,7 @@ def test_a_download_goes_on_where_it_stopped(files):
     """The line goes dead: one error with what to do. The second call asks for the rest only."""
     files.files = {"/kitchen/test": FORMATS["kitchen"][0]}
     files.cut = 10
-    with pytest.raises(InputError, match="10 of .* bytes.*put it there") as error:
+    with pytest.raises(InputError, match="put it there.*10 of .* bytes") as error:
         data.locate("domain/kitchen/test", "none")
     assert "\n" not in str(error.value) and not (data.FETCHED / "domain/kitchen/test").exists()
     files.cut = None
