@@ -23,16 +23,19 @@ import hashlib
 import json
 import lzma
 import os
+import pickle
 import re
+import string
 import sys
 import tarfile
 import tempfile
+import zipfile
 import zlib
 from array import array
 from bisect import bisect_right
 from collections import Counter
 from http.client import HTTPException
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import Request, urlopen
@@ -756,60 +759,203 @@ class Row(NamedTuple):
 
 
 class LabeledTask(NamedTuple):
-    train: str                  # inside the data folder: .tsv with a header, .csv of label,text
+    """A few-shot task: where its rows are, and how the prompted model reads them."""
+    train: str                  # inside the data folder; a name's end tells its format, see ROWS
     test: str
     template: str = "{text} It was <X> ?"
     words: tuple[str, ...] = ("terrible", "great")      # in label order
     max_tokens: int = 128       # of a source, template and all (C.1)
+    sizes: tuple[int, int] = (0, 0)     # rows of train and test in the paper (Table 5, A.5); 0: any
+    labels: tuple[str, ...] = ()        # as the file writes them, unless 0, 1, ... or the words
+    columns: tuple[str, ...] = ()       # as the file calls label and fields, unless by their names
+    incomplete: str = "refused"         # rows without a text: refused, kept (but a last one), left
+    bare: str = ""              # the field that loses its final punctuation
 
 
+ENTAILMENT = '" {hypothesis} " ? <X> , " {premise} "'
+SAME = "Do {a} and {b} have the same meaning? <X> ."
+# Templates and words as the authors released them; test sets as the paper's (of GLUE: dev; of
+# SuperGLUE: val). The six domains' `test` is their whole pool.
 TASKS = {
-    "sst2": LabeledTask("original/SST-2/train.tsv", "original/SST-2/dev.tsv"),  # as the paper tests
-    "movie": LabeledTask("tasks/movie/train.csv", "tasks/movie/test.csv"),
-    "amazon": LabeledTask("tasks/amazon/train.csv", "tasks/amazon/test.csv"),
-    "nyt": LabeledTask("tasks/nyt/train.csv", "tasks/nyt/test.csv"),
-    "tweets": LabeledTask("tasks/tweets/train.csv", "tasks/tweets/test.csv"),
+    "sst2": LabeledTask("original/SST-2/train.tsv", "original/SST-2/dev.tsv", sizes=(6920, 872),
+                        columns=("label", "sentence")),
+    "sst5": LabeledTask("original/sst-5/train.csv", "original/sst-5/test.csv", sizes=(8544, 2210),
+                        words=("terrible", "bad", "okay", "good", "great")),
+    "mr": LabeledTask("original/mr/train.csv", "original/mr/test.csv", sizes=(8662, 2000)),
+    "cr": LabeledTask("original/cr/train.csv", "original/cr/test.csv", sizes=(1774, 2000),
+                      max_tokens=256, incomplete="kept"),
+    "subj": LabeledTask("original/subj/train.csv", "original/subj/test.csv",
+                        "{text} This is <X> .", ("subjective", "objective"), 256, (8000, 2000)),
+    "trec": LabeledTask("original/trec/train.csv", "original/trec/test.csv", "{text} <X> :",
+                        ("description", "entity", "expression", "human", "location", "number"),
+                        sizes=(5452, 500)),
+    "cb": LabeledTask("superglue/CB/train.jsonl", "superglue/CB/val.jsonl", ENTAILMENT,
+                      ("yes", "no", "maybe"), 256, (250, 56),
+                      ("entailment", "contradiction", "neutral"), bare="hypothesis"),
+    "rte": LabeledTask("original/RTE/train.tsv", "original/RTE/dev.tsv", ENTAILMENT, ("yes", "no"),
+                       256, (2490, 277), ("entailment", "not_entailment"),
+                       ("label", "sentence2", "sentence1"), bare="hypothesis"),
+    "qnli": LabeledTask("original/QNLI/train.tsv", "original/QNLI/dev.tsv",
+                        "{sentence} . Question: {question} ? Answer: <X> .", ("Yes", "No"),
+                        sizes=(104743, 5463), labels=("entailment", "not_entailment")),
+    "wic": LabeledTask("superglue/WiC/train.jsonl", "superglue/WiC/val.jsonl",
+                       '" {sentence1} " / " {sentence2} " Similar sense of "{word}"? <X> .',
+                       ("No", "Yes"), 256, (5428, 638), ("False", "True")),
+    "mrpc": LabeledTask("original/MRPC/train.tsv", "original/MRPC/dev.tsv", SAME, ("No", "Yes"),
+                        sizes=(3668, 408), columns=("Quality", "#1 String", "#2 String")),
+    "qqp": LabeledTask("original/QQP/train.tsv", "original/QQP/dev.tsv", SAME, ("No", "Yes"),
+                       sizes=(363846, 40430), columns=("is_duplicate", "question1", "question2"),
+                       incomplete="left"),
+    **{name: LabeledTask(f"domain/{folder}/train", f"domain/{folder}/test", max_tokens=256,
+                         sizes=(0, 2000))
+       for name, folder in (("airlines", "airline"), ("books", "books"), ("dvd", "dvd"),
+                            ("electronics", "electronics"), ("kitchen", "kitchen"))},
+    "restaurants": LabeledTask("domain/restaurants/yelp_labelled.txt",
+                               "domain/restaurants/yelp_labelled.txt", max_tokens=256,
+                               sizes=(0, 2000)),
+    **{name: LabeledTask(f"tasks/{name}/train.csv", f"tasks/{name}/test.csv")     # inside tiny/
+       for name in ("movie", "amazon", "nyt", "tweets")},
 }
+GROUPS = {"all": tuple(TASKS)[:12], "dg": tuple(TASKS)[12:18]}      # Tables 1 and 2
 
 
-def load_train(task, folder=TINY):
-    """A LabeledTask's training split -> [Row]; folder holds original/, or tasks/ as tiny/ does.
+def load_train(task, folder=TINY, say=lambda line: None):
+    """A LabeledTask's training split -> [Row]. What was odd is said: say(line).
 
-    a line `1,"It works, and well."` -> Row(1, {"text": "It works, and well."})
+    a line `1,"It works, and well."` of a .csv -> Row(1, {"text": "It works, and well."})
     """
-    return _read_rows(Path(folder) / task.train, len(task.words))
+    return read_rows(locate(task.train, folder), task, task.sizes[0], say)
 
 
-def load_test(task, folder=TINY):
+def load_test(task, folder=TINY, say=lambda line: None):
     """Its test split. Apart from load_train, so that tuning can be shown never to open the file."""
-    return _read_rows(Path(folder) / task.test, len(task.words))
+    return read_rows(locate(task.test, folder), task, task.sizes[1], say)
 
 
-def _read_rows(path, K):
-    table, rows = path.suffix == ".tsv", []     # LM-BFF's SST-2: named columns, quotes mean nothing
+def read_rows(path, task, size=0, say=lambda line: None):
+    """Labeled rows of a file. InputError (file, line) for what is not a task's row.
+
+    RTE's `0 TAB A dog ran. TAB It moved. TAB entailment` under its header ->
+    Row(0, {"hypothesis": "It moved", "premise": "A dog ran."})
+    """
+    fields, rows, left = template_fields(task.template), [], 0
+    known = {label: k for k, label in enumerate(task.labels or task.words)}
+    known |= {} if task.labels else {str(k): k for k in range(len(task.words))}
+    for where, values in read_table(path, task.columns or ("label", *fields)):
+        label, *texts = values or [""]
+        whole = values is not None and all(text.strip() for text in texts)
+        if not whole and task.incomplete == "left":
+            left += 1
+            continue
+        if label not in known or not (whole or values and task.incomplete == "kept"):
+            raise InputError(f"{where}: {values or 'too few or too many columns'}; a row is a label"
+                             f" ({', '.join(known)}) and {', '.join(fields)}, without a header in "
+                             "this order: mend or drop it")
+        texts = [text.rstrip(string.punctuation) if field == task.bare else text
+                 for field, text in zip(fields, texts)]
+        rows.append(Row(known[label], dict(zip(fields, texts))))
+    if task.incomplete == "kept":
+        if rows and not any(text.strip() for text in rows[-1].fields.values()):
+            rows.pop()
+            say(f"{path}: the last row, which has no text, is left out")
+        blank = sum(not any(text.strip() for text in row.fields.values()) for row in rows)
+        say(f"{path}: {blank} rows without text are kept")
+    if left:
+        say(f"{path}: {left:,} rows with missing texts are left out")
+    if not rows:
+        raise InputError(f"{path} has no rows: fetch it again")
+    if size not in (0, len(rows)):
+        say(f"{path}: {len(rows):,} rows, the paper has {size:,}")
+    return rows
+
+
+def template_fields(template):
+    """The names of a template's texts. "{a} and {b}? <X> {a}" -> ("a", "b")"""
+    return tuple(dict.fromkeys(re.findall(r"\{(\w+)\}", template)))
+
+
+def read_table(path, columns):
+    """The columns of a file's rows -> (file and line, [a text of each column]; None if ragged).
+
+    A .csv `text,label`, `ok,1`; columns ("label", "text") -> ("my.csv, line 2", ["1", "ok"])
+    InputError for what cannot be read as its name's end says.
+    """
+    read = ROWS.get(path.suffix)
+    if not read:
+        raise InputError(f"{path}: give {', '.join(filter(None, ROWS))}")
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, strict=True, delimiter="\t" if table else ",",
-                               quoting=csv.QUOTE_NONE if table else csv.QUOTE_MINIMAL)
-            if table and next(lines, None) != ["sentence", "label"]:
-                raise InputError(f"{path}: the first line must be `sentence`, tab, `label`")
-            for line in lines:
-                text, label = (line if table else line[::-1]) if len(line) == 2 else ("", "")
-                if not text.strip() or label not in map(str, range(K)):
-                    form = "text, tab, label" if table else "label,text"
-                    raise InputError(f"{path}, line {lines.line_num}: {line} is not {form} with a"
-                                     f" label of 0 to {K - 1} and a text: mend or drop it")
-                rows.append(Row(int(label), {"text": text}))
+        for line, values in read(path, columns):
+            yield f"{path}, line {line}", values
     except FileNotFoundError:
         raise InputError(f"{path} is missing: name the folder that it is in") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} must be UTF-8 and well quoted: {error}") from None
-    if not rows:
-        raise InputError(f"{path} has no rows: fetch it again")
-    return rows
 
 
-def few_shot(rows, shots, seed):
+def _csv_rows(path, columns):
+    """Under a header with the columns' names, or without one, in their order."""
+    tabs = path.suffix == ".tsv"                                # there quotes mean nothing
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file, strict=True, delimiter="\t" if tabs else ",",
+                           quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+        first = next(lines, [])
+        header = set(columns) <= set(first)
+        places = [first.index(name) for name in columns] if header else range(len(columns))
+        width = len(first) if header else len(columns)
+        for line in lines if header or not first else chain([first], lines):
+            yield lines.line_num, [line[i] for i in places] if len(line) == width else None
+
+
+def _jsonl_rows(path, columns):
+    """A JSON object a line; labels may be true, false and numbers, as Python writes them."""
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                values = [record[name] for name in columns]
+            except (ValueError, TypeError, KeyError):
+                values = [None]
+            plain = all(isinstance(value, str | int) for value in values)
+            yield number, [str(value) for value in values] if plain else None
+
+
+def _txt_rows(path, columns):
+    """UCI's text TAB label; without a label a line is a text."""
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            values = line.rstrip("\r\n").rsplit("\t", len(columns) - 1)[::-1]
+            yield number, values if len(values) == len(columns) else None
+
+
+class Plain(pickle.Unpickler):
+    """Reads lists, texts and numbers only: nothing that a file names is looked up, or run."""
+
+    def find_class(self, module, name):
+        """Refuse."""
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, code that is not run here")
+
+
+def _pickle_rows(path, columns):
+    """PERL's (texts, labels)."""
+    try:
+        with open(path, "rb") as file:
+            texts, labels = Plain(file).load()
+        rows = list(zip(labels, texts, strict=True))
+        if not all(type(label) is int and type(text) is str for label, text in rows):
+            raise ValueError("not texts and numbers")
+    except FileNotFoundError:
+        raise
+    except Exception as error:      # a damaged pickle raises almost anything
+        raise InputError(f"{path} is no pickle of (texts, labels): {error}; fetch it again"
+                         ) from None
+    yield from ((number, [str(label), text]) for number, (label, text) in enumerate(rows, 1))
+
+
+ROWS = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _jsonl_rows, ".txt": _txt_rows,
+        "": _pickle_rows}
+
+
+def few_shot(rows, shots, seed, classes=2):
     """Sample `shots` rows a label for training, as many for validation (section 4.1) -> both lists.
 
     Ordered by sha256 of seed and row: the same on every machine. No text comes twice. A class of
@@ -822,7 +968,7 @@ def few_shot(rows, shots, seed):
         return hashlib.sha256("\t".join(parts).encode()).digest()
     first = {tuple(row.fields.values()): row for row in sorted(rows, key=key, reverse=True)}
     train, validation = [], []
-    for label in range(max(2, 1 + max(row.label for row in rows))):
+    for label in range(classes):
         members = sorted((row for row in first.values() if row.label == label), key=key)
         half = min(shots, len(members) // 2)
         if not half:
@@ -839,12 +985,118 @@ def task_examples(tokenizer, task, rows):
     Row(1, {"text": "A fine film."}) -> `A fine film. It was <extra_id_0> ?</s>`, target `great`
     """
     parts = compile_template(tokenizer, task.template)
-    names = [part for part in parts if isinstance(part, str)]
+    names = template_fields(task.template)
     texts = zip(*(tokenize(tokenizer, [row.fields[name] for row in rows]) for name in names))
     ids = [fill_template(parts, dict(zip(names, text)), task.max_tokens)[0] for text in texts]
     words = [[tokenizer.token_to_id(MASK), *word_pieces(tokenizer, word)] for word in task.words]
     labels = torch.tensor([row.label for row in rows])
     return Examples(ids, [[] for _ in rows], torch.empty(len(rows), 0, 0), labels, words)
+
+
+# --------------------------------------------------------------------------- where tasks come from
+FETCHED = Path("cache/data")
+LMBFF = "https://nlp.cs.princeton.edu/projects/lm-bff/datasets.tar"
+GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
+SUPERGLUE = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2/"
+PERL = "https://raw.githubusercontent.com/eyalbd2/PERL/"
+# By how a task's file begins: what has it, tried in turn. GLUE's own SST-2 is another, of 67,349.
+SOURCES = {
+    "original/QNLI/": (LMBFF, GLUE + "QNLIv2.zip"),
+    "original/QQP/": (LMBFF, GLUE + "QQP-clean.zip"),
+    "original/RTE/": (LMBFF, GLUE + "RTE.zip"), "original/": (LMBFF,),
+    "superglue/CB/": (SUPERGLUE + "CB.zip",), "superglue/WiC/": (SUPERGLUE + "WiC.zip",),
+    "domain/airline/train": (PERL + "03fb83d677be7a51d0a83973024b2624c2b39f77/data/airline/train",),
+    **{f"domain/{name}/test": (f"{PERL}{commit}/{folder}{name}/test",) for name, commit, folder in (
+        ("airline", "3f4995487e820bff574232d27ac5c95c91e3aae1", "5-fold_data/"),
+        ("books", "3f4995487e820bff574232d27ac5c95c91e3aae1", "5-fold_data/"),
+        ("dvd", "95db6bc374e80ae575f3faa9d4f84a8cea682e5e", ""),
+        ("electronics", "7e97408fa9eaa25bed2d2d3f16b7a76b3534962c", "data/"),
+        ("kitchen", "7e97408fa9eaa25bed2d2d3f16b7a76b3534962c", "data/"))},
+}
+# The first half of their sha256, of those that were at hand.
+CHECKSUMS = {
+    "domain/airline/test": "d85588256f052153598b2f731c028df5",
+    "domain/airline/train": "b08470f5d334d3b90e2e0773bb7f8546",
+    "domain/books/test": "e139c133cae66c6cf38c33cc40554f02",
+    "domain/electronics/test": "adf96b0275ac369e74894c1c7584878b",
+    "original/MRPC/dev.tsv": "9e8f284788040f7c9ecde2e1b3c07237",
+    "original/MRPC/train.tsv": "69abcedee3cf738c6ce58d772e43e1b7",
+    "original/RTE/dev.tsv": "80230dfa1347282e7b532b06a1004a76",
+    "original/RTE/train.tsv": "41e3a9b063433392343fad9e962cf2f5",
+    "original/SST-2/dev.tsv": "628b5f860a1584f172b9c7b032331553",
+    "original/SST-2/train.tsv": "0e2eb9cad237f8bc597742bdc136d338",
+    "original/cr/test.csv": "7fab6959f8ce0d761bdbb0fef247d8a8",
+    "original/cr/train.csv": "0eb8e119ee76f8cca33cfee9fee1ed88",
+    "original/mr/test.csv": "11884f83ada1fbec5ece0190e06598e5",
+    "original/mr/train.csv": "c1e2cc34d7d271f274c0e8ef24241716",
+    "original/sst-5/test.csv": "3efa2c4190831c212fe618e3a35567df",
+    "original/sst-5/train.csv": "8801a7029ccdf549a2900d0ce7662cc4",
+    "original/subj/test.csv": "33ce3835e915977e590e6b27b5051402",
+    "original/subj/train.csv": "d281041f21d4d0336d9cd336a5490dd4",
+    "superglue/CB/train.jsonl": "32017480d3a10508646e3efd64502c63",
+    "superglue/CB/val.jsonl": "c6125587e9601560cb16ea223c33964c",
+}
+
+
+def locate(file, folder=TINY):
+    """The path of a task's file: in the folder, in tiny/, or fetched before into cache/data; else
+    it is taken out of its archive, which lies there or is downloaded.
+
+    InputError, with where to put what, if it cannot be had.
+    """
+    places = (Path(folder), TINY, FETCHED)
+    for place in places:
+        if (place / file).is_file():
+            return place / file
+    tried = []
+    for url in next((urls for start, urls in SOURCES.items() if file.startswith(start)), ()):
+        name = url.rpartition("/")[2]
+        try:
+            if not name.endswith((".tar", ".zip")):
+                download(url, FETCHED / file, CHECKSUMS.get(file, ""))
+                return FETCHED / file
+            archive = next((place / name for place in places if (place / name).is_file()), None)
+            if not archive:
+                archive = FETCHED / name
+                download(url, archive)
+            content = archive_member(archive, file)
+            if not hashlib.sha256(content).hexdigest().startswith(CHECKSUMS.get(file, "")):
+                raise InputError(f"{file} of {archive} has another checksum than it should")
+            (FETCHED / file).parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(FETCHED / file, lambda out: out.write(content))
+            return FETCHED / file
+        except InputError as error:
+            tried.append(str(error))
+    raise InputError("; ".join([f"{file} is not in {folder}: put it there, or give --data FOLDER "
+                                "that has it", *tried]))
+
+
+def archive_member(path, file):
+    """A task's file out of a tar or zip, as bytes. Nothing is unpacked: no name in an archive can
+    make anything be written. InputError for damage, and for names that lead outside.
+
+    original/SST-2/dev.tsv of members original/GLUE-SST-2/dev.tsv, original/SST-2/dev.tsv -> the
+    latter; the other one (QQP-clean for QQP) only if it is alone.
+    """
+    *_, folder, name = file.split("/")
+    try:
+        with (zipfile.ZipFile if path.suffix == ".zip" else tarfile.open)(path) as archive:
+            names = archive.namelist() if path.suffix == ".zip" else archive.getnames()
+            for member in names:
+                if ".." in member.split("/") or member.startswith("/"):
+                    raise InputError(f"{path} has {member!r}, which leads outside: do not use it")
+            found = [(parts[-2] != folder, member) for member in names
+                     if (parts := ("", *member.split("/")))[-1] == name and folder in parts[-2]]
+            if not found:
+                raise InputError(f"{path} has no {folder}/{name}")
+            member = min(found)[1]
+            return (archive.read(member) if path.suffix == ".zip" else
+                    archive.extractfile(member).read())
+    except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, AttributeError,
+            RuntimeError) as error:     # AttributeError: a folder or device of that name
+        reason = _reason(error).rstrip(":")
+        raise InputError(f"{path} is damaged or incomplete ({reason}): delete it, fetch it again"
+                         ) from None
 
 
 # --------------------------------------------------------------------------- what is fetched
@@ -1031,8 +1283,11 @@ def _not_fetched(file, source, error):
                       f"and network, or put its files into a folder and give --{option} FOLDER")
 
 
-def download(url, path):
-    """Fetch an address to path, with a bar. What is there of it stays as .part, to go on with."""
+def download(url, path, sha256=""):
+    """Fetch an address to path, with a bar. What is there of it stays as .part, to go on with.
+
+    InputError if it stops short, or if its sha256 does not begin as given.
+    """
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     begin = part.stat().st_size if part.exists() else 0
@@ -1055,6 +1310,10 @@ def download(url, path):
         raise InputError(f"{url}: {error}") from None
     if part.stat().st_size < total:
         raise InputError(f"{url} stopped at {part.stat().st_size:,} of {total:,} bytes")
+    with open(part, "rb") as file:
+        if not hashlib.file_digest(file, "sha256").hexdigest().startswith(sha256):
+            part.unlink()
+            raise InputError(f"{url} is not what it was: its sha256 does not begin with {sha256}")
     os.replace(part, path)
 
 

@@ -1,55 +1,85 @@
 """Few-shot prompt tuning: T5 stays frozen, a soft prompt learns from 16 examples per label (C.1).
 
     python eval.py --task movie             # the newest finished run beside a random prompt
-    python eval.py --task movie tweets --prompt runs/tiny-1 released random vocab
-    python eval.py --task sst2 --data FOLDER     # FOLDER/original/SST-2/{train,dev}.tsv of LM-BFF
+    python eval.py --task all --data FOLDER --prompt released random vocab      # Table 1
+    python eval.py --study dg               # Table 2; also steps, shots, spread: Fig. 3, 4, 1a
+    python eval.py --data my.csv --template "{text} It was <X> ." --words terrible,great
+    python eval.py --predict new.txt --prompt runs/eval/tuned/NAME.safetensors > labels.csv
     python eval.py --quick                  # a demonstration of about a minute, NOT the protocol
 
-Prints the settings with their sources, a bar (on stderr) and a table per task; every seed, rate,
+Prints the settings with their sources, a bar (on stderr) and a Markdown table; every seed, rate,
 validation and choice goes to runs/eval/<model>-<task>.json. With the embedded T5 a prompt takes 5
 seeds x 3 rates x 200 steps, some 15 minutes on one core. Validation examples choose rate and step;
-the test file is opened when all tuning of the task is done.
+a test file is opened when all tuning of its task is done. What is finished is kept in
+runs/eval/tuned and not done again: the same command goes on where it was stopped.
 """
 
+import contextlib
+import csv
 import hashlib
+import io
 import json
 import math
+import multiprocessing
 import os
+import re
 import shlex
+import signal
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from tqdm import tqdm
 
-from data import (RELEASED, TASKS, TINY, atomic_write, few_shot, load_test, load_tokenizer,
-                  load_train, model_fingerprint, model_folder, released_folder, task_examples)
+from data import (GROUPS, RELEASED, ROWS, TASKS, TINY, LabeledTask, Row, atomic_write, few_shot,
+                  fingerprint, load_test, load_tokenizer, load_train, locate, model_fingerprint,
+                  model_folder, read_table, released_folder, task_examples, template_fields)
 from supmer import (REGULARIZERS, Method, init_prompt, knob, load_prompt, measure, prompt_gradient,
                     score)
-from t5 import InputError, load_t5
+from t5 import InputError, load_t5, weight_files
 from train import TINY_VALUES, fetch_list, knob_parser, pick_device, read_run
+
+OFFLINE = tuple(name for name in TASKS if TASKS[name].train.startswith("tasks/"))
 
 
 @dataclass(frozen=True)
 class Settings:
     """What an evaluation is made of, with the paper's values; the command line is made from it."""
     model: str = knob("tiny", "tiny, a short name such as flan-t5-xl, a hub id, or a T5's folder")
-    task: tuple = knob(("movie",), f"one or several of {', '.join(TASKS)}")
-    data: str = knob(os.environ.get("SUPMER_DATA") or "data", "folder of the tasks not in tiny/")
+    task: tuple = knob(("movie",), f"one or several of {', '.join(TASKS)}; all: the first twelve "
+                       "(Table 1); dg: tuned on airlines, tested on the six domains (Table 2)")
+    study: str = knob("", "steps (Fig. 3), shots (Fig. 4), dg (Table 2) or spread (Fig. 1a): sets "
+                      "what it needs, unless that is given")
+    data: tuple = knob((os.environ.get("SUPMER_DATA") or "data",), "folder with the tasks' files "
+                       "or archives, what is missing is fetched into cache/data; for a task of "
+                       "your own its file, .csv, .tsv, .jsonl, .txt, and one to test on (or its "
+                       "rows that are not sampled)")
+    template: str = knob("", "of your own task: \"{text} It was <X> .\"; a file without a header "
+                         "has the label first, then the template's texts")
+    words: str = knob("", "of your own task, by label 0, 1, ...: terrible,great")
     prompt: tuple = knob(("newest", "random"), "RUN (its folder or prompt.safetensors), a folder "
                          "of PEFT's or with the authors' files, released (tiny's, or the authors' "
                          "for t5-base and flan-t5-xl), random, vocab, or newest: this model's last "
                          "finished run")
+    predict: str = knob("", "only label this file's texts with one tuned --prompt; to --out or "
+                        "stdout, with probabilities")
     prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)")
-    shots: int = knob(16, "examples per label to tune on, as many to validate on (section 4.1)")
+    shots: tuple = knob((16,), "examples per label to tune on, as many to validate on (4.1)")
     seeds: tuple = knob((10, 20, 30, 40, 50), "of the examples, batches and random prompts (C.1)")
+    same_examples: bool = knob(False, "the first seed's examples and batches for all seeds: only "
+                               "the random prompts differ")
     rates: tuple = knob((0.1, 0.2, 0.3), "AdamW's rates to choose from (C.1)")
     rate_scale: str = knob("absolute", "absolute (C.1), or rms: x RMS of the embedding table")
     epochs: int = knob(200, "passes over the examples, while the rate falls linearly to 0 (C.1)")
@@ -57,20 +87,30 @@ class Settings:
     validate_every: int = knob(10, "steps between validations (C.1)")
     words_only: bool = knob(False, "loss over the task's label words, not the whole vocabulary")
     test_rows: int = knob(0, "test on so many rows only, always the same ones; 0: on all")
+    predictions: bool = knob(False, "each test row's predictions into the JSON file as well")
+    plot: bool = knob(False, "a PNG beside the JSON file (needs matplotlib)")
+    jobs: int = knob(0, "processes of 1 thread each, whose number changes no result; 0: one for "
+                     "each GPU or core, as far as memory goes")
     dtype: str = knob("float32", "of the frozen T5: float32 or bfloat16; prompts are float32")
-    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...; auto takes all GPUs if there are any")
     out: str = knob("", "the JSON file, instead of runs/eval/<model>-<task>.json")
 
 
-CHOICES = {"task": TASKS, "rate_scale": ("absolute", "rms"), "dtype": ("float32", "bfloat16")}
 # What the embedded T5 needs instead of the paper's numbers, and why.
 FOR_TINY = {"prompt_length": TINY_VALUES["prompt_length"],
             "rate_scale": ("rms", "its embeddings are small, see tiny/README.md")}
 QUICK = {"prompt": ("random", "vocab", "newest", "released"), "task": ("movie",), "seeds": (10,),
          "rates": (0.2,), "epochs": 60, "test_rows": 300}
-PAPER = {   # Table 1, by name, d_model and layers of the backbone, and task: SUPMER's and PT's
-    ("t5-base", 768, 12, "sst2"): {"learned": "87.3 +- 0.5", "random": "71.9 +- 3.4"},
-    ("flan-t5-xl", 2048, 24, "sst2"): {"learned": "95.5 +- 0.4", "random": "88.2 +- 9.2"}}
+STUDIES = {     # the paper's figures, and Table 2
+    "steps": {"task": ("cb", "mrpc"), "plot": True},
+    "shots": {"task": ("sst5", "subj"), "shots": (4, 8, 16, 32, 64), "plot": True},
+    "dg": {"task": ("dg",), "plot": True},
+    "spread": {"task": ("mrpc", "cb", "subj"), "prompt": ("random", "vocab"), "plot": True,
+               "seeds": tuple(range(10, 110, 10)), "same_examples": True}}
+CHOICES = {"study": tuple(STUDIES), "rate_scale": ("absolute", "rms"),
+           "dtype": ("float32", "bfloat16")}
+BACKBONES = {("t5-base", 768, 12): "t5-base", ("flan-t5-xl", 2048, 24): "flan-t5-xl"}
+TUNED = Path("runs/eval/tuned")
 
 
 # ------------------------------------------------------------------------------------- prompts
@@ -111,7 +151,7 @@ def belongs(about, config, model):
 
 def open_prompt(name, t5, settings):
     """random, vocab, released, RUN -> Prompt. InputError unless it is of this model and length."""
-    P, model, device = settings.prompt_length, settings.model, t5.weights["shared.weight"].device
+    P, model = settings.prompt_length, settings.model
     if name in ("random", "vocab"):
         make = normal_prompt if name == "random" else init_prompt
         return Prompt(name, [make(t5, P, seed) for seed in settings.seeds], None, {})
@@ -126,12 +166,19 @@ def open_prompt(name, t5, settings):
                          " take a prompt of this model")
     if len(theta) != P:
         raise InputError(f"{path} has {len(theta)} vectors, not {P}: --prompt-length {len(theta)}?")
-    psi = phi and partial(REGULARIZERS[about["regularizer"]][1],
-                          {key: value.to(device) for key, value in phi.items()})
-    return Prompt(name, [theta.to(device)] * len(settings.seeds), psi, {"file": str(path), **about})
+    psi = phi and partial(REGULARIZERS[about["regularizer"]][1], phi)
+    return Prompt(name, [theta] * len(settings.seeds), psi, {"file": str(path), **about})
 
 
 # -------------------------------------------------------------------------------- tuning (C.1)
+
+class Tuning(NamedTuple):
+    """The Settings of one tuning run."""
+    epochs: int
+    batch: int
+    validate_every: int
+    words_only: bool
+
 
 def batch_rows(n, step, seed, size):
     """A step's rows, steps counted from 0: each epoch is a permutation of n rows, cut into batches.
@@ -143,23 +190,33 @@ def batch_rows(n, step, seed, size):
     return order[place * size:(place + 1) * size].tolist()
 
 
+def steps_of(n, settings):
+    """Tuning steps on n examples."""
+    return settings.epochs * math.ceil(n / settings.batch)
+
+
 def rank(validation):
     """What is lowest is chosen: best accuracy, lowest loss, earliest step, smallest rate."""
     return -validation["accuracy"], validation["loss"], validation["step"], validation["rate"]
 
 
-def tune(t5, start, psi, sample, seed, rate, settings, unit=1.0, report=lambda loss, best: None):
-    """Tune a prompt at one rate -> its validations, the best of them, theta (P, d) of that step.
+def choose(curve):
+    """Which of a list of validations is the best -> its index."""
+    return min(range(len(curve)), key=lambda i: rank(curve[i]))
+
+
+def tune(t5, start, psi, sample, seed, rate, settings, unit=1.0, tick=lambda: None):
+    """Tune a prompt at one rate -> its n validations, theta at each of them (n, P, d).
 
     A step: the gradient g of a batch (Eq. 1) -> psi(g, H) (Eq. 5; phi frozen, the gate's H from
     that batch; psi None: g itself) -> norm clipped -> AdamW, whose rate falls linearly to 0.
     start (P, d), kept as it is, counts as step 0. sample: (training, validation) Examples. rate is
-    in units of unit. report(loss, best validation) follows each step. InputError: a loss is not
+    in units of unit. settings: a Tuning. tick() follows each step. InputError: a loss is not
     finite (a gradient that was not shows in the next validation at the latest).
     """
     (train, held_out), method = sample, Method(words_only=settings.words_only)
-    theta, n, curve = start.clone(), len(train.ids), []
-    steps = settings.epochs * math.ceil(n / settings.batch)
+    theta, n, curve, thetas = start.clone(), len(train.ids), [], []
+    steps = steps_of(n, settings)
     optimizer = torch.optim.AdamW([theta], eps=1e-8, weight_decay=0.0)
     for step in range(steps + 1):
         if step % settings.validate_every == 0 or step == steps:
@@ -170,75 +227,463 @@ def tune(t5, start, psi, sample, seed, rate, settings, unit=1.0, report=lambda l
                                  "try smaller --rates")
             curve.append({"rate": rate, "step": step, "loss": loss,
                           "accuracy": 100 * found["correct"] / len(held_out.ids)})
-            if curve[-1] is min(curve, key=rank):
-                best, kept = curve[-1], theta.clone()
+            thetas.append(theta.clone())
         if step < steps:
             rows = batch_rows(n, step, seed, settings.batch)
             batch = train._replace(
                 ids=[train.ids[row] for row in rows], slots=[train.slots[row] for row in rows],
                 vectors=train.vectors[rows], labels=train.labels[rows])
-            g, H, loss = prompt_gradient(t5, theta, batch, method)
+            g, H, _ = prompt_gradient(t5, theta, batch, method)
             theta.grad = psi(g, H) if psi else g
             torch.nn.utils.clip_grad_norm_([theta], method.clip)
             optimizer.param_groups[0]["lr"] = rate * unit * (1 - step / steps)
             optimizer.step()
-            report(float(loss), best)
-    return curve, best, kept
+            tick()
+    return curve, torch.stack(thetas)
 
 
-def tune_task(t5, tokenizer, task, folder, prompts, settings):
-    """Tune every prompt, seed and rate, with a bar; of the files only the training one is opened.
+# ------------------------------------------------------------------------ independent work, shared
+# Nothing of the encoder's work can be kept from one step to the next: the prompt stands in front,
+# and everything attends to it. Shared are tokenization, and whatever is equal: the scores of an
+# untuned prompt that is one for all seeds, runs that an earlier call has done. Not shared: step 0's
+# validation, equal for all rates; it is 1 of some 600 forward passes of a run.
 
-    -> {prompt's name: [a seed's record for the JSON file]}, {prompt's name: [a seed's best theta]}
+class Job(NamedTuple):
+    """Work that needs nothing but the T5 and its arguments. Equal jobs have equal paths."""
+    path: Path              # of its result; the name ends in a hash of all that it depends on
+    function: Callable      # (t5, tick, **arguments) -> {name: tensor}, {name: for JSON}
+    arguments: dict
+    ticks: int              # how often it will call tick()
+
+
+def make_job(made_of, name, function, ticks, **arguments):
+    """A Job whose path depends on made_of (model, code, ...), the function and its arguments."""
+    def content(x):
+        if isinstance(x, partial):
+            return [x.func.__name__, *x.args]
+        x = x.detach().cpu().contiguous()
+        return [str(x.dtype), list(x.shape), hashlib.sha256(x.numpy().tobytes()).hexdigest()]
+    whole = json.dumps([made_of, function.__name__, arguments], sort_keys=True, default=content)
+    key = hashlib.sha256(whole.encode()).hexdigest()[:16]
+    name = re.sub(r"[^\w.-]+", "_", name)
+    return Job(TUNED / f"{name}-{key}.safetensors", function, arguments, ticks)
+
+
+def tune_job(t5, tick, start, psi, sample, seed, rate, tuning, unit, all_steps, about):
+    """tune() -> {"thetas": the best one (1, P, d), behind it all of them if all_steps}, its record.
+
+    about: what a reader of the file needs to use the prompt.
     """
-    table, rows = t5.weights["shared.weight"].float(), load_train(task, folder)
-    unit = float(table.square().mean().sqrt()) if settings.rate_scale == "rms" else 1.0
-    samples = [[task_examples(tokenizer, task, r) for r in few_shot(rows, settings.shots, seed)]
-               for seed in settings.seeds]
+    device = t5.weights["shared.weight"].device
+    psi = psi and partial(psi.func, {name: x.to(device) for name, x in psi.args[0].items()})
+    curve, thetas = tune(t5, start.to(device), psi, sample, seed, rate, tuning, unit, tick)
+    best = choose(curve)
+    kept = [thetas[best:best + 1], *[thetas] * all_steps]
+    return {"thetas": torch.cat(kept).cpu()}, {"validations": curve, "best": curve[best], **about}
+
+
+def score_job(t5, tick, theta, examples):
+    """score() -> {"scores": log p of each label word (n, K)}."""
+    scores = score(t5, theta.to(t5.weights["shared.weight"].device), examples, Method())
+    tick()
+    return {"scores": scores.cpu()}, {}
+
+
+def do(job, t5, tick):
+    """Do a job and write its result, whole or not at all."""
+    began = time.perf_counter()
+    tensors, values = job.function(t5, tick, **job.arguments)
+    values["time"] = {"seconds": time.perf_counter() - began}
+    payload = save(tensors, {"result": json.dumps(values)})
+    atomic_write(job.path, lambda file: file.write(payload))
+
+
+def read_result(path):
+    """A Job's file -> {name: tensor}, {name: value}. InputError if it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return ({name: file.get_tensor(name) for name in file.keys()},
+                    json.loads(file.metadata()["result"]))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is no result of eval.py ({error}): give one from {TUNED}, or "
+                         "delete it") from None
+
+
+WORKER = {}     # in a worker process: its T5, and the count that all of them share
+
+
+def begin_worker(folder, dtype, devices, begun, ticks):
+    """Load the T5 in a new process. A worker ends with its parent, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the parent to tell
+    torch.set_num_threads(1)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)),
+                     daemon=True).start()
+    with begun.get_lock():
+        device = devices[begun.value % len(devices)]
+        begun.value += 1
+    WORKER.update(t5=load_t5(folder, dtype, torch.device(device)), ticks=ticks)
+
+
+def do_in_worker(job):
+    """do() with what begin_worker() has loaded."""
+    def tick():
+        with WORKER["ticks"].get_lock():
+            WORKER["ticks"].value += 1
+    do(job, WORKER["t5"], tick)
+
+
+@contextlib.contextmanager
+def workers(t5, folder, dtype, devices, count):
+    """-> work(jobs, title), which does what is not done yet in `count` processes -> all results.
+
+    One process is this one, with t5. Each computes with one thread, so that no sum depends on
+    their number.
+    """
+    TUNED.mkdir(parents=True, exist_ok=True)
+    threads, spawn, pool = torch.get_num_threads(), multiprocessing.get_context("spawn"), None
+    begun, ticks = spawn.Value("q", 0), spawn.Value("q", 0)
+
+    def work(jobs, title):
+        todo = {job.path: job for job in jobs if not job.path.is_file()}.values()
+        if len(todo) < len(jobs):
+            title += f" ({len(jobs) - len(todo)} of {len(jobs)} were done, or are one)"
+        with tqdm(total=sum(job.ticks for job in todo), desc=title, unit="step", leave=False,
+                  dynamic_ncols=True, disable=None) as bar:
+            if pool is None:
+                for job in todo:
+                    do(job, t5, bar.update)
+            else:
+                before, pending = ticks.value, {pool.submit(do_in_worker, job) for job in todo}
+                while pending:
+                    done, pending = wait(pending, 0.5, FIRST_COMPLETED)
+                    bar.update(ticks.value - before - bar.n)
+                    for future in done:
+                        future.result()         # raises what was raised there
+        return [read_result(job.path) for job in jobs]
+
+    try:
+        if count > 1:
+            pool = ProcessPoolExecutor(count, spawn, begin_worker,
+                                       (folder, dtype, devices, begun, ticks))
+        torch.set_num_threads(1)
+        yield work
+    except BrokenProcessPool:
+        raise InputError(f"a process ended before its work was done, for lack of memory? Try fewer "
+                         f"--jobs than {count}; what is finished is kept") from None
+    finally:
+        torch.set_num_threads(threads)
+        if pool:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            pool.shutdown(cancel_futures=True)
+
+
+def processes(settings, folder):
+    """The devices to work on, and how many processes -> [str], int.
+
+    On a CPU each holds the weights and what a step needs, taken as 4 times the files' size.
+    """
+    device = str(pick_device(settings.device))
+    gpus = range(torch.cuda.device_count()) if settings.device == "auto" else ()
+    devices = [f"cuda:{i}" for i in gpus] or [device]
+    if settings.jobs or device != "cpu":
+        return devices, settings.jobs or len(devices)
+    size = 4 * sum(path.stat().st_size for path in weight_files(folder))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return devices, max(1, min(torch.get_num_threads(), memory // size))
+
+
+# ------------------------------------------------------------------------- a task: tuned, tested
+
+class Plan(NamedTuple):
+    """What is tuned on one task and tested on one or several."""
+    name: str
+    task: LabeledTask
+    targets: dict[str, LabeledTask]     # their test sets
+    folder: str
+
+
+class Context(NamedTuple):
+    """What all tasks of a call share."""
+    settings: Settings
+    tokenizer: object
+    work: Callable          # of workers()
+    made_of: dict           # what every result depends on
+    unit: float             # of the rates
+    say: Callable           # print, for whoever runs this
+
+
+def plans(settings):
+    """The tasks to run, their files looked for and fetched -> [Plan], {task not run: why}.
+
+    InputError if a task that was named itself cannot be had; those of `all` and `dg` may be absent.
+    """
+    if settings.template:
+        name, test = Path(settings.data[0]).stem, settings.data[-1]
+        task = LabeledTask(settings.data[0], test, settings.template,
+                           tuple(word.strip() for word in settings.words.split(",")), 256)
+        return [Plan(name, task, {name: task}, ".")], {}
+    found, absent, folder = [], {}, settings.data[0]
+    for group in settings.task:
+        targets = {}
+        for name in GROUPS.get(group, (group,)):
+            try:
+                if group != "dg" or name == "airlines":
+                    locate(TASKS[name].train, folder)
+                locate(TASKS[name].test, folder)
+                targets[name] = TASKS[name]
+            except InputError as error:
+                if group not in GROUPS or name == "airlines":
+                    raise
+                absent[name] = str(error)
+        found += [Plan("dg", TASKS["airlines"], targets, folder)] if group == "dg" else [
+            Plan(name, task, {name: task}, folder) for name, task in targets.items()]
+    return list({plan.name: plan for plan in found}.values()), absent
+
+
+def texts_of(row):
+    """A row's texts, what makes it the same as another."""
+    return tuple(row.fields.values())
+
+
+def tune_task(context, plan, prompts, shots):
+    """Tune every prompt, seed and rate; of the files only the training one is opened.
+
+    -> {prompt's name: [a seed's record for the JSON file]}, {prompt's name: [a seed's thetas
+    (1 or more, P, d), the best first]}, [a seed's sampled texts, a set]
+    """
+    settings, task = context.settings, plan.task
+    rows = load_train(task, plan.folder, context.say)
+    sample_seeds = [settings.seeds[0] if settings.same_examples else s for s in settings.seeds]
+    try:
+        drawn = [few_shot(rows, shots, seed, len(task.words)) for seed in sample_seeds]
+    except InputError as error:
+        raise InputError(f"{task.train}: {error}") from None
+    counts = [Counter(row.label for row in drawn[0][0])[k] for k in range(len(task.words))]
+    if min(counts) < shots:
+        context.say(f"{plan.name}: {counts} examples by label instead of {shots}, as many for "
+                    "validation: smaller classes give half to each")
+    sampled = [{texts_of(row) for part in parts for row in part} for parts in drawn]
+    samples = [[task_examples(context.tokenizer, task, part) for part in parts] for parts in drawn]
+    about = {"task": task._asdict(), "model": settings.model,
+             "model_sha256": context.made_of["model"]}
+    tuning = Tuning(*(getattr(settings, name) for name in Tuning._fields))
+    runs = [(prompt, i, rate) for prompt in prompts for i in range(len(settings.seeds))
+            for rate in settings.rates]
+    jobs = [make_job(
+        context.made_of, f"{plan.name}-{prompt.name}-{shots}-{settings.seeds[i]}-{rate}", tune_job,
+        steps_of(len(samples[i][0].ids), settings), start=prompt.starts[i], psi=prompt.psi,
+        sample=samples[i], seed=sample_seeds[i], rate=rate, tuning=tuning, unit=context.unit,
+        all_steps=settings.study == "steps", about=about) for prompt, i, rate in runs]
+    results = list(zip(jobs, context.work(jobs, f"tune {plan.name}")))
     records, thetas = ({prompt.name: [] for prompt in prompts} for _ in range(2))
-    steps = settings.epochs * math.ceil(len(samples[0][0].ids) / settings.batch)
-    total = steps * len(prompts) * len(settings.seeds) * len(settings.rates)
-    with tqdm(total=total, unit="step", dynamic_ncols=True, leave=False,
-              disable=None) as bar:
-        def report(loss, best):
-            bar.set_postfix(loss=f"{loss:.3f}", best=f"{best['accuracy']:.0f} %", refresh=False)
-            bar.update()
-        for prompt in prompts:
-            for seed, start, sample in zip(settings.seeds, prompt.starts, samples, strict=True):
-                bar.set_description(f"{prompt.name}, seed {seed}")
-                began = time.perf_counter()
-                tuned = [tune(t5, start, prompt.psi, sample, seed, rate, settings, unit, report)
-                         for rate in settings.rates]
-                _, best, theta = min(tuned, key=lambda run: rank(run[1]))
-                records[prompt.name].append({
-                    "seed": seed, "examples": len(sample[0].ids), "best": best,
-                    "validations": [curve for curve, _, _ in tuned],
-                    "time": {"seconds": time.perf_counter() - began}})
-                thetas[prompt.name].append(theta)
-    return records, thetas
+    for first in range(0, len(runs), len(settings.rates)):
+        prompt, i, _ = runs[first]
+        of_rates = results[first:first + len(settings.rates)]
+        job, (tensors, best) = min(of_rates, key=lambda one: rank(one[1][1]["best"]))
+        records[prompt.name].append({
+            "seed": settings.seeds[i], "examples": len(samples[i][0].ids), "best": best["best"],
+            "file": str(job.path),
+            "validations": [result["validations"] for _, (_, result) in of_rates],
+            "time": {"seconds": sum(result["time"]["seconds"] for _, (_, result) in of_rates)}})
+        thetas[prompt.name].append(tensors["thetas"])
+    return records, thetas, sampled
 
 
-def test_task(t5, tokenizer, task, folder, prompts, thetas, settings):
-    """Open the test file, score every chosen theta once, and the untuned -> for the JSON, in %.
+def test_task(context, name, task, folder, prompts, thetas, sampled):
+    """Open a test file, score every chosen theta once, and the untuned -> for the JSON, in %.
 
-    The first --test-rows are always the same: they are sorted by sha256 of their text.
+    Rows with a text that a seed has sampled do not count for that seed; None if no others are left.
+    --test-rows takes always the same: the first by sha256 of their text.
     """
-    rows = sorted(load_test(task, folder), key=lambda row: hashlib.sha256(
-        "\t".join(row.fields.values()).encode()).digest())
-    examples = task_examples(tokenizer, task, rows[:settings.test_rows or None])
-    n, results = len(examples.ids), {}
-
-    def accuracy(theta):
-        return 100 * measure(score(t5, theta, examples, Method()), examples.labels)["correct"] / n
+    settings, rows = context.settings, load_test(task, folder, context.say)
+    of = len(rows)
+    if settings.test_rows:
+        rows = sorted(rows, key=lambda row: hashlib.sha256(
+            "\t".join(texts_of(row)).encode()).digest())[:settings.test_rows]
+    examples = task_examples(context.tokenizer, task, rows)
+    kept = [torch.tensor([texts_of(row) not in texts for row in rows]) for texts in sampled]
+    left_out = [int((~k).sum()) for k in kept]
+    if any(left_out):
+        context.say(f"{name}: {left_out} test rows, by seed, are left out: they were sampled")
+    if max(left_out) == len(rows):
+        context.say(f"{name}: none is left: it is tuned, not tested")
+        return None
+    stacks = [[prompts[0].starts[0][None, :0]]]         # (0, d): the template alone
     for prompt in prompts:
-        tuned = [accuracy(theta) for theta in thetas[prompt.name]]
-        starts = prompt.starts[:1] if prompt.psi else prompt.starts             # they are all one
-        results[prompt.name] = {"untuned": [accuracy(theta) for theta in starts], "tuned": tuned,
-                                "mean": statistics.mean(tuned),
-                                "sample_std": statistics.stdev(tuned) if len(tuned) > 1 else None}
-    return {"rows": n, "of": len(rows), "prompts": results,
-            "majority": 100 * int(examples.labels.bincount().max()) / n,
-            "no_prompt": accuracy(prompts[0].starts[0][:0])}           # (0, d): the template alone
+        untuned = prompt.starts[:1] if prompt.psi else prompt.starts            # they are all one
+        stacks.append([torch.stack(untuned), *thetas[prompt.name]])
+    scores = iter(context.work([make_job(
+        context.made_of, f"{name}-scores", score_job, 1, theta=theta, examples=examples)
+        for part in stacks for stack in part for theta in stack], f"test {name}"))
+    chosen = [[[next(scores)[0]["scores"].argmax(-1) for _ in stack] for stack in part]
+              for part in stacks]                       # by part, stack, theta: n predicted labels
+
+    def accuracy(predicted, rows=slice(None)):
+        return 100 * float((predicted == examples.labels)[rows].float().mean())
+    results = {}
+    for prompt, (untuned, *tuned) in zip(prompts, chosen[1:], strict=True):
+        by_seed = [[accuracy(one, k) for one in stack] for stack, k in zip(tuned, kept)]
+        found = [first for first, *_ in by_seed]
+        results[prompt.name] = {
+            "untuned": [accuracy(one) for one in untuned], "tuned": found,
+            "mean": statistics.mean(found),
+            "sample_std": statistics.stdev(found) if len(found) > 1 else None}
+        if settings.study == "steps":
+            results[prompt.name]["steps"] = [rest for _, *rest in by_seed]
+        if settings.predictions:
+            results[prompt.name]["predictions"] = [stack[0].tolist() for stack in tuned]
+    return {"rows": len(rows), "of": of, "left_out": left_out, "prompts": results,
+            "majority": 100 * int(examples.labels.bincount().max()) / len(rows),
+            "no_prompt": accuracy(chosen[0][0][0]),
+            **({"labels": examples.labels.tolist()} if settings.predictions else {})}
+
+
+# ------------------------------------------------------------------------------ tables, pictures
+
+def figure(values):
+    """Mean and sample standard deviation: [60, 70, 80] -> 70.0 ± 10.0, [60] -> 60.0."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def table(written, config, settings):
+    """A call's results as a Markdown table, the paper's figures under ours.
+
+    Under its own backbone all of its methods; under another one T5-base's, and the row says so.
+    """
+    columns = {(target, result["shots"]): test for result in written["results"]
+               for target, test in result["test"].items()}
+    absent = [name for name in written["not_run"] if (name, settings.shots[0]) not in columns]
+    several = len(settings.shots) > 1
+    rows = {}
+    for name in settings.prompt:
+        found = [test["prompts"][name] for test in columns.values()]
+        rows[name] = [(figure(one["tuned"]), one["mean"]) for one in found]
+        rows[f"{name}, untuned"] = [(figure(one["untuned"]), statistics.mean(one["untuned"]))
+                                    for one in found]
+    for title, key in (("no prompt", "no_prompt"), ("most frequent label", "majority")):
+        rows[title] = [(f"{test[key]:.1f}", test[key]) for test in columns.values()]
+    for row in rows.values():
+        row += [("not run", None)] * len(absent)
+    names = [*columns, *((name, 16) for name in absent)]
+    ours = BACKBONES.get((Path(settings.model).name, config.d_model, config.num_layers))
+    paper = json.loads((Path(__file__).parent / "results/paper_tables.json").read_text())
+    for method, tasks in paper[ours or "t5-base"].items():
+        cells = [tasks.get(target) if shots == 16 else None for target, shots in names]
+        if any(cells) and (ours or method in ("pt", "supmer")):
+            rows[f"the paper's {ours or 'T5-base, another model'}: {method}"] = [
+                ("{} ± {}".format(*cell).replace(" ± None", ""), cell[0]) if cell else ("", None)
+                for cell in cells]
+    heads = [target + f", {shots} shots" * several for target, shots in names]
+    if len(columns) > 1 and not several:        # the mean over what was run here
+        heads.append(f"mean of {len(columns)}")
+        for row in rows.values():
+            means = [value for _, value in row[:len(columns)]]
+            row.append(("" if None in means else f"{statistics.mean(means):.1f}", None))
+    lines = [["accuracy in %", *heads], ["---"] * (len(heads) + 1),
+             *([name, *(cell for cell, _ in row)] for name, row in rows.items())]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def details(result, settings):
+    """What a table does not show of one result, as text."""
+    tests = ", ".join(f"{test['rows']:,} of {test['of']:,} test rows of {target}"
+                      for target, test in result["test"].items())
+    first = next(iter(result["tuning"].values()))[0]
+    lines = [f"{result['task']} on {settings.model}, {result['shots']} shots, {first['examples']} "
+             f"examples; {tests or 'not tested'}; {result['minutes']:.1f} minutes"]
+    for name, records in result["tuning"].items():
+        best = min(records, key=lambda record: rank(record["best"]))
+        lines += [f"  {name}: {sum(r['time']['seconds'] for r in records):.0f} seconds of tuning; "
+                  "rate/step chosen for each seed "
+                  + " ".join("{rate}/{step}".format(**record["best"]) for record in records),
+                  f"    best on validation: {best['file']}"]
+    return "\n".join(lines)
+
+
+def draw(written, settings, path):
+    """A study as a PNG: lines over steps (Fig. 3) or shots (Fig. 4), else each seed's accuracy."""
+    pyplot = import_pyplot()
+    panels = {}
+    for result in written["results"]:
+        for target, test in result["test"].items():
+            panels.setdefault(target, []).append((result, test))
+    picture, axes = pyplot.subplots(1, len(panels), squeeze=False, sharey=len(panels) > 2,
+                                    figsize=(max(4 * len(panels), 5), 4), layout="constrained")
+    for axis, (target, found) in zip(axes[0], panels.items()):
+        axis.set_xlabel("tuning steps" if settings.study == "steps" else "samples per label")
+        for place, name in enumerate(settings.prompt):
+            ours = [test["prompts"][name] for _, test in found]
+            if settings.study == "steps":
+                tuning = found[0][0]["tuning"][name]
+                x = [validation["step"] for validation in tuning[0]["validations"][0]]
+                y = list(zip(*ours[0]["steps"]))
+            elif len(found) > 1:
+                x, y = [result["shots"] for result, _ in found], [one["tuned"] for one in ours]
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(x, x)
+            else:
+                axis.boxplot([ours[0]["tuned"]], positions=[place], widths=0.5, showfliers=False)
+                axis.plot([place] * len(ours[0]["tuned"]), ours[0]["tuned"], "o", alpha=0.6)
+                axis.set_xlabel("")
+                continue
+            spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in y]
+            axis.errorbar(x, [statistics.mean(values) for values in y], spread, label=name,
+                          marker="o", markersize=3, capsize=2)
+        if axis.lines and not axis.containers:
+            axis.set_xticks(range(len(settings.prompt)), settings.prompt, rotation=20)
+        else:
+            axis.legend()
+        axis.set_title(target)
+    axes[0][0].set_ylabel(f"test accuracy in %, {len(settings.seeds)} seeds, {settings.model}")
+    image = io.BytesIO()
+    picture.savefig(image, dpi=120)
+    pyplot.close(picture)
+    atomic_write(path, lambda file: file.write(image.getvalue()))
+
+
+def import_pyplot():
+    """matplotlib.pyplot, without a screen. InputError if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("a picture needs matplotlib: pip install matplotlib, or --no-plot"
+                         ) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+# ---------------------------------------------------------------------------------- predicting
+
+def predict(settings):
+    """Label the texts of --predict with a tuned prompt -> CSV lines of texts, label and the label
+    words' probabilities (they sum to 1). InputError for a prompt of another model."""
+    tensors, about = read_result(settings.prompt[0])
+    model = model_folder(settings.model)
+    if about.get("model_sha256") != model_fingerprint(model):
+        raise InputError(f"{settings.prompt[0]} was tuned on another model, {about.get('model')}, "
+                         f"than {settings.model} is now: give --model")
+    task, path = LabeledTask(**about["task"]), Path(settings.predict)
+    names, rows = template_fields(task.template), []
+    for where, texts in read_table(path, names):
+        if not texts or not all(text.strip() for text in texts):
+            raise InputError(f"{where}: not the texts {', '.join(names)}: mend or drop it")
+        rows.append(Row(0, dict(zip(names, texts))))
+    if not rows:
+        raise InputError(f"{path} has no texts")
+    t5 = load_t5(model, getattr(torch, settings.dtype), pick_device(settings.device))
+    examples = task_examples(load_tokenizer(model, t5.config), task, rows)
+    theta = tensors["thetas"][0].to(t5.weights["shared.weight"].device)
+    chances = score(t5, theta, examples, Method()).softmax(-1)
+    lines = io.StringIO()
+    out = csv.writer(lines, lineterminator="\n")
+    out.writerow([*names, "label", *task.words])
+    for row, chance in zip(rows, chances.tolist()):
+        out.writerow([*texts_of(row), task.words[max(range(len(chance)), key=chance.__getitem__)],
+                      *(f"{p:.4f}" for p in chance)])
+    return lines.getvalue()
 
 
 # ---------------------------------------------------------------------------------- the script
@@ -250,58 +695,68 @@ def parse(argv):
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
     quick = QUICK if given.pop("quick") else {}
-    for name in given.keys() & quick.keys() - {"prompt"}:
+    for name in given.keys() & (quick.keys() | {"study"} if quick else set()) - {"prompt"}:
         parser.error(f"--quick sets {name} itself: leave one of the two away")
+    preset = quick or STUDIES.get(given.get("study"), {})
     tiny = FOR_TINY if given.get("model", "tiny") == "tiny" else {}
-    settings = Settings(**{name: value for name, (value, _) in tiny.items()} | quick | given)
+    settings = Settings(**{name: value for name, (value, _) in tiny.items()} | preset | given)
     for name, value in asdict(settings).items():
         values = value if isinstance(value, tuple) else (value,)
-        least = 0 if name in ("seeds", "test_rows") else 1e-9
+        least = 0 if name in ("seeds", "test_rows", "jobs") else 1e-9
         if not all(least <= x < 1e9 for x in values if type(x) in (int, float)):
             bound = "at least" if least == 0 else "above"
             parser.error(f"{name} {value}: must be {bound} 0, below 1e9")
-        if len(set(values)) < len(values):
+        if len(set(values)) < len(values) and name != "data":
             parser.error(f"{name} {value}: one is given twice")
+    for name in set(settings.task) - TASKS.keys() - GROUPS.keys():
+        parser.error(f"no task {name!r}. Without a network: {', '.join(OFFLINE)}; fetched, or from "
+                     f"--data: {', '.join(name for name in TASKS if name not in OFFLINE)}; groups: "
+                     f"{', '.join(GROUPS)}; or your own: --data FILE --template --words")
+    if "dg" in settings.task and set(settings.task) & set(GROUPS["dg"]):
+        parser.error("dg tests on the six domains, tuned on airlines: leave their names away")
+    check_own_task(settings, given, parser.error)
+    if settings.predict:
+        if len(settings.prompt) != 1 or not Path(settings.prompt[0]).is_file():
+            parser.error(f"--predict needs one tuned --prompt, a file from {TUNED}")
+        return settings, {}
     prompts = [newest_run(settings.model) if name == "newest" else name for name in settings.prompt]
     if len(set(prompts)) < len(prompts):
         parser.error(f"prompt {prompts}: the newest run is given twice")
     settings = replace(settings, prompt=tuple(prompts))
     sources = {entry.name: entry.metadata["help"] for entry in fields(Settings)}
-    sources |= {name: why for name, (_, why) in tiny.items()} | dict.fromkeys(quick, "--quick")
+    sources |= {name: why for name, (_, why) in tiny.items()}
+    sources |= dict.fromkeys(preset, "--quick" if quick else f"--study {settings.study}")
     return settings, sources | dict.fromkeys(given, "given")
 
 
-def table(task, result, prompts, config, settings):
-    """One task's result as text; the paper's figures only beside the paper's backbone."""
-    test, width = result["test"], max(len(name) for name in [*settings.prompt, "no prompt"])
-    paper = PAPER.get((Path(settings.model).name, config.d_model, config.num_layers, task))
-    examples = result["tuning"][prompts[0].name][0]["examples"]
-    lines = [f"{task} on {settings.model}: accuracy in % on {test['rows']:,} of {test['of']:,} test"
-             f" rows; {settings.shots} shots, {examples} examples; {result['minutes']:.1f} minutes;"
-             " +-: sample standard deviation (n - 1)",
-             f"{'prompt':{width}}  untuned  tuned         seconds  "
-             f"{'paper, Table 1  ' * bool(paper)}rate/step chosen for seeds {settings.seeds}"]
-    for prompt in prompts:
-        records, found = result["tuning"][prompt.name], test["prompts"][prompt.name]
-        spread = f"+- {found['sample_std']:.1f}" if len(records) > 1 else "one seed"
-        figure = paper.get("learned" if prompt.psi else prompt.name, "") if paper else ""
-        lines.append(f"{prompt.name:{width}}  {statistics.mean(found['untuned']):7.1f}  "
-                     f"{found['mean']:5.1f} {spread:8}"
-                     f"{sum(record['time']['seconds'] for record in records):7.0f}  "
-                     f"{figure:{16 * bool(paper)}}"
-                     + " ".join("{rate}/{step}".format(**record["best"]) for record in records))
-    return "\n".join([*lines, f"{'no prompt':{width}}  {test['no_prompt']:7.1f}",
-                      f"{'majority':{width}}  {test['majority']:7.1f}"])
+def check_own_task(settings, given, error):
+    """Whether --data, --template and --words go together; error(message) raises."""
+    words = [word.strip() for word in settings.words.split(",")]
+    if not settings.template and not settings.words:
+        if len(settings.data) > 1 or Path(settings.data[0]).is_file():
+            error("--data is a folder; of a task of your own give --template and --words, too")
+        return
+    if not settings.template or len(set(words)) < max(2, len(words)) or not all(words):
+        error("a task of your own needs --template, with one <X>, and --words, two or more that "
+              "differ: --template \"{text} It was <X> .\" --words terrible,great")
+    if "task" in given or "study" in given:
+        error("--task and --study are for the tasks that are known: leave them away")
+    for path in map(Path, settings.data):
+        if not path.is_file() or path.suffix not in ROWS or len(settings.data) > 2:
+            error(f"--data {' '.join(settings.data)}: give your task's file, {', '.join(ROWS)}, "
+                  "and, if you have one, a file to test on")
+    if not template_fields(settings.template):
+        error(f"the template {settings.template!r} names no text: \"{{text}} It was <X> .\"")
 
 
-def protocol(argv, result, settings):
+def protocol(argv, result, settings, count):
     """What a demonstration left out, the protocol's command, and its minutes at this speed."""
-    whole, test = Settings(), result["test"]
+    whole, test = Settings(), result["test"][result["task"]]
     records = [record for records in result["tuning"].values() for record in records]
     steps, longer = records[0]["validations"][0][-1]["step"], whole.epochs / settings.epochs
     tuning = sum(record["time"]["seconds"] for record in records) * longer * len(whole.rates)
     testing = result["test_seconds"] * test["of"] / test["rows"]
-    minutes = len(whole.seeds) * (tuning + testing) / 60
+    minutes = len(whole.seeds) * (tuning / count + testing) / 60
     given = [word for word in argv if word not in ("--quick", "--task", *settings.task)]
     prompts = [] if "--prompt" in argv else ["--prompt", *settings.prompt]
     command = shlex.join(["python", "eval.py", "--task", *settings.task, *given, *prompts])
@@ -312,41 +767,74 @@ def protocol(argv, result, settings):
 
 def main(argv):
     """Parse, say what will run; then for each task tune, test, write and print."""
-    began = time.perf_counter()
     settings, sources = parse(argv)
+    if settings.predict:
+        lines = predict(settings)
+        if settings.out:
+            atomic_write(settings.out, lambda file: file.write(lines.encode()))
+        else:
+            print(lines, end="")
+        return
     for name, value in asdict(settings).items():
         print(f"{name:15} {value!s:24} {sources[name]}")
-    folders = {name: TINY if TASKS[name].train.startswith("tasks/") else Path(settings.data)
-               for name in settings.task}
-    for name, folder in folders.items():        # looked for now, opened after the tuning
-        if not (folder / TASKS[name].test).is_file():
-            raise InputError(f"{name}: {folder / TASKS[name].test} is missing: give --data FOLDER")
+    if settings.plot:
+        import_pyplot()                         # now, not after hours
+    found, absent = plans(settings)
+    for name, why in absent.items():
+        print(f"{name}: not run; {why}")
+    if not found:
+        raise InputError("none of these tasks is at hand, see above")
     for line in fetch_list(settings.model):
         print(line)
     model = model_folder(settings.model)
-    t5 = load_t5(model, getattr(torch, settings.dtype), pick_device(settings.device))
-    tokenizer = load_tokenizer(model, t5.config)
+    dtype = getattr(torch, settings.dtype)
+    devices, count = processes(settings, model)
+    t5 = load_t5(model, dtype, torch.device(devices[0] if count == 1 else "cpu"))
     prompts = [open_prompt(name, t5, settings) for name in settings.prompt]
     print(*(f"{prompt.name}: {prompt.about}" for prompt in prompts if prompt.about), sep="\n")
-    stem = "-".join([Path(settings.model).name, *settings.task, *["quick"] * ("--quick" in argv)])
+    unit = float(t5.weights["shared.weight"].float().square().mean().sqrt())
+    code = [Path(__file__).with_name(f"{name}.py") for name in ("eval", "supmer", "data", "t5")]
+    made_of = {"model": model_fingerprint(model), "dtype": settings.dtype,
+               "device": devices[0].partition(":")[0], "torch": torch.__version__,
+               "code": fingerprint(code)}
+    own = [found[0].name] if settings.template else settings.task
+    stem = "-".join([Path(settings.model).name, *([settings.study] if settings.study else own),
+                     *["quick"] * ("--quick" in argv)])
     out = Path(settings.out or f"runs/eval/{stem}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():                            # what an earlier call found is kept beside
         numbered = (out.with_suffix(f".{number}.json") for number in range(1, 10 ** 6))
         out.rename(next(path for path in numbered if not path.exists()))
     written = {"command": shlex.join(["python", "eval.py", *argv]), "settings": asdict(settings),
-               "prompts": {prompt.name: prompt.about for prompt in prompts}, "tasks": {}}
-    for name, folder in folders.items():
-        tuning, thetas = tune_task(t5, tokenizer, TASKS[name], folder, prompts, settings)
-        tuned = time.perf_counter()
-        test = test_task(t5, tokenizer, TASKS[name], folder, prompts, thetas, settings)
-        result = {"tuning": tuning, "test": test, "test_seconds": time.perf_counter() - tuned,
-                  "minutes": (time.perf_counter() - began) / 60}
-        written["tasks"][name] = result
-        atomic_write(out, lambda file: file.write(json.dumps(written, indent=1).encode() + b"\n"))
-        print("", table(name, result, prompts, t5.config, settings), f"details: {out}", sep="\n")
+               "prompts": {prompt.name: prompt.about for prompt in prompts}, "not_run": absent,
+               "results": []}
+    with workers(t5, model, dtype, devices, count) as work:
+        context = Context(settings, load_tokenizer(model, t5.config), work, made_of,
+                          unit if settings.rate_scale == "rms" else 1.0, print)
+        for shots, plan in ((shots, plan) for shots in settings.shots for plan in found):
+            began = time.perf_counter()
+            tuning, thetas, sampled = tune_task(context, plan, prompts, shots)
+            tuned = time.perf_counter()
+            tests = {name: test_task(context, name, task, plan.folder, prompts, thetas, sampled)
+                     for name, task in plan.targets.items()}
+            result = {"task": plan.name, "shots": shots, "tuning": tuning,
+                      "test": {name: test for name, test in tests.items() if test},
+                      "test_seconds": time.perf_counter() - tuned,
+                      "minutes": (time.perf_counter() - began) / 60}
+            written["results"].append(result)
+            atomic_write(out, lambda file: file.write(json.dumps(written, indent=1).encode()))
+            print(details(result, settings))
+    print(f"details: {out}")
+    if not any(result["test"] for result in written["results"]):
+        return
+    text = table(written, t5.config, settings)
+    atomic_write(out.with_suffix(".md"), lambda file: file.write(f"{text}\n".encode()))
+    print("", text, "±: sample standard deviation (n - 1) over the seeds", sep="\n\n")
+    if settings.plot:
+        draw(written, settings, out.with_suffix(".png"))
+        print(f"picture: {out.with_suffix('.png')}")
     if "--quick" in argv:
-        print(protocol(argv, result, settings))
+        print(protocol(argv, result, settings, count))
 
 
 if __name__ == "__main__":
@@ -356,5 +844,5 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the tasks that were done are written", file=sys.stderr)
+        print("stopped; what is finished is kept, the same command goes on", file=sys.stderr)
         sys.exit(130)

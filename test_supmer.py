@@ -19,6 +19,7 @@ import os
 import pickle
 import re
 import runpy
+import shutil
 import signal
 import statistics
 import subprocess
@@ -27,6 +28,7 @@ import tarfile
 import threading
 import time
 import urllib.parse
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -2547,15 +2549,17 @@ def test_labeled_files_literally(tmp_path):
     assert found == [data.Row(1, {"text": 'It works, and "well".\nTwice.'}),
                      data.Row(0, {"text": "caf\u00e9"})]
     with pytest.raises(InputError, match="test.csv is missing"):
-        data.load_test(data.TASKS["movie"], tmp_path)
+        data.read_rows(tmp_path / "tasks" / "movie" / "test.csv", data.TASKS["movie"])
 
 
 @pytest.mark.parametrize("content, says", [
-    (b"", "first line must be"), (b"text\tlabel\nok\t1\n", "first line must be"),
-    (b"sentence\tlabel\n", "no rows"),
-    (b"sentence\tlabel\nok\t1\nok\t2\n", "line 3"), (b"sentence\tlabel\nok\tpositive\n", "line 2"),
+    (b"", "no rows"), (b"text\tlabel\nok\t1\n", "line 1"), (b"sentence\tlabel\n", "no rows"),
+    (b"sentence\tlabel\nok\t1\nok\t2\n", "line 3"),
+    (b"sentence\tlabel\nok\tpositive\n", "line 2"),
     (b"sentence\tlabel\nok\t1\textra\n", "line 2"), (b"sentence\tlabel\nok\n", "line 2"),
-    (b"sentence\tlabel\n \t1\n", "line 2"), (b"sentence\tlabel\ncaf\xe9\t1\n", "must be UTF-8"),
+    (b"sentence\tlabel\n \t1\n", "line 2"),
+    (b"sentence\tlabel\ncaf\xe9\t1\n", "must be UTF-8"),
+    ("sentence\tlabel\nok\t1\n".encode("utf-16"), "must be UTF-8"),
 ])
 def test_bad_labeled_rows_are_refused_with_file_and_line(tmp_path, content, says):
     """A wrong header, label, number of columns, a blank text, other encodings: an InputError of one
@@ -2583,12 +2587,12 @@ def test_few_shot_samples_are_balanced_disjoint_and_fixed():
     """16 + 16 a label, no text twice, the same for the same seed in whatever order rows come,
     another for another seed."""
     rows = labeled_rows([100, 50, 40])
-    train, validation = data.few_shot(rows, 16, 10)
+    train, validation = data.few_shot(rows, 16, 10, 3)
     for part in (train, validation):
         assert Counter(row.label for row in part) == {0: 16, 1: 16, 2: 16}
     assert len({r.fields["text"] for r in train + validation}) == 96
-    assert data.few_shot(rows[::-1], 16, 10) == (train, validation)
-    assert data.few_shot(rows, 16, 20)[0] != train
+    assert data.few_shot(rows[::-1], 16, 10, 3) == (train, validation)
+    assert data.few_shot(rows, 16, 20, 3)[0] != train
     by_hash = sorted(rows[100:150],
                      key=lambda r: hashlib.sha256(f"10\t1\t{r.fields['text']}".encode()).digest())
     assert train[16:32] == by_hash[:16] and validation[16:32] == by_hash[16:32]
@@ -2607,6 +2611,8 @@ def test_few_shot_with_small_classes_duplicates_and_contradictions():
                 labeled_rows([5]) + [data.Row(1, {"text": "same"})] * 3):
         with pytest.raises(InputError, match="label 1 has"):
             data.few_shot(bad, 16, 0)
+    with pytest.raises(InputError, match="label 2 has 0"):
+        data.few_shot(labeled_rows([5, 5]), 16, 0, 3)
 
 
 def test_task_examples_literally(tmp_path):
@@ -2622,14 +2628,272 @@ def test_task_examples_literally(tmp_path):
     assert data.collate(examples, [0, 1]).ids.shape == (2, 128)
 
 
+# A file of each format, by its task: what is written, what is read.
+FORMATS = {
+    "sst5": ('4,"so ""good"" ."\n0,bad\n', [(4, {"text": 'so "good" .'}), (0, {"text": "bad"})]),
+    "cr": ("1,good\n0, \n1,\n", [(1, {"text": "good"}), (0, {"text": " "})]),
+    "trec": ("3,Who is he ?\n5,How many ?\n",
+             [(3, {"text": "Who is he ?"}), (5, {"text": "How many ?"})]),
+    "cb": ('{"premise": "It rains, he said.", "hypothesis": "it rains?!", "label": "neutral"}\n',
+           [(2, {"hypothesis": "it rains", "premise": "It rains, he said."})]),
+    "rte": ("index\tsentence1\tsentence2\tlabel\n7\tA \"dog\" ran.\tIt ran.\tnot_entailment\n",
+            [(1, {"hypothesis": "It ran", "premise": 'A "dog" ran.'})]),
+    "qnli": ("index\tquestion\tsentence\tlabel\n0\tWho?\tHe did.\tentailment\n",
+             [(0, {"sentence": "He did.", "question": "Who?"})]),
+    "wic": ('{"word": "bed", "sentence1": "A bed.", "sentence2": "Go to bed.", "idx": 0, "label": '
+            'true, "start1": 2}\n',
+            [(1, {"sentence1": "A bed.", "sentence2": "Go to bed.", "word": "bed"})]),
+    "mrpc": ("\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t8\t9\tHe \"ran .\tNo .\n",
+             [(1, {"a": 'He "ran .', "b": "No ."})]),
+    "qqp": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n0\t1\t2\tWhy?\tHow?\t0\n"
+            "1\t3\t4\tWhat\n2\t5\t6\tWho?\t\t1\n", [(0, {"a": "Why?", "b": "How?"})]),
+    "kitchen": (pickle.dumps((["A pan.\n\tGood.", "Rust."], [1, 0]), 3),
+                [(1, {"text": "A pan.\n\tGood."}), (0, {"text": "Rust."})]),
+    "restaurants": ("Wow... \"Loved it.\t1\nNo.\t0\n",
+                    [(1, {"text": 'Wow... "Loved it.'}), (0, {"text": "No."})]),
+}
+
+
+def write_task(folder, name, train, test=None):
+    for file, content in ((TASKS[name].train, train), (TASKS[name].test, test)):
+        if content is not None:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(content if type(content) is bytes else content.encode())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_format_literally(tmp_path, name):
+    """Quotes, tabs, byte-order mark, label words and the hypothesis' last point as each format has
+    them; of CR's blank texts the last one is left out, of QQP's ragged rows all; both are said, and
+    so is a size that is not the paper's."""
+    written, read = FORMATS[name]
+    said = []
+    write_task(tmp_path, name, written)
+    assert data.load_train(TASKS[name], tmp_path, said.append) == [data.Row(*row) for row in read]
+    size = TASKS[name].sizes[0]
+    told = [f"{len(read):,} rows, the paper has {size:,}"] if size else []
+    told = {"cr": ["last row", "1 rows without"], "qqp": ["2 rows with"]}.get(name, []) + told
+    assert len(said) == len(told) and all(b in a for a, b in zip(said, told))
+
+
+class Evil:
+    """Unpickled without care it makes a file."""
+
+    def __init__(self, path=Path("executed")):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("content", [
+    pickle.dumps(Evil()), pickle.dumps((["a", "b"], [0, Evil()])), pickle.dumps((["a"], [0, 1])),
+    pickle.dumps((["a"], ["0"])), pickle.dumps((["a", "b"], [0, 1]))[:-4], b"", b"text\t1\n",
+    pickle.dumps((["a", "b"], [0, 2]))])
+def test_a_pickle_is_data_or_it_is_refused(tmp_path, monkeypatch, content):
+    """Code in it, a wrong shape or label, damage: an InputError of one line, and nothing is run."""
+    monkeypatch.chdir(tmp_path)
+    write_task(tmp_path, "books", content)
+    with pytest.raises(InputError, match="domain/books/train") as error:
+        data.load_train(TASKS["books"], tmp_path)
+    assert "\n" not in str(error.value) and not Path("executed").exists()
+
+
+def test_templates_and_words_literally():
+    """What T5 reads of an example of each task, as the authors released their templates."""
+    row = {"hypothesis": "h", "premise": "p", "text": "s", "sentence": "s", "question": "q",
+           "sentence1": "s1", "sentence2": "s2", "word": "w", "a": "a", "b": "b"}
+    shown = {name: (task.template.replace("<X>", "X").format(**row), " ".join(task.words))
+             for name, task in TASKS.items()}
+    sentiment = ("s It was X ?", "terrible great")
+    assert shown == {
+        **dict.fromkeys(("sst2", "mr", "cr", *data.GROUPS["dg"], "movie", "amazon", "nyt",
+                         "tweets"), sentiment),
+        "sst5": ("s It was X ?", "terrible bad okay good great"),
+        "subj": ("s This is X .", "subjective objective"),
+        "trec": ("s X :", "description entity expression human location number"),
+        "cb": ('" h " ? X , " p "', "yes no maybe"), "rte": ('" h " ? X , " p "', "yes no"),
+        "qnli": ("s . Question: q ? Answer: X .", "Yes No"),
+        "wic": ('" s1 " / " s2 " Similar sense of "w"? X .', "No Yes"),
+        "mrpc": ("Do a and b have the same meaning? X .", "No Yes"),
+        "qqp": ("Do a and b have the same meaning? X .", "No Yes")}
+    longer = {name for name, task in TASKS.items() if task.max_tokens == 256}
+    assert longer == {"cr", "subj", "cb", "rte", "wic", *data.GROUPS["dg"]}
+
+
 @needs_data
-def test_sst2_is_read_whole():
-    """6,920 and 872 rows, as the paper's Table 5 has them; and the first one, literally."""
-    train = data.load_train(data.TASKS["sst2"], SUPMER_DATA)
-    assert (len(train), len(data.load_test(data.TASKS["sst2"], SUPMER_DATA))) == (6920, 872)
-    text = ("a stirring , funny and finally transporting re-imagining of beauty and the beast and"
-            " 1930s horror films")
-    assert train[0] == data.Row(1, {"text": text})
+def test_label_words_are_one_piece_of_the_official_t5():
+    """Each task's words, word-initial, differ in their one piece; a template's quotes and points
+    are pieces that T5 knows, its mask is <extra_id_0>."""
+    tokenizer = Tokenizer.from_file(os.path.join(SUPMER_DATA, "t5_tokenizer", "tokenizer.json"))
+    for name, task in TASKS.items():
+        pieces = {piece for word in task.words for piece in data.word_pieces(tokenizer, word)}
+        assert len(pieces) == len(task.words)
+        parts = data.compile_template(tokenizer, task.template)
+        literal = [part for part in parts if isinstance(part, list)]
+        assert [32099] in literal and data.UNK not in sum(literal, [])
+    assert [data.word_pieces(tokenizer, word) for word in ("yes", "no")] == [[4273], [150]]
+
+
+def test_jsonl_of_other_things_is_refused(tmp_path):
+    """A null, a list, a missing key, no JSON: the line is named."""
+    row = '{"premise": "p", "hypothesis": "h", "label": "neutral"}\n'
+    for bad in ('{"premise": null, "hypothesis": "h", "label": "neutral"}', "[]", "{", "7",
+                '{"premise": ["p"], "hypothesis": "h", "label": "neutral"}', '{"label": true}'):
+        write_task(tmp_path, "cb", row + bad + "\n")
+        with pytest.raises(InputError, match="train.jsonl, line 2"):
+            data.load_train(TASKS["cb"], tmp_path)
+
+
+@needs_data
+@pytest.mark.parametrize("name, first", [
+    ("sst2", "a stirring , funny and finally transporting re-imagining of beauty and the beast "),
+    ("sst5", "a stirring , funny and finally transporting re-imagining of beauty and the beast "),
+    ("mr", ' " analyze that " is one of those crass'), ("cr", "it 's not as stylized as a sony"),
+    ("subj", "gangs , despite the gravity of its subject matter"),
+    ("cb", "the language was peeled down"), ("rte", "Weapons of Mass Destruction Found in Iraq"),
+    ("mrpc", 'Amrozi accused his brother , whom he called " the witness "'),
+    ("airlines", "WAW-SKJ Economy. No free snacks"), ("books", "Horrible book, horrible.\n\tTHis"),
+    ("electronics", "bad\n\tcons\ntips extremely"), ("restaurants", "Wow... Loved this place.")])
+def test_real_tasks_are_read_whole(name, first):
+    """The sizes of the paper's Table 5 and of the domains, all labels, how the first row begins;
+    the only thing that is told of sizes is Restaurants'."""
+    said, task = [], TASKS[name]
+    train, test = (load(task, SUPMER_DATA, said.append) for load in (data.load_train, load_test))
+    ours = {"restaurants": (1000, 1000)}.get(name, (task.sizes[0] or 1700, task.sizes[1]))
+    assert (len(train), len(test)) == ours and [*train[0].fields.values()][0].startswith(first)
+    for rows in (train, test):
+        assert {row.label for row in rows} == set(range(len(task.words)))
+    assert [line for line in said if "the paper has" in line] == [
+        f"{SUPMER_DATA}/{task.test}: 1,000 rows, the paper has 2,000"] * (name == "restaurants")
+    assert any("the last row" in line for line in said) == (name == "cr")
+
+
+# --------------------------------------------------------------------- data: where tasks come from
+
+def tar_of(members):
+    """A tar {name: bytes}, as bytes."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return out.getvalue()
+
+
+def zip_of(members):
+    """A zip {name: bytes}, as bytes."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+class Files(http.server.BaseHTTPRequestHandler):
+    """Serves `files` {path: bytes}, from a byte on if asked; `cut`: the line goes dead after it."""
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        """Not on the test's output."""
+
+    def do_GET(self):
+        """A file, or 404."""
+        self.server.asked.append((self.path, self.headers.get("Range")))
+        body = self.server.files.get(self.path)
+        begin = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        rest = (body or b"")[begin:]
+        self.send_response(404 if body is None else 206 if begin else 200)
+        self.send_header("Content-Length", str(len(rest)))
+        self.end_headers()
+        self.wfile.write(rest[:self.server.cut])
+        self.close_connection = True
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A server of archives that stands in for the real ones, and an empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files)
+    server.files, server.asked, server.cut = {}, [], None
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/"
+    monkeypatch.setattr(data, "SOURCES", {
+        "original/QQP/": (url + "datasets.tar", url + "QQP-clean.zip"),
+        "original/": (url + "datasets.tar",), "superglue/CB/": (url + "CB.zip",),
+        "domain/kitchen/test": (url + "kitchen/test",)})
+    monkeypatch.setattr(data, "CHECKSUMS", {})
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_missing_tasks_are_fetched_once(files, monkeypatch):
+    """Out of LM-BFF's tar (whose GLUE-SST-2 is another data set), a zip, the second address where
+    the first fails, or as a file; the archive is not fetched again; a checksum is held against."""
+    cb, kitchen = FORMATS["cb"][0].encode(), FORMATS["kitchen"][0]
+    sst = b"sentence\tlabel\nok\t1\n"
+    files.files = {
+        "/datasets.tar": tar_of({"original/GLUE-SST-2/dev.tsv": b"other", "original/mr/a": b"",
+                                 "original/trec/test.csv": b"1,x\n",
+                                 "original/SST-2/dev.tsv": sst}),
+        "/CB.zip": zip_of({"CB/val.jsonl": cb, "__MACOSX/CB/._val.jsonl": b"?"}),
+        "/QQP-clean.zip": zip_of({"QQP-clean/dev.tsv": FORMATS["qqp"][0]}),
+        "/kitchen/test": kitchen}
+    assert load_test(TASKS["sst2"], "none") == [data.Row(1, {"text": "ok"})]
+    assert load_test(TASKS["trec"], "none") == [data.Row(1, {"text": "x"})]
+    for name in ("cb", "qqp", "kitchen"):
+        assert load_test(TASKS[name], "none") == [data.Row(*row) for row in FORMATS[name][1]]
+    assert [path for path, _ in files.asked] == [
+        "/datasets.tar", "/CB.zip", "/QQP-clean.zip", "/kitchen/test"]
+    for name in ("cb", "kitchen"):
+        (data.FETCHED / TASKS[name].test).unlink()
+        monkeypatch.setitem(data.CHECKSUMS, TASKS[name].test, "0" * 32)
+        with pytest.raises(InputError, match="checksum|sha256"):
+            load_test(TASKS[name], "none")
+        assert not (data.FETCHED / TASKS[name].test).exists()
+
+
+def test_a_download_goes_on_where_it_stopped(files):
+    """The line goes dead: one error with what to do. The second call asks for the rest only."""
+    files.files = {"/kitchen/test": FORMATS["kitchen"][0]}
+    files.cut = 10
+    with pytest.raises(InputError, match="put it there.*10 of .* bytes") as error:
+        data.locate("domain/kitchen/test", "none")
+    assert "\n" not in str(error.value) and not (data.FETCHED / "domain/kitchen/test").exists()
+    files.cut = None
+    assert data.locate("domain/kitchen/test").read_bytes() == FORMATS["kitchen"][0]
+    assert [range for _, range in files.asked] == [None, "bytes=10-"]
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("CB.zip", zip_of({"../CB/val.jsonl": b"x"}), "leads outside"),
+    ("CB.zip", zip_of({"CB/val.jsonl": b"x", "/etc/passwd": b"x"}), "leads outside"),
+    ("CB.zip", zip_of({"CB/val.jsonl": b"x" * 99})[:-40], "damaged or incomplete"),
+    ("CB.zip", b"", "damaged or incomplete"),
+    ("CB.zip", zip_of({"WiC/val.jsonl": b"x"}), "has no CB/val.jsonl"),
+    ("datasets.tar", tar_of({"original/../../mr/test.csv": b"x"}), "leads outside"),
+    ("datasets.tar", tar_of({"original/mr/test.csv": b"x" * 9999})[:2000], "damaged or incomplete"),
+    ("datasets.tar", b"<html>", "damaged or incomplete"),
+    ("datasets.tar", tar_of({"original/MRPC/test.csv": b"x"}), "has no mr/test.csv")])
+def test_archives_that_cannot_be_trusted(files, name, content, says):
+    """A truncated one, one with ../ in it, one without the task: an InputError of one line that
+    names it; nothing is written anywhere."""
+    Path("given").mkdir()
+    (Path("given") / name).write_bytes(content)
+    task = TASKS["cb" if name == "CB.zip" else "mr"]
+    with pytest.raises(InputError, match=f"{name}.*{says}|{says}.*{name}") as error:
+        load_test(task, "given")
+    assert "\n" not in str(error.value)
+    assert [path for path in Path().rglob("*") if path.is_file()] == [Path("given") / name]
+
+
+def test_a_task_that_nobody_has_says_where_to_put_it(files):
+    """Nothing to fetch it from, or a server that lacks it: the file and the option are named."""
+    for name in ("dvd", "mr"):
+        with pytest.raises(InputError, match=f"{TASKS[name].test} is not in none.*--data FOLDER"):
+            load_test(TASKS[name], "none")
 
 
 # ---------------------------------------------------------------------------- data: what is fetched
@@ -3054,7 +3318,7 @@ def place(tmp_path, monkeypatch):
 SMALL = (
     "--data data --model small --task planted --prompt-length 3 --shots 4 --batch 8 --epochs 3 "
     "--validate-every 2 "
-    "--seeds 10 20 --rates 0.1 0.3"
+    "--seeds 10 20 --rates 0.1 0.3 --jobs 1"
 ).split()
 
 
@@ -3105,8 +3369,12 @@ def write_run(folder, model="small", finished=True, ended=1.0, P=3, d=16):
 def tuning_record(path):
     """The tuning part of a JSON file as bytes, without its times."""
     return json.dumps(
-        without_times(json.loads(Path(path).read_text())["tasks"]["planted"]["tuning"])
+        without_times(first_result(path)["tuning"])
     ).encode()
+
+
+def first_result(path):
+    return json.loads(Path(path).read_text())["results"][0]
 
 
 def without_times(record):
@@ -3118,14 +3386,11 @@ def without_times(record):
 # ----------------------------------------------------------------------------------- worked by hand
 
 
-def test_tuning_step_by_hand(monkeypatch):
+def test_tuning_step_by_hand():
     """Three tuning steps equal AdamW, written out here, on the clipped psi(g) of each batch, with
     psi's H from that batch and a rate that falls linearly; the gradient here is autograd's, example
     by example.
     """
-    monkeypatch.setattr(
-        evaluation, "rank", lambda validation: -validation["step"]
-    )  # keep the last step
     t5, generator = small_t5(torch.float64), torch.Generator().manual_seed(2)
     start = torch.randn(3, 16, generator=generator, dtype=torch.float64)
     phi = {
@@ -3133,7 +3398,7 @@ def test_tuning_step_by_hand(monkeypatch):
         for key, value in supmer.init_regularizer(16, torch.float64).items()
     }
     train, rate, steps = small_examples(6), 0.2, 3
-    _, best, found = evaluation.tune(
+    curve, thetas = evaluation.tune(
         t5,
         start,
         partial(supmer.regularize, phi),
@@ -3160,8 +3425,8 @@ def test_tuning_step_by_hand(monkeypatch):
         m, v = 0.9 * m + 0.1 * psi, 0.999 * v + 0.001 * psi**2
         unbiased, square = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
         theta = theta - rate * (1 - step / steps) * unbiased / (square.sqrt() + 1e-8)
-    assert best["step"] == 3 and torch.allclose(found, theta, rtol=1e-9, atol=1e-9)
-    assert not torch.equal(found, start)
+    assert [entry["step"] for entry in curve] == [0, 1, 2, 3] and torch.equal(thetas[0], start)
+    assert torch.allclose(thetas[3], theta, rtol=1e-9, atol=1e-9) and not torch.equal(theta, start)
 
 
 def test_clipping_acts(monkeypatch):
@@ -3217,22 +3482,22 @@ def scripted(monkeypatch, values):
     ],
 )
 def test_step_is_chosen_by_hand(monkeypatch, values, chosen):
-    """Of the validations at steps 0, 2, 4, 6, 8 the one of highest accuracy is kept, with the
-    prompt of that step; ties go to the lower loss, then to the earlier step.
+    """Of the validations at steps 0, 2, 4, 6, 8 the one of highest accuracy is chosen; ties go to
+    the lower loss, then to the earlier step. Each one's prompt is the one that was measured.
     """
-    thetas = {}
+    measured = []
     original = evaluation.score
     monkeypatch.setattr(
         evaluation,
         "score",
         lambda t5, theta, examples, method: (
-            thetas.setdefault(2 * len(thetas), theta.clone()),
+            measured.append(theta.clone()),
             original(t5, theta, examples, method),
         )[1],
     )
     scripted(monkeypatch, values)
     sample = small_examples(4), small_examples(4, 1)
-    curve, best, theta = evaluation.tune(
+    curve, thetas = evaluation.tune(
         small_t5(),
         torch.ones(3, 16),
         None,
@@ -3242,7 +3507,8 @@ def test_step_is_chosen_by_hand(monkeypatch, values, chosen):
         eval_settings(epochs=8, validate_every=2),
     )
     assert [entry["step"] for entry in curve] == [0, 2, 4, 6, 8]
-    assert best["step"] == chosen and torch.equal(theta, thetas[chosen])
+    assert curve[evaluation.choose(curve)]["step"] == chosen
+    assert torch.equal(thetas, torch.stack(measured))
     assert [entry["accuracy"] for entry in curve] == [25 * correct for correct, _ in values]
 
 
@@ -3262,34 +3528,10 @@ def test_rate_is_chosen_by_hand():
     assert sorted(reversed(order), key=evaluation.rank) == order
 
 
-def test_standard_deviation_is_the_samples(place, monkeypatch):
+def test_standard_deviation_is_the_samples():
     """Accuracies of 60, 70, 80 % have mean 70 and standard deviation 10 (n - 1), not 8.16."""
-    values = iter([24, 28, 32, 20, 20, 20, 20])
-    monkeypatch.setattr(evaluation, "measure", lambda scores, labels: {"correct": next(values)})
-    t5 = small_t5()
-    choices = eval_settings(seeds=(1, 2, 3))
-    prompt = evaluation.open_prompt("vocab", t5, choices)
-    result = evaluation.test_task(
-        t5,
-        data.load_tokenizer("small", t5.config),
-        data.TASKS["planted"],
-        Path("data"),
-        [prompt],
-        {"vocab": prompt.starts},
-        choices,
-    )
-    assert result["prompts"]["vocab"] == {
-        "tuned": [60, 70, 80],
-        "untuned": [50, 50, 50],
-        "mean": 70,
-        "sample_std": 10,
-    }
-    assert (result["rows"], result["of"], result["majority"], result["no_prompt"]) == (
-        40,
-        40,
-        50,
-        50,
-    )
+    assert evaluation.figure([60.0, 70.0, 80.0]) == "70.0 ± 10.0"
+    assert evaluation.figure([60.0]) == "60.0"
 
 
 # -------------------------------------------------------------------------- properties, determinism
@@ -3320,8 +3562,8 @@ def test_tuning_repeats_exactly():
         for seed in (10, 10, 20)
     )
     assert (
-        first[:2] == again[:2]
-        and torch.equal(first[2], again[2])
+        first[0] == again[0]
+        and torch.equal(first[1], again[1])
         and torch.equal(start, torch.ones(3, 16))
     )
     assert first[0] != other[0]
@@ -3379,9 +3621,10 @@ def test_learns_a_planted_task():
     t5 = small_t5(seed=3)
     start = evaluation.normal_prompt(t5, 8, 10)
     sample, new = (small_examples(32), small_examples(32, 1)), small_examples(200, 2)
-    _, best, theta = evaluation.tune(
+    curve, thetas = evaluation.tune(
         t5, start, None, sample, 10, 0.1, eval_settings(epochs=80, batch=32, words_only=True)
     )
+    best = evaluation.choose(curve)
 
     def accuracy(theta):
         return (
@@ -3389,23 +3632,33 @@ def test_learns_a_planted_task():
             / 200
         )
 
-    assert accuracy(start) < 0.6 and accuracy(theta) > 0.85 and best["step"] > 0
+    assert accuracy(start) < 0.6 and accuracy(thetas[best]) > 0.85 and best > 0
 
 
 # ------------------------------------------------------------ the test set is not seen while tuning
 
 
+@contextlib.contextmanager
+def context(t5, choices, said=None):
+    """What evaluation.main() gives its functions, in this process, nothing kept from before."""
+    shutil.rmtree(evaluation.TUNED, ignore_errors=True)
+    with evaluation.workers(t5, "small", torch.float32, ["cpu"], 1) as work:
+        yield evaluation.Context(choices, data.load_tokenizer("small", t5.config), work,
+                                 {"model": "this"}, 1.0, (said if said is not None else []).append)
+
+
+def planted_plan():
+    return evaluation.Plan("planted", TASKS["planted"], {"planted": TASKS["planted"]}, "data")
+
+
 def test_tuning_needs_no_test_file(place):
     """With the test file absent the tuning record is the same, byte for byte, as with it."""
-    t5 = small_t5()
-    tokenizer = data.load_tokenizer("small", t5.config)
-    choices = eval_settings(shots=4, seeds=(10,), rates=(0.1,))
+    t5, choices = small_t5(), eval_settings(shots=(4,), seeds=(10,), rates=(0.1,))
     prompts = [evaluation.open_prompt("vocab", t5, choices)]
 
     def record():
-        records, thetas = evaluation.tune_task(
-            t5, tokenizer, data.TASKS["planted"], Path("data"), prompts, choices
-        )
+        with context(t5, choices) as c:
+            records, thetas, _ = evaluation.tune_task(c, planted_plan(), prompts, 4)
         return json.dumps(without_times(records)), thetas["vocab"][0].numpy().tobytes()
 
     present = record()
@@ -3418,7 +3671,7 @@ def test_test_labels_do_not_reach_tuning(place, monkeypatch):
     byte-identical, while the test accuracies become 100 % minus what they were; and load_test is
     called after the last tuning run.
     """
-    order = []
+    order, files = [], ("one.json", "two.json")
     for name in ("tune", "load_test"):
         original = getattr(evaluation, name)
         monkeypatch.setattr(
@@ -3429,16 +3682,39 @@ def test_test_labels_do_not_reach_tuning(place, monkeypatch):
     evaluation.main([*SMALL, "--prompt", "vocab", "random", "--out", "one.json"])
     assert order == ["tune"] * 8 + ["load_test"]
     write_rows(place / "data/planted/test.csv", 40, 2, flip=True)
+    shutil.rmtree(evaluation.TUNED)
     evaluation.main([*SMALL, "--prompt", "vocab", "random", "--out", "two.json"])
+    assert order == (["tune"] * 8 + ["load_test"]) * 2
     assert tuning_record("one.json") == tuning_record("two.json")
-    one, two = (
-        json.loads(Path(f"{name}.json").read_text())["tasks"]["planted"]["test"]
-        for name in ("one", "two")
-    )
+    one, two = (first_result(name)["test"]["planted"]["prompts"] for name in files)
     for name in ("vocab", "random"):
-        assert np.allclose(
-            np.array(one["prompts"][name]["tuned"]) + two["prompts"][name]["tuned"], 100
-        )
+        assert np.allclose(np.array(one[name]["tuned"]) + two[name]["tuned"], 100)
+
+
+def test_sampled_texts_are_not_tested(place, monkeypatch):
+    """A test file that is the training file and one row more (a domain's pool): each seed is tested
+    on the rows that it has not sampled, and how many were left out is said."""
+    train = Path("data/planted/train.csv").read_text()
+    Path("data/planted/test.csv").write_text(train + "1,good film\n")
+    t5, said, choices = small_t5(), [], eval_settings(shots=(4,), seeds=(10, 20), rates=(0.1,))
+    prompts = [evaluation.open_prompt("vocab", t5, choices)]
+    with context(t5, choices, said) as c:
+        records, thetas, sampled = evaluation.tune_task(c, planted_plan(), prompts, 4)
+        # predict the label of every row that a seed has sampled wrongly, the others rightly
+        rows = load_test(TASKS["planted"], "data")
+        wrong = [[evaluation.texts_of(row) in texts for row in rows] for texts in sampled]
+        answers = [[]] + [wrong[0]] * 2 + wrong      # no prompt, untuned, tuned
+        def scores(jobs, title):
+            for answer in answers:
+                right = torch.tensor([row.label ^ bool(answer and answer[i])
+                                      for i, row in enumerate(rows)])
+                yield {"scores": F.one_hot(right, 2).float()}, {}
+        test = evaluation.test_task(c._replace(work=scores), "planted", TASKS["planted"], "data",
+                                    prompts, thetas, sampled)
+    assert [len(texts) for texts in sampled] == [16, 16] == test["left_out"]
+    assert test["prompts"]["vocab"]["tuned"] == [100, 100] and test["no_prompt"] == 100
+    assert test["prompts"]["vocab"]["untuned"][0] == pytest.approx(100 * 45 / 61)
+    assert any("[16, 16] test rows, by seed, are left out" in line for line in said)
 
 
 # -------------------------------------------------------------------------- what comes out of a run
@@ -3452,7 +3728,7 @@ def test_json_is_complete(place, capsys):
     write_run("runs/small-1")
     evaluation.main(SMALL)  # the newest finished run, and random
     written = json.loads(Path("runs/eval/small-planted.json").read_text())
-    assert set(written) == {"command", "settings", "prompts", "tasks"}
+    assert set(written) == {"command", "settings", "prompts", "not_run", "results"}
     assert written["prompts"]["runs/small-1"] == {
         "file": "runs/small-1",
         "model": "small",
@@ -3463,9 +3739,10 @@ def test_json_is_complete(place, capsys):
         "model_sha256": data.model_fingerprint("small"),
         "regularizer": "affine",
     }
-    result = written["tasks"]["planted"]
+    result = written["results"][0]
+    tests = result["test"]["planted"]["prompts"]
     for name in ("runs/small-1", "random"):
-        records, tested = result["tuning"][name], result["test"]["prompts"][name]
+        records, tested = result["tuning"][name], tests[name]
         assert [record["seed"] for record in records] == [10, 20] and len(tested["tuned"]) == 2
         for record in records:
             assert [[(e["rate"], e["step"]) for e in curve] for curve in record["validations"]] == [
@@ -3474,96 +3751,65 @@ def test_json_is_complete(place, capsys):
             assert record["best"] == min(sum(record["validations"], []), key=evaluation.rank)
         assert tested["mean"] == pytest.approx(np.mean(tested["tuned"]))
         assert tested["sample_std"] == pytest.approx(np.std(tested["tuned"], ddof=1))
-    assert (
-        len(result["test"]["prompts"]["runs/small-1"]["untuned"]) == 1
-    )  # one prompt, whatever the seed
+    assert len(tests["runs/small-1"]["untuned"]) == 1  # one prompt, whatever the seed
     printed = capsys.readouterr().out
-    for name in ("runs/small-1", "random"):
-        line = next(line for line in printed.splitlines() if line.startswith(name) and "+-" in line)
-        figures = result["test"]["prompts"][name]
-        assert f"{statistics.mean(figures['untuned']):.1f}" in line
-        assert f"{figures['mean']:.1f} +- {figures['sample_std']:.1f}" in line
-    assert (
-        "40 of 40 test rows" in printed
-        and "majority" in printed
-        and "paper" not in printed.split("\n\n")[1]
-    )
+    for name, found in tests.items():
+        assert f"| {name} | {found['mean']:.1f} ± {found['sample_std']:.1f} |" in printed
+        assert f"| {name}, untuned | {statistics.mean(found['untuned']):.1f}" in printed
+    assert "40 of 40 test rows of planted" in printed
+    assert "| most frequent label | 50.0 |" in printed
+    assert "the paper" not in printed.split("seconds of tuning")[-1]
     assert "'file': 'runs/small-1'" in printed and "embedded" in printed
+    table = Path("runs/eval/small-planted.md").read_text()
+    assert table in printed and table.startswith("| accuracy in % | planted |\n| --- | --- |\n")
 
 
-def test_first_test_rows_are_fixed(place, monkeypatch):
-    """--test-rows takes the same rows whatever the file's order."""
-    t5 = small_t5()
-    tokenizer, choices = data.load_tokenizer("small", t5.config), eval_settings(
-        seeds=(10,), test_rows=7
-    )
-    prompts, seen = [evaluation.open_prompt("vocab", t5, choices)], []
-    monkeypatch.setattr(
-        evaluation,
-        "score",
-        lambda t5, theta, examples, method: (
-            seen.append(examples.ids),
-            torch.zeros(len(examples.ids), 2),
-        )[1],
-    )
-    for _ in range(2):
-        result = evaluation.test_task(
-            t5,
-            tokenizer,
-            data.TASKS["planted"],
-            Path("data"),
-            prompts,
-            {"vocab": prompts[0].starts},
-            choices,
-        )
-        lines = Path("data/planted/test.csv").read_text().splitlines()
-        Path("data/planted/test.csv").write_text("\n".join(reversed(lines)))
-    assert (result["rows"], result["of"]) == (7, 40) and all(ids == seen[0] for ids in seen)
+def test_first_test_rows_are_fixed(place):
+    """--test-rows takes the same rows whatever the file's order; --predictions adds what was
+    predicted for each."""
+    path = Path("data/planted/test.csv")
+    for name in ("one", "two"):
+        evaluation.main([*SMALL, "--prompt", "vocab", "--seeds", "10", "--rates", "0.1",
+                         "--test-rows", "7", "--predictions", "--out", f"{name}.json"])
+        path.write_text("\n".join(reversed(path.read_text().splitlines())))
+    one, two = (first_result(f"{name}.json")["test"]["planted"] for name in ("one", "two"))
+    assert one == two and (one["rows"], one["of"], len(one["labels"])) == (7, 40, 7)
+    predicted, = one["prompts"]["vocab"]["predictions"]
+    right = sum(a == b for a, b in zip(predicted, one["labels"], strict=True))
+    assert one["prompts"]["vocab"]["tuned"] == [pytest.approx(100 * right / 7)]
 
 
-def test_paper_column_only_beside_the_same_backbone():
-    """Table 1 stands beside t5-base itself: not beside the embedded model, nor beside a small model
-    in a folder that is called t5-base, nor beside a task that the table has not.
-    """
-    prompts = [
-        evaluation.Prompt("runs/x", [], {"A": 0}, {}),
-        evaluation.Prompt("random", [], None, {}),
-    ]
-    tested = {"untuned": [50.0], "tuned": [60.0], "mean": 60.0, "sample_std": None}
-    record = {
-        "seed": 10,
-        "examples": 32,
-        "best": {"rate": 0.1, "step": 10},
-        "time": {"seconds": 1.0},
-    }
-    result = {
-        "minutes": 1.0,
-        "tuning": {p.name: [record] for p in prompts},
-        "test": {
-            "rows": 10,
-            "of": 872,
-            "no_prompt": 50.0,
-            "majority": 50.0,
-            "prompts": {p.name: tested for p in prompts},
-        },
-    }
+def test_papers_figures_are_those_of_the_same_backbone():
+    """Under t5-base itself all of Table 1's methods stand; under the embedded model, or a small
+    model in a folder that is called t5-base, PT and SUPMER, as another model's; beside a task that
+    the table has not, or other numbers of shots, nothing. The mean is over what was run."""
+    tested = {"untuned": [50.0], "tuned": [60.0, 80.0], "mean": 70.0}
+    test = {"no_prompt": 50.0, "majority": 55.0, "prompts": {"random": tested}}
     base = small_config(d_model=768, num_layers=12, gated=False)
 
-    def shown(task, model, config):
-        return evaluation.table(
-            task, result, prompts, config, eval_settings(model=model, seeds=(10,))
-        )
+    def shown(tasks, model, config, shots=(16,)):
+        written = {"not_run": {"trec": "why"} if len(tasks) > 1 else {}, "results": [
+            {"task": task, "shots": n, "test": {task: test}} for n in shots for task in tasks]}
+        text = evaluation.table(written, config, eval_settings(
+            model=model, prompt=("random",), shots=shots))
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
 
-    beside = shown("sst2", "google-t5/t5-base", base)
-    assert "87.3 +- 0.5" in beside and "71.9 +- 3.4" in beside
-    for task, model, config in (
-        ("sst2", "tiny", base),
-        ("sst2", "models/t5-base", small_config()),
-        ("movie", "t5-base", base),
-    ):
-        assert "paper" not in shown(task, model, config) and "87.3" not in shown(
-            task, model, config
-        )
+    beside = shown(("sst2", "mr"), "google-t5/t5-base", base)
+    assert beside[0] == ["accuracy in %", "sst2", "mr", "trec", "mean of 2"]
+    assert ["random", "70.0 ± 14.1", "70.0 ± 14.1", "not run", "70.0"] in beside
+    assert beside[-1] == ["the paper's t5-base: supmer", "87.3 ± 0.5", "84.0 ± 0.6",
+                          "80.2 ± 0.9", "85.7"]
+    assert len(beside) == 2 + 4 + 8
+    for model, config in (("tiny", base), ("models/t5-base", small_config())):
+        rows = shown(("sst2",), model, config)
+        assert rows[-2:] == [["the paper's T5-base, another model: pt", "71.9 ± 3.4"],
+                             ["the paper's T5-base, another model: supmer", "87.3 ± 0.5"]]
+        assert len(rows) == 2 + 4 + 2
+    for task, shots in (("movie", (16,)), ("sst2", (8,))):
+        assert "paper" not in str(shown((task,), "t5-base", base, shots))
+    several = shown(("sst2",), "t5-base", base, (8, 16))
+    assert several[0] == ["accuracy in %", "sst2, 8 shots", "sst2, 16 shots"]
+    assert several[-1] == ["the paper's t5-base: supmer", "", "87.3 ± 0.5"]
 
 
 def test_newest_finished_run(place):
@@ -3603,11 +3849,12 @@ def test_protocol_estimate_by_hand():
     record = {"validations": [[{"step": 0}, {"step": 60}]], "time": {"seconds": 30.0}}
     result = {
         "tuning": {"random": [record], "vocab": [record]},
-        "test": {"rows": 300, "of": 3000},
+        "task": "movie",
+        "test": {"movie": {"rows": 300, "of": 3000}},
         "test_seconds": 6.0,
     }
     quick = eval_settings(epochs=60, task=("movie",), prompt=("random", "vocab"))
-    said = evaluation.protocol(["--quick", "--dtype", "bfloat16"], result, quick)
+    said = evaluation.protocol(["--quick", "--dtype", "bfloat16"], result, quick, 1)
     assert (
         "not the protocol" in said
         and "60 steps of 200" in said
@@ -3617,6 +3864,206 @@ def test_protocol_estimate_by_hand():
         "55 minutes at this speed: python eval.py --task movie --dtype bfloat16 "
         "--prompt random vocab"
     )
+
+
+# ------------------------------------------------------- independent work: processes, interruptions
+
+
+def test_number_of_processes_changes_nothing(place):
+    """Two processes and one give the same records and accuracies, bit for bit."""
+    found = []
+    for jobs in ("1", "2"):
+        shutil.rmtree(evaluation.TUNED, ignore_errors=True)
+        evaluation.main([*SMALL, "--prompt", "vocab", "--rates", "0.1", "--jobs", jobs, "--out",
+                         "out.json"])
+        result = first_result("out.json")
+        found.append([without_times(result["tuning"]), result["test"]])
+    assert found[0] == found[1]
+
+
+def test_an_interrupted_evaluation_goes_on(place, monkeypatch):
+    """Stopped in its third tuning run, the same command makes the runs that are missing, reads the
+    other two, and ends with the record of a run that was never stopped; done once more it tunes and
+    scores nothing."""
+    command = [*SMALL, "--prompt", "vocab", "--out", "out.json"]
+    calls, original, scored = [], evaluation.tune, evaluation.score
+
+    def tune(*arguments):
+        calls.append(arguments[4:6])                # seed, rate
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+    monkeypatch.setattr(evaluation, "tune", tune)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main(command)
+    assert not Path("out.json").exists() and len(list(evaluation.TUNED.iterdir())) == 2
+    evaluation.main(command)
+    assert calls == [(10, 0.1), (10, 0.3), (20, 0.1), (20, 0.1), (20, 0.3)]
+    record = tuning_record("out.json")
+    monkeypatch.setattr(evaluation, "score", lambda *_: pytest.fail("scored again"))
+    evaluation.main(command)
+    assert len(calls) == 5 and tuning_record("out.json") == record
+    monkeypatch.setattr(evaluation, "score", scored)
+    shutil.rmtree(evaluation.TUNED)
+    evaluation.main([*command[:-1], "whole.json"])
+    assert tuning_record("whole.json") == record
+
+
+def test_a_result_depends_on_all_that_made_it():
+    """Another model, start, sample, rate or function is another file, the same ones the same."""
+    def path(made_of="model", function=evaluation.tune_job, **changes):
+        arguments = {"start": torch.ones(3, 16), "phi": None, "sample": [small_examples(4)] * 2,
+                     "seed": 10, "rate": 0.1, **changes}
+        return evaluation.make_job(made_of, "a/b c", function, 1, **arguments).path
+    assert path() == path() and path().name.startswith("a_b_c-")
+    other = [path("code"), path(function=evaluation.score_job), path(start=torch.ones(4, 16)),
+             path(start=torch.zeros(3, 16)), path(start=torch.ones(3, 16).double()),
+             path(sample=[small_examples(4), small_examples(4, 1)]), path(seed=20), path(rate=0.2),
+             path(phi={"A": torch.ones(1)})]
+    assert len({path(), *other}) == 10
+
+
+def test_a_damaged_result_is_refused(place, monkeypatch, capsys):
+    """Cut or of something else: one line that says to delete it."""
+    argv = [*SMALL, "--prompt", "vocab"]
+    evaluation.main(argv)
+    path = next(evaluation.TUNED.glob("planted-vocab-4-10-0.1-*"))
+    path.write_bytes(path.read_bytes()[:-9])
+    assert run_script(argv, monkeypatch) == 2
+    assert f"{path} is no result" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------- groups, own tasks, labels, studies
+
+
+def small_group(monkeypatch, *names):
+    """Let planted's files stand for these tasks of the real names; the others are not to be had."""
+    monkeypatch.setattr(data, "SOURCES", {})
+    for name in names:
+        monkeypatch.setitem(data.TASKS, name, TASKS["planted"])
+
+
+def test_what_a_group_lacks_is_told_and_the_rest_is_run(place, monkeypatch, capsys):
+    """`all`: absent tasks are named, with where to put them, and stand in the table as not run; one
+    that is asked for by its name is an error."""
+    small_group(monkeypatch, "sst2", "mr")
+    short = [*SMALL, "--prompt", "vocab", "--seeds", "10", "--rates", "0.1", "--task"]
+    evaluation.main([*short, "all", "--out", "all.json"])
+    written, printed = json.loads(Path("all.json").read_text()), capsys.readouterr().out
+    assert [result["task"] for result in written["results"]] == ["sst2", "mr"]
+    assert set(written["not_run"]) == set(data.GROUPS["all"]) - {"sst2", "mr"}
+    assert "trec: not run; original/trec/train.csv is not in data" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("| vocab |"))
+    assert row.count("not run") == 10 and "mean of 2" in printed
+    for name in ("trec", "dg"):
+        with pytest.raises(InputError, match="is not in data.*give --data FOLDER"):
+            evaluation.main([*short, name])
+
+
+def test_domain_generalization_tunes_on_airlines_alone(place, monkeypatch, capsys):
+    """`dg`: one tuning for all domains, whose training files are not needed; each domain is tested
+    with the same prompts."""
+    small_group(monkeypatch, "airlines")
+    for name, seed in (("books", 3), ("kitchen", 4)):
+        write_rows(place / f"data/{name}.csv", 30, seed)
+        monkeypatch.setitem(data.TASKS, name, data.LabeledTask("absent.csv", f"{name}.csv"))
+    argv = "--task dg --prompt vocab --rates 0.1 --out dg.json".split()
+    evaluation.main([*SMALL, *argv])
+    written = json.loads(Path("dg.json").read_text())
+    result, = written["results"]
+    assert list(result["test"]) == ["airlines", "books", "kitchen"] and len(result["tuning"]) == 1
+    assert set(written["not_run"]) == {"dvd", "electronics", "restaurants"}
+    assert [test["of"] for test in result["test"].values()] == [40, 30, 30]
+    assert len(list(evaluation.TUNED.glob("dg-vocab-*"))) == 2
+
+
+OWN = ["--template", "{text} It was <X> ?", "--model", "small", "--prompt-length", "3", "--epochs",
+       "2", "--seeds", "10", "--rates", "0.1", "--prompt", "vocab", "--shots", "2", "--jobs", "1"]
+
+
+@pytest.mark.parametrize("header", ["label,id,text\n", "text,label\n", ""])
+def test_a_task_of_ones_own_and_its_labels(place, monkeypatch, capsys, header):
+    """A CSV file with a header or without, three labels as words or numbers, a label word of two
+    pieces: tuned, tested on the rows that were not sampled. The tuned prompt then labels texts,
+    with probabilities over the three; those of the two pieces are multiplied."""
+    labels = {"bad": "terrible", "good": "1", "warm": "good warm"}
+    rows = [(f"{word} {a} {b}", label) for word, label in labels.items()
+            for a in FILLER[:3] for b in FILLER[3:6]]
+    written = {"label,id,text\n": [f"{label},7,{text}" for text, label in rows],
+               "text,label\n": [f"{text},{label}" for text, label in rows],
+               "": [f"{label},{text}" for text, label in rows]}[header]
+    Path("my.csv").write_text(header + "\n".join(written) + "\n")
+    argv = ["--data", "my.csv", "--words", "terrible, great,good warm", *OWN]
+    evaluation.main(argv)
+    result = first_result("runs/eval/small-my.json")
+    test, record = result["test"]["my"], result["tuning"]["vocab"][0]
+    assert (test["of"], test["left_out"], record["examples"]) == (27, [12], 6)
+    Path("new.txt").write_text("a good film\nvery dull food\n")
+    capsys.readouterr()
+    predict = ["--model", "small", "--predict", "new.txt", "--prompt", record["file"]]
+    evaluation.main([*predict, "--out", "labels.csv"])
+    evaluation.main(predict)
+    assert capsys.readouterr().out == Path("labels.csv").read_text()
+    found = list(csv.DictReader(open("labels.csv")))
+    assert [line["text"] for line in found] == ["a good film", "very dull food"]
+    t5 = load_t5(Path("small"))
+    tokenizer = data.load_tokenizer("small", t5.config)
+    theta = evaluation.read_result(record["file"])[0]["thetas"][0]
+    ids = tokenizer.encode("a good film It was <extra_id_0> ?").ids + [1]
+    H, mask = supmer.encode_with_prompt(t5, theta, data.Batch(
+        torch.tensor([ids]), torch.ones(1, len(ids), dtype=bool), torch.zeros(1, 0, dtype=int),
+        torch.zeros(1, 0, 16), None))
+    good, warm = (tokenizer.token_to_id(word) for word in ("good", "warm"))
+    decoded = T.decode(t5, torch.tensor([[0, len(PIECES) - 1, good]]), H, mask)
+    p = torch.log_softmax(T.next_token_logits(t5, decoded)[0], -1)
+    sums = torch.stack([p[1, 6], p[1, 7], p[1, good] + p[2, warm]]).softmax(-1)
+    words = ["terrible", "great", "good warm"]
+    assert [float(found[0][word]) for word in words] == pytest.approx(sums.tolist(), abs=1e-4)
+    assert found[0]["label"] == words[int(sums.argmax())]
+
+
+def test_own_rows_that_are_all_sampled_are_tuned_not_tested(place, capsys):
+    """Two rows a label leave nothing to test on: said, and the tuned prompt is there all the same;
+    with a file to test on behind it, it is tested."""
+    Path("my.csv").write_text("0,bad film\n0,dull food\n1,good film\n1,warm food\n")
+    argv = ["--words", "terrible,great", *OWN, "--data", "my.csv"]
+    evaluation.main(argv)
+    assert "it is tuned, not tested" in capsys.readouterr().out
+    assert Path(first_result("runs/eval/small-my.json")["tuning"]["vocab"][0]["file"]).exists()
+    evaluation.main([*argv, "data/planted/test.csv"])
+    assert first_result("runs/eval/small-my.json")["test"]["my"]["rows"] == 40
+
+
+@pytest.mark.parametrize("study", evaluation.STUDIES)
+def test_each_study_is_one_command(place, monkeypatch, study):
+    """JSON and PNG: accuracy at every validation for steps, for each number of shots, domain, or
+    start; in the spread only the starts differ, not the examples."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    small_group(monkeypatch, "cb", "mrpc", "sst5", "subj", *data.GROUPS["dg"])
+    settings = [word for word in SMALL if word not in ("--task", "planted")]
+    wanted = ["--prompt", "vocab", "random"] + ["--shots", "2", "4"] * (study == "shots")
+    seen, original = [], evaluation.tune
+    monkeypatch.setattr(evaluation, "tune", lambda *a: (seen.append(a), original(*a))[1])
+    evaluation.main([*settings, *wanted, "--study", study, "--rates", "0.1"])
+    written = json.loads(Path(f"runs/eval/small-{study}.json").read_text())
+    assert Path(f"runs/eval/small-{study}.png").read_bytes().startswith(b"\x89PNG")
+    shown = [(result["shots"], name) for result in written["results"] for name in result["test"]]
+    assert shown == {"steps": [(4, "cb"), (4, "mrpc")], "dg": [(4, n) for n in data.GROUPS["dg"]],
+                     "shots": [(n, task) for n in (2, 4) for task in ("sst5", "subj")],
+                     "spread": [(4, "mrpc"), (4, "cb"), (4, "subj")]}[study]
+    for result in written["results"]:
+        for test in result["test"].values():
+            for name, found in test["prompts"].items():
+                if study == "steps":
+                    curves = [r["validations"][0] for r in result["tuning"][name]]
+                    best = [curve.index(r["best"]) for curve, r in
+                            zip(curves, result["tuning"][name])]
+                    assert [len(c) for c in found["steps"]] == [len(c) for c in curves] == [3, 3]
+                    assert found["tuned"] == [c[i] for c, i in zip(found["steps"], best)]
+    samples = {json.dumps(a[3], default=lambda x: x.tolist()) for a in seen if a[4] == seen[0][4]}
+    starts = {a[1].numpy().tobytes() for a in seen}
+    assert len(starts) == 4 and (len({a[4] for a in seen}) == 1) == (study == "spread")
+    assert study != "spread" or len(samples) == 1
 
 
 # ----------------------------------------------------------------------------------------- mistakes
@@ -3643,6 +4090,24 @@ def test_protocol_estimate_by_hand():
         ([*SMALL, "--prompt", "runs/long"], "--prompt-length 5"),
         ([*SMALL, "--prompt", "runs/wide"], "width 16"),
         ([*SMALL, "--prompt", "random", "--data", "nowhere"], "nowhere"),
+        ([*SMALL, "--prompt", "random", "--data", "a", "b"], "--template and --words"),
+        (["--task", "sst3"], "Without a network: movie, amazon, nyt, tweets"),
+        (["--task", "dg", "books"], "leave their names away"),
+        (["--study", "depth"], "spread"),
+        (["--quick", "--study", "steps"], "sets study"),
+        ([*OWN, "--data", "my.csv"], "--words"),
+        ([*OWN, "--data", "my.csv", "--words", "bad"], "two or more"),
+        ([*OWN, "--data", "my.csv", "--words", "bad,bad"], "two or more"),
+        ([*OWN, "--data", "none.csv", "--words", "bad,good"], "none.csv"),
+        ([*OWN, "--data", "small", "--words", "bad,good"], ".jsonl"),
+        ([*OWN, "--data", "my.csv", "--words", "bad,good", "--task", "mr"], "leave them away"),
+        ([*OWN, "--data", "my.csv", "--words", "bad,good"], "my.csv, line 3"),
+        ([*OWN, "--data", "one.csv", "--words", "bad,good"], "one.csv: label 1 has 0 different"),
+        ([*OWN, "--data", "few.csv", "--words", "bad,good"], "few.csv: label 1 has 1 different"),
+        ([*OWN, "--data", "latin.csv", "--words", "bad,good"], "latin.csv must be UTF-8"),
+        ([*OWN, "--data", "few.csv", "--words", "bad,good", "--template", "It was"], "<X>"),
+        (["--predict", "few.csv"], "one tuned --prompt"),
+        (["--predict", "few.csv", "--prompt", "few.csv"], "no result of eval.py"),
         ([*SMALL, "--prompt", "random", "--rates", "1e39"], "below 1e9"),
         ([*SMALL, "--prompt", "random", "--model", "no_such_model"], "no_such_model"),
     ],
@@ -3652,6 +4117,9 @@ def test_mistakes_end_in_one_line(place, monkeypatch, capsys, argv, said):
     write_run("runs/other", model="other", finished=False)
     write_run("runs/long", finished=False, P=5)
     write_run("runs/wide", finished=False, d=24)
+    for name, content in (("my", b"0,a\n1,b\n2,c\n"), ("one", b"0,a\n0,b\n"),
+                          ("few", b"0,a\n0,b\n1,c\n"), ("latin", b"0,caf\xe9\n1,b\n")):
+        Path(f"{name}.csv").write_bytes(content)
     assert run_script(argv, monkeypatch) == 2
     error = capsys.readouterr().err.split("\r")[-1]
     line = error[error.index("error: ") :]
@@ -3688,7 +4156,8 @@ def test_interrupt_is_one_line(place, monkeypatch, capsys):
 
     monkeypatch.setattr(supmer, "prompt_gradient", interrupt)
     assert run_script([*SMALL, "--prompt", "random"], monkeypatch) == 130
-    assert "stopped" in capsys.readouterr().err and not list(place.glob("runs/eval/*"))
+    assert "stopped" in capsys.readouterr().err
+    assert [path.name for path in place.glob("runs/eval/**/*")] == ["tuned"]
 
 
 @needs_data
@@ -3696,7 +4165,7 @@ def test_real_sst2(place):
     """A micro evaluation on the real SST-2: its 872 test sentences, of which 444 are positive."""
     argv = "--task sst2 --prompt random vocab --seeds 10 --rates 0.1 --epochs 2".split()
     evaluation.main([*SMALL, *argv, "--data", os.environ["SUPMER_DATA"], "--out", "sst2.json"])
-    test = json.loads(Path("sst2.json").read_text())["tasks"]["sst2"]["test"]
+    test = first_result("sst2.json")["test"]["sst2"]
     assert (test["rows"], test["of"]) == (872, 872) and test["majority"] == pytest.approx(
         100 * 444 / 872
     )
@@ -4294,9 +4763,9 @@ def test_tuning_with_the_authors_files(place, monkeypatch):
     evaluation.main([*SMALL, "--prompt-length", "100", "--prompt", "released", "theirs"])
     assert {path.name for path in (place / "cache/released").iterdir()} == {
         path.name for path in (place / "theirs").iterdir()}
-    tuning = json.loads(Path("runs/eval/small-planted.json").read_text())["tasks"]["planted"][
-        "tuning"]
-    assert without_times(tuning["released"]) == without_times(tuning["theirs"])
+    tuning = json.loads(Path("runs/eval/small-planted.json").read_text())["results"][0]["tuning"]
+    curves = {name: [record["validations"] for record in tuning[name]] for name in tuning}
+    assert curves["released"] == curves["theirs"]
     monkeypatch.setattr(data, "RELEASED_URL", "file:///nowhere/")       # they are there already
     settings, _ = evaluation.parse([*SMALL, "--prompt-length", "100", "--prompt", "released"])
     prompt = evaluation.open_prompt("released", small_t5(), settings)
@@ -4338,16 +4807,6 @@ def test_damaged_released_prompts(tmp_path):
         torch.save(changed, edit)
         with pytest.raises(InputError, match="no prompt and regularizer for a T5 of width 768"):
             supmer.load_prompt(tmp_path, 768)
-
-
-class Evil:
-    """Unpickled without care it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
 
 
 def run_with_prompt(folder, config, model):
