@@ -1345,7 +1345,7 @@ def demonstrate():
     tokenizer = load_tokenizer(folder, t5.config)
     with tempfile.TemporaryDirectory() as new:
         store = build_store(Path(new) / "store", [folder / "corpus.jsonl.gz"], tokenizer, t5,
-                            clusters=6, seed=0, model=folder, max_bytes=400_000)
+                            clusters=6, seed=0, model=folder, max_bytes=800_000)
         index = TaskIndex(store, tokenizer, support=4, query=4)
         for variant in VARIANTS:
             task = meta_task(index, 0, 0, 0, variant=variant, stream=1)

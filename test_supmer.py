@@ -2309,42 +2309,42 @@ def test_each_variant_says_what_the_corpus_says(planted, variant, source, target
 
 LITERAL = {     # target -> source: the first of each label, at most three, in the first task
     "sp-next": {
-        "yes": "T1 d131 s34 end. <extra_id_0> . T2 d131 s35 end.</s>",
-        "no": "T1 d47 s27 end. <extra_id_0> . T1 d50 s36 end.</s>",
-        "maybe": "T1 d183 s10 end. <extra_id_0> . T3 d183 s12 end.</s>",
+        "yes": "T4 d130 s4 end. <extra_id_0> . T0 d130 s5 end.</s>",
+        "no": "T4 d47 s30 end. <extra_id_0> . T1 d50 s36 end.</s>",
+        "maybe": "T4 d182 s15 end. <extra_id_0> . T3 d182 s9 end.</s>",
     },
     "sp-cluster": {
-        "yes": "T1 d48 s30 end. <extra_id_0> . T1 d51 s14 end.</s>",
-        "no": "T1 d187 s37 end. <extra_id_0> . T4 d13 s13 end.</s>",
+        "yes": "T4 d48 s38 end. <extra_id_0> . T4 d51 s22 end.</s>",
+        "no": "T4 d187 s35 end. <extra_id_0> . T2 d13 s6 end.</s>",
     },
     "mc-next": {
-        "A": "T1 d118 s20 end. ? A. T2 d118 s21 end."
-             " B. T3 d101 s16 end. C. T1 d148 s5 end. D. T3 d118 s7 end."
+        "A": "T4 d115 s29 end. ? A. T0 d115 s30 end."
+             " B. T3 d96 s16 end. C. T3 d144 s5 end. D. T2 d115 s7 end."
              " . Answer: <extra_id_0></s>",
-        "B": "T1 d167 s37 end. ? A. T4 d98 s23 end."
-             " B. T2 d167 s38 end. C. T3 d76 s21 end. D. T0 d167 s16 end."
+        "B": "T4 d164 s31 end. ? A. T4 d93 s23 end."
+             " B. T0 d164 s32 end. C. T4 d74 s21 end. D. T4 d164 s16 end."
              " . Answer: <extra_id_0></s>",
-        "C": "T1 d40 s36 end. ? A. T3 d40 s38 end."
-             " B. T0 d156 s28 end. C. T2 d40 s37 end. D. T0 d115 s25 end."
+        "C": "T4 d43 s8 end. ? A. T4 d43 s38 end."
+             " B. T2 d152 s28 end. C. T0 d43 s9 end. D. T4 d112 s25 end."
              " . Answer: <extra_id_0></s>",
     },
     "mc-cluster": {
-        "A": "T1 d106 s39 end. ? A. T1 d174 s3 end."
-             " B. T2 d160 s27 end. C. T2 d192 s3 end. D. T0 d193 s29 end."
+        "A": "T4 d95 s39 end. ? A. T4 d172 s0 end."
+             " B. T1 d157 s17 end. C. T1 d191 s34 end. D. T3 d194 s10 end."
              " . Answer: <extra_id_0></s>",
-        "B": "T1 d96 s9 end. ? A. T3 d111 s36 end."
-             " B. T1 d79 s33 end. C. T3 d129 s35 end. D. T4 d191 s37 end."
+        "B": "T4 d91 s12 end. ? A. T0 d107 s36 end."
+             " B. T4 d76 s37 end. C. T0 d127 s36 end. D. T2 d191 s20 end."
              " . Answer: <extra_id_0></s>",
-        "C": "T1 d42 s7 end. ? A. T0 d20 s15 end."
-             " B. T2 d8 s36 end. C. T1 d197 s32 end. D. T3 d56 s6 end."
+        "C": "T4 d44 s6 end. ? A. T3 d20 s18 end."
+             " B. T1 d9 s3 end. C. T4 d198 s28 end. D. T0 d56 s8 end."
              " . Answer: <extra_id_0></s>",
     },
     "ss-cluster": {
-        "A": "T3 d61 s21 end. ? A. [centroid 3]"
+        "A": "T0 d61 s23 end. ? A. [centroid 3]"
              " B. [centroid 4] C. [centroid 2] D. [centroid 0] . Answer: <extra_id_0></s>",
-        "B": "T0 d197 s6 end. ? A. [centroid 3]"
+        "B": "T3 d198 s32 end. ? A. [centroid 3]"
              " B. [centroid 4] C. [centroid 2] D. [centroid 0] . Answer: <extra_id_0></s>",
-        "C": "T4 d117 s35 end. ? A. [centroid 3]"
+        "C": "T2 d114 s34 end. ? A. [centroid 3]"
              " B. [centroid 4] C. [centroid 2] D. [centroid 0] . Answer: <extra_id_0></s>",
     },
 }

@@ -50,7 +50,7 @@ from supmer import Method, measure, score
 from t5 import (EOS, InputError, T5, T5Config, decode, embed_tokens, encode, expected_shapes,
                 load_t5, next_token_logits)
 
-CONFIG = T5Config(d_model=256, d_kv=64, d_ff=512, num_layers=4, num_decoder_layers=2, num_heads=4,
+CONFIG = T5Config(d_model=256, d_kv=64, d_ff=512, num_layers=3, num_decoder_layers=2, num_heads=4,
                   vocab_size=8500, gated=False, tied=False, scaled=False, num_buckets=32,
                   max_distance=128, eps=1e-6)
 D, V = CONFIG.d_model, CONFIG.vocab_size
@@ -464,12 +464,10 @@ SAVE_EVERY = 200                        # steps
 RECLUSTER = (0.08, 0.2, 0.35, 0.5, 0.65, 0.8)    # of the steps: then clusters are made anew
 ANCHORS = {"sp_next": 0.2, "sp_cluster": 0.22, "mc_next": 0.18, "mc_cluster": 0.2,
            "ss_cluster": 0.2}
-STAGES = (  # name, share of the steps, what is drawn as a step's first and as its second lesson
-    ("words", 0.3, {"distill": 0.35, "rating": 0.25, "steer": 0.4}, {"cloze": 1.0}),
-    ("relations", 0.45, {"distill": 0.2, "rating": 0.2, "steer": 0.25, "cloze": 0.35}, ANCHORS),
-    ("as they come", 0.25, {"distill": 0.2, "rating": 0.2, "steer": 0.25, "cloze": 0.35}, ANCHORS))
+GENERAL = {"distill": 0.25, "rating": 0.22, "steer": 0.23, "cloze": 0.3}
+STAGES = (("easy", 0.08), ("harder", 0.5), ("as they come", 0.42))      # shares of the steps
 RATES = {"lm_head.weight": 0.003, "shared.weight": 0.0015}      # Adam's; the others':
-RATE, MUON_RATE = 0.002, 0.003          # twice as much unlearns what the start knows
+RATE, MUON_RATE = 0.002, 0.002          # thrice as much unlearns what the start knows
 
 
 # ------------------------------------------------------------------------- a start that works
@@ -775,19 +773,16 @@ def recluster(t5, lessons, step):
 
 
 def draw(lessons, step, progress):
-    """The two lessons of a step, by name: a function of the step (but for the tuned prompts)."""
-    rng, begin = np.random.default_rng((SEED, step, 7)), 0
-    for stage, share, *both in STAGES:
-        if progress < begin + share:
-            break
-        begin += share
-    hard = 0.95 * min(1, (progress - begin) / share) if stage == "relations" else 0.95
-    drawn = {}
-    for shares in both:
+    """The two lessons of a step, by name, one general, one anchor task: a function of the step (but
+    for the tuned prompts)."""
+    rng, drawn = np.random.default_rng((SEED, step, 7)), {}
+    easy, harder = STAGES[0][1], STAGES[1][1]
+    hard = 0.95 * float(np.clip((progress - easy) / harder, 0, 1))
+    for shares, more in ((GENERAL, ()), (ANCHORS, (hard,))):
         names = [name for name in shares if name != "rating" or len(lessons.pool.reviews)]
         p = np.array([shares[name] for name in names])
         name = str(rng.choice(names, p=p / p.sum()))
-        drawn[name] = getattr(lessons, name)(rng, *[hard] * (name in ANCHORS))
+        drawn[name] = getattr(lessons, name)(rng, *more)
     return drawn
 
 
@@ -841,7 +836,7 @@ def train(pool, tokenizer, work, tasks, steps, dtype):
     def told(step):
         draft = {name: value.detach() for name, value in p.items()}
         tqdm.write(f"step {step}: {gates(draft, lessons, work, tasks)}")
-    ends = np.round(steps * np.cumsum([share for _, share, _, _ in STAGES])).astype(int).tolist()
+    ends = np.round(steps * np.cumsum([share for _, share in STAGES])).astype(int).tolist()
     if not begin:
         told(0)
     for step in (bar := tqdm(range(begin, steps), "training", initial=begin, total=steps)):
