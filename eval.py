@@ -42,9 +42,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from data import (GROUPS, RELEASED, ROWS, TASKS, TINY, LabeledTask, Row, atomic_write, few_shot,
-                  fingerprint, load_test, load_tokenizer, load_train, locate, model_fingerprint,
-                  model_folder, read_table, released_folder, task_examples, template_fields)
+from data import (GROUPS, RELEASED, ROWS, TASKS, TINY, LabeledTask, atomic_write, few_shot,
+                  fingerprint, load_test, load_texts, load_tokenizer, load_train, locate,
+                  model_fingerprint, model_folder, released_folder, task_examples, template_fields)
 from supmer import (Method, init_prompt, knob, load_prompt, measure, prompt_gradient, regularize,
                     score)
 from t5 import InputError, load_t5, weight_files
@@ -661,21 +661,15 @@ def predict(settings):
     if about.get("model_sha256") != model_fingerprint(model):
         raise InputError(f"{settings.prompt[0]} was tuned on another model, {about.get('model')}, "
                          f"than {settings.model} is now: give --model")
-    task, path = LabeledTask(**about["task"]), Path(settings.predict)
-    names, rows = template_fields(task.template), []
-    for where, texts in read_table(path, names):
-        if not texts or not all(text.strip() for text in texts):
-            raise InputError(f"{where}: not the texts {', '.join(names)}: mend or drop it")
-        rows.append(Row(0, dict(zip(names, texts))))
-    if not rows:
-        raise InputError(f"{path} has no texts")
+    task = LabeledTask(**about["task"])
+    rows = load_texts(settings.predict, task)
     t5 = load_t5(model, getattr(torch, settings.dtype), pick_device(settings.device))
     examples = task_examples(load_tokenizer(model, t5.config), task, rows)
     theta = tensors["thetas"][0].to(t5.weights["shared.weight"].device)
     chances = score(t5, theta, examples, Method()).softmax(-1)
     lines = io.StringIO()
     out = csv.writer(lines, lineterminator="\n")
-    out.writerow([*names, "label", *task.words])
+    out.writerow([*template_fields(task.template), "label", *task.words])
     for row, chance in zip(rows, chances.tolist()):
         out.writerow([*texts_of(row), task.words[max(range(len(chance)), key=chance.__getitem__)],
                       *(f"{p:.4f}" for p in chance)])
@@ -737,9 +731,10 @@ def check_own_task(settings, given, error):
               "differ: --template \"{text} It was <X> .\" --words terrible,great")
     if "task" in given or "study" in given:
         error("--task and --study are for the tasks that are known: leave them away")
+    formats = [*filter(None, ROWS)]
     for path in map(Path, settings.data):
-        if not path.is_file() or path.suffix not in ROWS or len(settings.data) > 2:
-            error(f"--data {' '.join(settings.data)}: give your task's file, {', '.join(ROWS)}, "
+        if not path.is_file() or path.suffix not in formats or len(settings.data) > 2:
+            error(f"--data {' '.join(settings.data)}: give your task's file, {', '.join(formats)}, "
                   "and, if you have one, a file to test on")
     if not template_fields(settings.template):
         error(f"the template {settings.template!r} names no text: \"{{text}} It was <X> .\"")

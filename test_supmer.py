@@ -2615,6 +2615,21 @@ def test_each_format_literally(tmp_path, name):
     assert len(said) == len(told) and all(b in a for a, b in zip(said, told))
 
 
+def test_texts_without_labels_literally(tmp_path):
+    """A line of a .txt is a text, tabs and all; other formats name the template's texts, which are
+    prepared as in training; a blank one is refused with its line."""
+    (tmp_path / "new.txt").write_text("What a\tjoy.\n\ufeffNo.")
+    assert data.load_texts(tmp_path / "new.txt", TASKS["mr"]) == [
+        data.Row(0, {"text": "What a\tjoy."}), data.Row(0, {"text": "\ufeffNo."})]
+    (tmp_path / "new.csv").write_text('id,premise,hypothesis\n7,"It rains, he said.",It rains!\n')
+    assert data.load_texts(tmp_path / "new.csv", TASKS["cb"]) == [
+        data.Row(0, {"hypothesis": "It rains", "premise": "It rains, he said."})]
+    for content, says in (("ok\n\n", "new.txt, line 2"), ("", "no texts")):
+        (tmp_path / "new.txt").write_text(content)
+        with pytest.raises(InputError, match=says):
+            data.load_texts(tmp_path / "new.txt", TASKS["mr"])
+
+
 class Evil:
     """Unpickled without care it makes a file."""
 
@@ -3923,7 +3938,8 @@ def test_own_rows_that_are_all_sampled_are_tuned_not_tested(place, capsys):
     Path("my.csv").write_text("0,bad film\n0,dull food\n1,good film\n1,warm food\n")
     argv = ["--words", "terrible,great", *OWN, "--data", "my.csv"]
     evaluation.main(argv)
-    assert "it is tuned, not tested" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "it is tuned, not tested" in printed and "[1, 1] examples by label instead of 2" in printed
     assert Path(first_result("runs/eval/small-my.json")["tuning"]["vocab"][0]["file"]).exists()
     evaluation.main([*argv, "data/planted/test.csv"])
     assert first_result("runs/eval/small-my.json")["test"]["my"]["rows"] == 40
