@@ -658,9 +658,11 @@ def predict(settings):
     words' probabilities (they sum to 1). InputError for a prompt of another model."""
     tensors, about = read_result(settings.prompt[0])
     model = model_folder(settings.model)
-    if about.get("model_sha256") != model_fingerprint(model):
-        raise InputError(f"{settings.prompt[0]} was tuned on another model, {about.get('model')}, "
-                         f"than {settings.model} is now: give --model")
+    if "task" not in about:
+        raise InputError(f"{settings.prompt[0]} is no tuned prompt: give one that a table names")
+    if about["model_sha256"] != model_fingerprint(model):
+        raise InputError(f"{settings.prompt[0]} was tuned on another model, {about['model']}, than "
+                         f"{settings.model} is now: give --model")
     task = LabeledTask(**about["task"])
     rows = load_texts(settings.predict, task)
     t5 = load_t5(model, getattr(torch, settings.dtype), pick_device(settings.device))
@@ -818,7 +820,7 @@ def main(argv):
         return
     text = table(written, t5.config, settings)
     atomic_write(out.with_suffix(".md"), lambda file: file.write(f"{text}\n".encode()))
-    print("", text, "±: sample standard deviation (n - 1) over the seeds", sep="\n\n")
+    print(f"\n{text}\n\n±: sample standard deviation (n - 1) over the seeds")
     if settings.plot:
         draw(written, settings, out.with_suffix(".png"))
         print(f"picture: {out.with_suffix('.png')}")

@@ -2709,9 +2709,10 @@ def test_jsonl_of_other_things_is_refused(tmp_path):
     ("mrpc", 'Amrozi accused his brother , whom he called " the witness "'),
     ("airlines", "WAW-SKJ Economy. No free snacks"), ("books", "Horrible book, horrible.\n\tTHis"),
     ("electronics", "bad\n\tcons\ntips extremely"), ("restaurants", "Wow... Loved this place.")])
-def test_real_tasks_are_read_whole(name, first):
+def test_real_tasks_are_read_whole(name, first, tokenizer):
     """The sizes of the paper's Table 5 and of the domains, all labels, how the first row begins;
-    the only thing that is told of sizes is Restaurants'."""
+    the only thing that is told of sizes is Restaurants'. The embedded model can read all of them:
+    the longest texts are cut to the limit, none loses the mask."""
     said, task = [], TASKS[name]
     train, test = (load(task, SUPMER_DATA, said.append) for load in (data.load_train, load_test))
     ours = {"restaurants": (1000, 1000)}.get(name, (task.sizes[0] or 1700, task.sizes[1]))
@@ -2721,6 +2722,10 @@ def test_real_tasks_are_read_whole(name, first):
     assert [line for line in said if "the paper has" in line] == [
         f"{SUPMER_DATA}/{task.test}: 1,000 rows, the paper has 2,000"] * (name == "restaurants")
     assert any("the last row" in line for line in said) == (name == "cr")
+    longest = sorted(test, key=lambda row: -max(map(len, row.fields.values())))[:5]
+    examples, mask = data.task_examples(tokenizer, task, longest), tokenizer.token_to_id(MASK)
+    assert all(ids.count(mask) == 1 and len(ids) <= task.max_tokens for ids in examples.ids)
+    assert len(set(map(tuple, examples.words))) == len(task.words)
 
 
 # --------------------------------------------------------------------- data: where tasks come from
@@ -3939,7 +3944,8 @@ def test_own_rows_that_are_all_sampled_are_tuned_not_tested(place, capsys):
     argv = ["--words", "terrible,great", *OWN, "--data", "my.csv"]
     evaluation.main(argv)
     printed = capsys.readouterr().out
-    assert "it is tuned, not tested" in printed and "[1, 1] examples by label instead of 2" in printed
+    for said in ("it is tuned, not tested", "[1, 1] examples by label instead of 2"):
+        assert said in printed
     assert Path(first_result("runs/eval/small-my.json")["tuning"]["vocab"][0]["file"]).exists()
     evaluation.main([*argv, "data/planted/test.csv"])
     assert first_result("runs/eval/small-my.json")["test"]["my"]["rows"] == 40
