@@ -135,9 +135,9 @@ def newest_run(model):
 
 def normal_prompt(t5, length, seed):
     """theta (P, d), normal with the embedding table's standard deviation."""
-    table = t5.weights["shared.weight"].float()
+    table = t5.weights["shared.weight"].float().cpu()       # the same to the last bit on a GPU
     drawn = np.random.default_rng((seed, 0, 0, 12)).standard_normal((length, table.shape[1]))
-    return table.std() * torch.from_numpy(drawn).float().to(table.device)
+    return table.std() * torch.from_numpy(drawn).float()
 
 
 def belongs(about, config, model):
@@ -783,7 +783,7 @@ def main(argv):
     t5 = load_t5(model, dtype, torch.device(devices[0] if count == 1 else "cpu"))
     prompts = [open_prompt(name, t5, settings) for name in settings.prompt]
     print(*(f"{prompt.name}: {prompt.about}" for prompt in prompts if prompt.about), sep="\n")
-    unit = float(t5.weights["shared.weight"].float().square().mean().sqrt())
+    unit = float(t5.weights["shared.weight"].float().cpu().square().mean().sqrt())
     code = [Path(__file__).with_name(f"{name}.py") for name in ("eval", "supmer", "data", "t5")]
     made_of = {"model": model_fingerprint(model), "dtype": settings.dtype,
                "device": devices[0].partition(":")[0], "torch": torch.__version__,
