@@ -851,9 +851,7 @@ def read_rows(path, task, size=0, say=lambda line: None):
             raise InputError(f"{where}: {values or 'too few or too many columns'}; a row is a label"
                              f" ({', '.join(known)}) and {', '.join(fields)}, without a header in "
                              "this order: mend or drop it")
-        texts = [text.rstrip(string.punctuation) if field == task.bare else text
-                 for field, text in zip(fields, texts)]
-        rows.append(Row(known[label], dict(zip(fields, texts))))
+        rows.append(make_row(task, known[label], texts))
     if task.incomplete == "kept":
         if rows and not any(text.strip() for text in rows[-1].fields.values()):
             rows.pop()
@@ -867,6 +865,29 @@ def read_rows(path, task, size=0, say=lambda line: None):
     if size not in (0, len(rows)):
         say(f"{path}: {len(rows):,} rows, the paper has {size:,}")
     return rows
+
+
+def load_texts(path, task):
+    """Rows without labels, to be predicted: the template's texts only -> [Row], all of label 0.
+
+    a line `What a joy.` of a .txt -> Row(0, {"text": "What a joy."})
+    """
+    fields, rows, path = template_fields(task.template), [], Path(path)
+    for where, texts in read_table(path, fields):
+        if not texts or not all(text.strip() for text in texts):
+            raise InputError(f"{where}: not the texts {', '.join(fields)}: mend or drop it")
+        rows.append(make_row(task, 0, texts))
+    if not rows:
+        raise InputError(f"{path} has no texts: give some")
+    return rows
+
+
+def make_row(task, label, texts):
+    """A Row of the template's texts, in its order; one of them may lose its final punctuation."""
+    fields = dict(zip(template_fields(task.template), texts))
+    if task.bare:
+        fields[task.bare] = fields[task.bare].rstrip(string.punctuation)
+    return Row(label, fields)
 
 
 def template_fields(template):

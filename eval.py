@@ -43,9 +43,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from data import (GROUPS, RELEASED, ROWS, TASKS, TINY, LabeledTask, Row, atomic_write, few_shot,
-                  fingerprint, load_test, load_tokenizer, load_train, locate, model_fingerprint,
-                  model_folder, read_table, released_folder, task_examples, template_fields)
+from data import (GROUPS, RELEASED, ROWS, TASKS, TINY, LabeledTask, atomic_write, few_shot,
+                  fingerprint, load_test, load_texts, load_tokenizer, load_train, locate,
+                  model_fingerprint, model_folder, released_folder, task_examples, template_fields)
 from supmer import (REGULARIZERS, Method, init_prompt, knob, load_prompt, measure, prompt_gradient,
                     score)
 from t5 import InputError, load_t5, weight_files
@@ -136,9 +136,9 @@ def newest_run(model):
 
 def normal_prompt(t5, length, seed):
     """theta (P, d), normal with the embedding table's standard deviation."""
-    table = t5.weights["shared.weight"].float()
+    table = t5.weights["shared.weight"].float().cpu()       # the same to the last bit on a GPU
     drawn = np.random.default_rng((seed, 0, 0, 12)).standard_normal((length, table.shape[1]))
-    return table.std() * torch.from_numpy(drawn).float().to(table.device)
+    return table.std() * torch.from_numpy(drawn).float()
 
 
 def belongs(about, config, model):
@@ -662,24 +662,20 @@ def predict(settings):
     words' probabilities (they sum to 1). InputError for a prompt of another model."""
     tensors, about = read_result(settings.prompt[0])
     model = model_folder(settings.model)
-    if about.get("model_sha256") != model_fingerprint(model):
-        raise InputError(f"{settings.prompt[0]} was tuned on another model, {about.get('model')}, "
-                         f"than {settings.model} is now: give --model")
-    task, path = LabeledTask(**about["task"]), Path(settings.predict)
-    names, rows = template_fields(task.template), []
-    for where, texts in read_table(path, names):
-        if not texts or not all(text.strip() for text in texts):
-            raise InputError(f"{where}: not the texts {', '.join(names)}: mend or drop it")
-        rows.append(Row(0, dict(zip(names, texts))))
-    if not rows:
-        raise InputError(f"{path} has no texts")
+    if "task" not in about:
+        raise InputError(f"{settings.prompt[0]} is no tuned prompt: give one that a table names")
+    if about["model_sha256"] != model_fingerprint(model):
+        raise InputError(f"{settings.prompt[0]} was tuned on another model, {about['model']}, than "
+                         f"{settings.model} is now: give --model")
+    task = LabeledTask(**about["task"])
+    rows = load_texts(settings.predict, task)
     t5 = load_t5(model, getattr(torch, settings.dtype), pick_device(settings.device))
     examples = task_examples(load_tokenizer(model, t5.config), task, rows)
     theta = tensors["thetas"][0].to(t5.weights["shared.weight"].device)
     chances = score(t5, theta, examples, Method()).softmax(-1)
     lines = io.StringIO()
     out = csv.writer(lines, lineterminator="\n")
-    out.writerow([*names, "label", *task.words])
+    out.writerow([*template_fields(task.template), "label", *task.words])
     for row, chance in zip(rows, chances.tolist()):
         out.writerow([*texts_of(row), task.words[max(range(len(chance)), key=chance.__getitem__)],
                       *(f"{p:.4f}" for p in chance)])
@@ -741,9 +737,10 @@ def check_own_task(settings, given, error):
               "differ: --template \"{text} It was <X> .\" --words terrible,great")
     if "task" in given or "study" in given:
         error("--task and --study are for the tasks that are known: leave them away")
+    formats = [*filter(None, ROWS)]
     for path in map(Path, settings.data):
-        if not path.is_file() or path.suffix not in ROWS or len(settings.data) > 2:
-            error(f"--data {' '.join(settings.data)}: give your task's file, {', '.join(ROWS)}, "
+        if not path.is_file() or path.suffix not in formats or len(settings.data) > 2:
+            error(f"--data {' '.join(settings.data)}: give your task's file, {', '.join(formats)}, "
                   "and, if you have one, a file to test on")
     if not template_fields(settings.template):
         error(f"the template {settings.template!r} names no text: \"{{text}} It was <X> .\"")
@@ -792,7 +789,7 @@ def main(argv):
     t5 = load_t5(model, dtype, torch.device(devices[0] if count == 1 else "cpu"))
     prompts = [open_prompt(name, t5, settings) for name in settings.prompt]
     print(*(f"{prompt.name}: {prompt.about}" for prompt in prompts if prompt.about), sep="\n")
-    unit = float(t5.weights["shared.weight"].float().square().mean().sqrt())
+    unit = float(t5.weights["shared.weight"].float().cpu().square().mean().sqrt())
     code = [Path(__file__).with_name(f"{name}.py") for name in ("eval", "supmer", "data", "t5")]
     made_of = {"model": model_fingerprint(model), "dtype": settings.dtype,
                "device": devices[0].partition(":")[0], "torch": torch.__version__,
@@ -829,7 +826,7 @@ def main(argv):
         return
     text = table(written, t5.config, settings)
     atomic_write(out.with_suffix(".md"), lambda file: file.write(f"{text}\n".encode()))
-    print("", text, "±: sample standard deviation (n - 1) over the seeds", sep="\n\n")
+    print(f"\n{text}\n\n±: sample standard deviation (n - 1) over the seeds")
     if settings.plot:
         draw(written, settings, out.with_suffix(".png"))
         print(f"picture: {out.with_suffix('.png')}")

@@ -2676,6 +2676,21 @@ def test_each_format_literally(tmp_path, name):
     assert len(said) == len(told) and all(b in a for a, b in zip(said, told))
 
 
+def test_texts_without_labels_literally(tmp_path):
+    """A line of a .txt is a text, tabs and all; other formats name the template's texts, which are
+    prepared as in training; a blank one is refused with its line."""
+    (tmp_path / "new.txt").write_text("What a\tjoy.\n\ufeffNo.")
+    assert data.load_texts(tmp_path / "new.txt", TASKS["mr"]) == [
+        data.Row(0, {"text": "What a\tjoy."}), data.Row(0, {"text": "\ufeffNo."})]
+    (tmp_path / "new.csv").write_text('id,premise,hypothesis\n7,"It rains, he said.",It rains!\n')
+    assert data.load_texts(tmp_path / "new.csv", TASKS["cb"]) == [
+        data.Row(0, {"hypothesis": "It rains", "premise": "It rains, he said."})]
+    for content, says in (("ok\n\n", "new.txt, line 2"), ("", "no texts")):
+        (tmp_path / "new.txt").write_text(content)
+        with pytest.raises(InputError, match=says):
+            data.load_texts(tmp_path / "new.txt", TASKS["mr"])
+
+
 class Evil:
     """Unpickled without care it makes a file."""
 
@@ -2755,9 +2770,10 @@ def test_jsonl_of_other_things_is_refused(tmp_path):
     ("mrpc", 'Amrozi accused his brother , whom he called " the witness "'),
     ("airlines", "WAW-SKJ Economy. No free snacks"), ("books", "Horrible book, horrible.\n\tTHis"),
     ("electronics", "bad\n\tcons\ntips extremely"), ("restaurants", "Wow... Loved this place.")])
-def test_real_tasks_are_read_whole(name, first):
+def test_real_tasks_are_read_whole(name, first, tokenizer):
     """The sizes of the paper's Table 5 and of the domains, all labels, how the first row begins;
-    the only thing that is told of sizes is Restaurants'."""
+    the only thing that is told of sizes is Restaurants'. The embedded model can read all of them:
+    the longest texts are cut to the limit, none loses the mask."""
     said, task = [], TASKS[name]
     train, test = (load(task, SUPMER_DATA, said.append) for load in (data.load_train, load_test))
     ours = {"restaurants": (1000, 1000)}.get(name, (task.sizes[0] or 1700, task.sizes[1]))
@@ -2767,6 +2783,10 @@ def test_real_tasks_are_read_whole(name, first):
     assert [line for line in said if "the paper has" in line] == [
         f"{SUPMER_DATA}/{task.test}: 1,000 rows, the paper has 2,000"] * (name == "restaurants")
     assert any("the last row" in line for line in said) == (name == "cr")
+    longest = sorted(test, key=lambda row: -max(map(len, row.fields.values())))[:5]
+    examples, mask = data.task_examples(tokenizer, task, longest), tokenizer.token_to_id(MASK)
+    assert all(ids.count(mask) == 1 and len(ids) <= task.max_tokens for ids in examples.ids)
+    assert len(set(map(tuple, examples.words))) == len(task.words)
 
 
 # --------------------------------------------------------------------- data: where tasks come from
@@ -4028,7 +4048,9 @@ def test_own_rows_that_are_all_sampled_are_tuned_not_tested(place, capsys):
     Path("my.csv").write_text("0,bad film\n0,dull food\n1,good film\n1,warm food\n")
     argv = ["--words", "terrible,great", *OWN, "--data", "my.csv"]
     evaluation.main(argv)
-    assert "it is tuned, not tested" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for said in ("it is tuned, not tested", "[1, 1] examples by label instead of 2"):
+        assert said in printed
     assert Path(first_result("runs/eval/small-my.json")["tuning"]["vocab"][0]["file"]).exists()
     evaluation.main([*argv, "data/planted/test.csv"])
     assert first_result("runs/eval/small-my.json")["test"]["my"]["rows"] == 40
