@@ -50,11 +50,11 @@ import kmeans as km
 import supmer
 import t5 as T
 import train
-from data import (MASK, TASKS, TaskIndex, VARIANTS, collate, documents, fill_template, load_test,
-                  load_tokenizer, meta_task, split_sentences, task_examples)
+from data import (MASK, TASKS, TaskIndex, VARIANTS, collate, documents, fill_template, hash_share,
+                  load_test, load_tokenizer, meta_task, split_sentences, task_examples)
 from supmer import Method
 from t5 import EOS, InputError, PAD, load_t5, read_config
-from tiny import grams, jargon_entries, make_tasks
+from tiny import grams, held_out, jargon_entries, make_tasks, read_records
 
 
 try:
@@ -5043,6 +5043,21 @@ def test_corpus_is_what_the_card_says():
     assert genesis["paragraphs"][0].startswith("In the beginning God created the heaven and the")
 
 
+def test_what_is_held_out_was_never_trained_on():
+    """The documents that train.py holds out of the embedded corpus, whole or its default part, are
+    among those that tiny.py kept out of the T5's training; a document's place depends on its text
+    alone."""
+    assert hash_share(["It rained."]) == 0.5438340513254594
+    shares = np.array([hash_share(document["paragraphs"]) for document in corpus()])
+    bytes_read = np.cumsum([sum(len(p.encode()) for p in document["paragraphs"])
+                            for document in corpus()])
+    for part in (shares, shares[bytes_read <= train.TINY_VALUES["bytes"][0]]):
+        counts = Counter(documents=len(part))
+        chosen = data._hold_out(np.arange(len(part)), part, 1, counts)
+        assert chosen.sum() == counts["documents held out"] == round(0.05 * len(part))
+        assert held_out(part[chosen]).all() and 0.05 < held_out(part).mean() < 0.09
+
+
 def test_splits_are_disjoint_and_counted():
     """No text is in two splits or twice in one, by its words; counts are those of the card."""
     card = (TINY / "README.md").read_text(encoding="utf-8")
@@ -5121,3 +5136,23 @@ def test_jargon_entries():
     text = ("00-database-info\n    not prose at all here\nhack\n n.\n\n"
             "    1. A quick job that works,\n    or {kluge}.\n")
     assert jargon_entries(text) == [("hack", ["A quick job that works, or kluge."])]
+
+
+def test_jargon_prose_only():
+    """What a dictionary says of a word's grammar goes, and what is drawn is no prose."""
+    text = ("bletch\n\n    [very common] n. obs. The sound of disgust.\n\n    adj.\n\n"
+            "    o----)||(--+--|<----+   +---------o + D O\n")
+    assert jargon_entries(text) == [("bletch", ["The sound of disgust."])]
+
+
+def test_records_of_any_text(tmp_path):
+    """tiny.py learns from lines of text with a rating or a category, or of paragraphs; another
+    line ends with its number."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"text": "Fine.<br /><br />Buy it.", "rating": 9}\n'
+                    '{"question": "Who?", "category": "people"}\n{"paragraphs": ["It rained."]}\n')
+    assert list(read_records(path)) == [(9, "", ["Fine.", "Buy it."]), (0, "people", ["Who?"]),
+                                        (0, "", ["It rained."])]
+    path.write_text('{"text": "Fine."}\n["no record"]\n')
+    with pytest.raises(InputError, match="mine.jsonl, line 2: no record with `paragraphs`, `text`"):
+        list(read_records(path))

@@ -2,16 +2,18 @@
 
     python tiny.py --data FOLDER
 
-FOLDER ($SUPMER_DATA by default) has text to learn from (mixture/, text/), and the test sets that
-must stay out of it (original/, superglue/, domain/). It fetches four packages by pip and apt-get,
-writes tiny/corpus.jsonl.gz and tiny/tasks/, trains a tokenizer, has 60,000 sentences embedded by a
+FOLDER ($SUPMER_DATA by default) has text to learn from: .txt, .jsonl and .jsonl.gz files anywhere
+in it, with ratings or categories where there are some; and the test sets whose text must stay out
+of it (original/, superglue/, domain/). It fetches four packages by pip and apt-get, writes
+tiny/corpus.jsonl.gz and tiny/tasks/, trains a tokenizer, has 220,000 sentences embedded by a
 teacher (the sentence encoder all-MiniLM-L6-v2; needs `transformers`, for building only), trains,
 and writes config.json, model.safetensors (float16) and tokenizer.json in T5's official layout.
-Killed, it goes on from what --work holds. It takes about 40 minutes, a bar shows how many are left;
-tiny/README.md is the model card.
+Killed, it goes on from what --work holds, bit by bit. Bars show the minutes left, the gates are
+printed after each stage; tiny/README.md is the model card and tells how long it took.
 
 The file has three parts: what is taught (Pool, Lessons), how (the start, the optimizer, the
-loop), and where it comes from and goes to (packages, corpus, tasks, tokenizer, teacher, export).
+loop, the gates), and where it comes from and goes to (packages, corpus, tasks, tokenizer, teacher,
+export).
 
 Letters: V vocabulary, d d_model, S its leading dimensions, which carry the meaning, n sentences,
 B batch, T tokens, L decoder inputs, P prompt vectors.
@@ -298,7 +300,7 @@ class Lessons:
         """Tasks that only a prompt can explain; their prompts are tuned along with the model, and
         thrown away after 60 steps each."""
         sources, target, chosen = [], [], []
-        for k in rng.choice(12, tasks, replace=False):
+        for k in rng.choice(12, tasks, replace=False).tolist():
             if k not in self.tasks or self.tasks[k]["age"] >= 60:
                 self.tasks[k] = self.new_task(rng)
             task = self.tasks[k]
@@ -824,6 +826,9 @@ def train(pool, tokenizer, work, tasks, steps, dtype):
     optimizer, state = Optimizer(p, dtype), work / "state.pt"
     if state.exists():
         saved = torch.load(state, weights_only=True)
+        if saved["steps"] != steps:
+            raise InputError(f"{state} is of a training of {saved['steps']} steps, not {steps}: "
+                             "give its --steps, or delete it")
         begin = optimizer.steps = saved["step"]
         optimizer.moments, lessons.tasks = saved["moments"], saved["tasks"]
         for name in p:
@@ -849,9 +854,9 @@ def train(pool, tokenizer, work, tasks, steps, dtype):
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             tqdm.write(f"step {step + 1}: " + " ".join(
                 f"{name} {figure:.3f}" for name, figure in sorted(smooth.items())))
-            saved = {"step": step + 1, "p": {name: value.detach() for name, value in p.items()},
-                     "moments": optimizer.moments, "tasks": lessons.tasks,
-                     "clustered": pool.clustered}
+            saved = {"steps": steps, "step": step + 1, "clustered": pool.clustered,
+                     "p": {name: value.detach() for name, value in p.items()},
+                     "moments": optimizer.moments, "tasks": lessons.tasks}
             atomic_write(state, lambda file: torch.save(saved, file))
         if step + 1 in ends:
             told(step + 1)
@@ -1311,11 +1316,10 @@ def main(argv):
                         help="the folder of data sets, $SUPMER_DATA")
     parser.add_argument("--out", type=Path, default="tiny", help="where all of it goes")
     parser.add_argument("--work", type=Path, default=".tiny_work", help="downloads and state")
-    parser.add_argument("--steps", type=int, default=9000, help="of training")
+    parser.add_argument("--steps", type=int, default=4000, help="of training")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
                         help="of the products; float32 where the CPU knows no bfloat16")
     options = parser.parse_args(argv)
-    torch.set_num_threads(1)
     try:
         if options.data is None:
             raise InputError("no data: give --data FOLDER, or set SUPMER_DATA")

@@ -690,8 +690,8 @@ def main(argv):
     validations = [line for line in lines if "validation" in line]
     print(table(validations[0]["validation"], validations[-1]["validation"], run.state.step))
     if training.model == "tiny":
-        print("(held out from meta-training only: most of the corpus was in the embedded T5's own\n"
-              "training; tiny/README.md has its accuracy on documents that it never saw)")
+        print("(of documents that the embedded T5's own training did not see either; it knew such\n"
+              "tasks, see tiny/README.md)")
     if training.model == "tiny" and method.max_steps == TINY_VALUES["max_steps"][0]:
         print(f"this was a demonstration of {method.max_steps} steps; README.md has a longer run")
     print(f"lowest validation loss {run.best:.4f}: {folder}/prompt.safetensors\n"
