@@ -934,10 +934,12 @@ def _jsonl_rows(path, columns):
             try:
                 record = json.loads(line)
                 values = [record[name] for name in columns]
-            except (ValueError, TypeError, KeyError):
-                values = [None]
-            plain = all(isinstance(value, str | int) for value in values)
-            yield number, [str(value) for value in values] if plain else None
+                if not all(isinstance(value, str | int) for value in values):
+                    values = None
+                str(values).encode()                # half a pair of surrogates is no text
+            except (ValueError, TypeError, KeyError, RecursionError):
+                values = None
+            yield number, values and list(map(str, values))
 
 
 def _txt_rows(path, columns):
@@ -1113,8 +1115,8 @@ def archive_member(path, file):
             member = min(found)[1]
             return (archive.read(member) if path.suffix == ".zip" else
                     archive.extractfile(member).read())
-    except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, AttributeError,
-            RuntimeError) as error:     # AttributeError: a folder or device of that name
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile,
+            AttributeError, RuntimeError) as error:     # AttributeError: it is a folder or device
         reason = _reason(error).rstrip(":")
         raise InputError(f"{path} is damaged or incomplete ({reason}): delete it, fetch it again"
                          ) from None

