@@ -70,7 +70,7 @@ TINY_VALUES = {
     "max_tokens": (64, "a demonstration: short examples are quick"),
     "support": (16, "a demonstration"),
     "query": (16, "a demonstration"),
-    "relative_step": (0.03, "a1 = 0.1 moves this prompt by 4e-4 of its length, see README.md"),
+    "relative_step": (0.03, "a1 = 0.1 moves this prompt by 1e-4 of its length, see README.md"),
     "exact_cosine": (True, "at this relative step v is a poor stand-in, see README.md"),
     "prompt_rate": (0.02, "about 0.1 of the embedding table's RMS"),
     "max_steps": (30, "a demonstration"),
