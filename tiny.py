@@ -126,7 +126,8 @@ class Pool:
         """Who is whose neighbour in which document, what classes of sentences the sources and
         their categories make, and where the rated reviews are."""
         self.owner = self.document[self.rows]
-        self.classes = [np.flatnonzero(source[self.owner] == i) for i in range(len(self.sources))]
+        self.classes = [rows for i in range(len(self.sources))
+                        if len(rows := np.flatnonzero(source[self.owner] == i))]
         kinds = [np.flatnonzero(category[self.owner] == i) for i, name in enumerate(categories)
                  if name]
         self.categories = [rows for rows in kinds if len(rows) > 200]
