@@ -722,9 +722,9 @@ def parse(argv):
         if len(settings.prompt) != 1 or not Path(settings.prompt[0]).is_file():
             parser.error(f"--predict needs one tuned --prompt, a file from {TUNED}")
         return settings, {}
-    prompts = [newest_run(settings.model) if name == "newest" else name for name in settings.prompt]
-    none_yet = "newest" in settings.prompt and "released" in prompts
-    if len(set(prompts)) < len(prompts) and not none_yet:
+    newest = newest_run(settings.model) if "newest" in settings.prompt else ""
+    prompts = [newest if name == "newest" else name for name in settings.prompt]
+    if len(set(prompts)) < len(prompts) and newest != "released":
         parser.error(f"prompt {prompts}: the newest run is given twice")
     settings = replace(settings, prompt=tuple(dict.fromkeys(prompts)))
     sources = {entry.name: entry.metadata["help"] for entry in fields(Settings)}

@@ -3745,6 +3745,9 @@ def test_without_a_run_the_released_prompt_is_taken(place):
     stands in for a run of one's own, once."""
     assert evaluation.parse([])[0].prompt == ("released", "random")
     assert evaluation.parse(["--quick"])[0].prompt == ("random", "vocab", "released")
+    write_run("runs/small-1")
+    with pytest.raises(InputError, match="given twice"):        # a run of one's own is no stand-in
+        evaluation.parse(["--model", "small", "--prompt", "newest", "runs/small-1", "released"])
 
 
 def test_json_is_complete(place, capsys):

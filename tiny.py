@@ -96,7 +96,7 @@ class Pool:
         stored = np.load(path)
         self.tokens, self.offsets = stored["tokens"], stored["offsets"]
         self.document, self.rating = stored["document"], stored["rating"]
-        held, source, self.sources = stored["held"], stored["source"], stored["sources"].tolist()
+        held, source = stored["held"], stored["source"]
         self.rows = taught_rows(self.document, source, held)
         long = np.diff(self.offsets) > 5
         self.free, self.unseen = (np.flatnonzero(long & (held[self.document] == out))
@@ -126,7 +126,7 @@ class Pool:
         """Who is whose neighbour in which document, what classes of sentences the sources and
         their categories make, and where the rated reviews are."""
         self.owner = self.document[self.rows]
-        self.classes = [rows for i in range(len(self.sources))
+        self.classes = [rows for i in range(source.max() + 1)
                         if len(rows := np.flatnonzero(source[self.owner] == i))]
         kinds = [np.flatnonzero(category[self.owner] == i) for i, name in enumerate(categories)
                  if name]
@@ -1234,8 +1234,7 @@ def write_pool(found, tokenizer, path):
 
 
 def teach(wheel, work, texts, name, dtype):
-    """The teacher's unit vectors of n texts (n, 384), kept in work/NAME.npy. InputError without
-    transformers."""
+    """The teacher's unit vectors of n texts (n, 384), kept in work/NAME.npy."""
     path = work / f"{name}.npy"
     if path.exists():
         return np.load(path).astype(np.float32)
@@ -1291,11 +1290,15 @@ def build(data, out, work, steps, dtype):
     if not importlib.util.find_spec("transformers"):
         raise InputError("the teacher, needed for building only, is run by transformers: "
                          "pip install transformers==5.23.0")
+    for kind in NEVER:
+        if not (data / kind).is_dir():
+            print(f"{data} has no {kind}/: its test sets' text is not looked for, nor kept out")
     tiny, out, made_of = out, work / "out", work / "made_of"    # tiny/ changes at the very end
-    if made_of.exists() and made_of.read_text() != fingerprint(files):
+    key = fingerprint(files)
+    if made_of.exists() and made_of.read_text() != key:
         raise InputError(f"{work} was made of other text: give another --work, or delete it")
     work.mkdir(parents=True, exist_ok=True)
-    atomic_write(made_of, lambda file: file.write(fingerprint(files).encode()))
+    atomic_write(made_of, lambda file: file.write(key.encode()))
     packages = fetch(work / "packages")
     rated = rated_sentences(packages["vaderSentiment"])
     forbidden = forbidden_grams(rated, data)
