@@ -596,19 +596,22 @@ class TaskIndex:
     """What drawing a task needs, made once, so that a task costs the same whatever the corpus.
 
     support, query: the sets' sizes; variants: those that meta_task draws from; max_tokens: the
-    longest source. A cluster is usable with support + query anchors: sentences of different text,
+    longest source; recast: {variant: (template, words)} to put in place of its own (Unified-PPT). A
+    cluster is usable with support + query anchors: sentences of different text,
     for next-sentence variants not the last of their document, and that of 4 or more. InputError,
     with the number that is lacking, unless each variant has a usable cluster (ss: four) in training
     and in held-out documents.
     """
 
     def __init__(self, store, tokenizer, *, support=32, query=32, variants=VARIANTS,
-                 max_tokens=MAX_TOKENS):
+                 max_tokens=MAX_TOKENS, recast={}):
         self.store, self.sizes, self.max_tokens = store, (support, query), max_tokens
         self.variants = tuple(variants)
         mask = tokenizer.token_to_id(MASK)
-        self.parts = {form: compile_template(tokenizer, TEMPLATES[form]) for form in FORMATS}
-        self.words = {v: [[mask, *word_pieces(tokenizer, w)] for w in WORDS[v]] for v in VARIANTS}
+        cast = {v: (TEMPLATES[v[:2]], WORDS[v]) for v in VARIANTS} | recast
+        self.parts = {v: compile_template(tokenizer, template) for v, (template, _) in cast.items()}
+        self.words = {v: [[mask, *word_pieces(tokenizer, w)] for w in words]
+                      for v, (_, words) in cast.items()}
         if any(len(word) != 2 for words in self.words.values() for word in words):
             raise InputError("yes, no, maybe, A, B, C, D must be a piece each: take T5's tokenizer")
         self.first = np.searchsorted(store.document, np.arange(store.document[-1] + 2))
@@ -711,7 +714,7 @@ def _examples(index, rng, variant, split, clusters, anchors, n):
                              f" in {split}: give more text")
         texts = [index.tokens(sentence).tolist() for sentence in chosen] + [None] * len(options)
         fields = dict(zip("01234", texts))
-        filled.append(fill_template(index.parts[form], fields, index.max_tokens))
+        filled.append(fill_template(index.parts[variant], fields, index.max_tokens))
     ids, slots = map(list, zip(*filled))
     vectors = vectors.expand(n, *vectors.shape)                                         # (n, V, d)
     return Examples(ids, slots, vectors, torch.from_numpy(labels), index.words[variant])

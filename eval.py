@@ -6,6 +6,7 @@
     python eval.py --data my.csv --template "{text} It was <X> ." --words terrible,great
     python eval.py --predict new.txt --prompt runs/eval/tuned/NAME.safetensors > labels.csv
     python eval.py --quick                  # a demonstration of about a minute, NOT the protocol
+    python eval.py --study comparison       # every method of the paper; ablation: Table 4
 
 Prints the settings with their sources, a bar (on stderr) and a Markdown table; every seed, rate,
 validation and choice goes to runs/eval/<model>-<task>.json. With the embedded T5 a prompt takes 5
@@ -43,15 +44,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
+import train
+from baselines import (ABLATIONS, BASELINES, METHODS, count, ft_memory, given_prompt, pose,
+                       tuning_gradient)
 from data import (GROUPS, RELEASED, ROWS, TASKS, TINY, LabeledTask, atomic_write, few_shot,
                   fingerprint, load_test, load_texts, load_tokenizer, load_train, locate,
-                  model_fingerprint, model_folder, released_folder, task_examples, template_fields)
-from supmer import (REGULARIZERS, Method, init_prompt, knob, load_prompt, measure, prompt_gradient,
-                    score)
-from t5 import InputError, load_t5, weight_files
+                  model_fingerprint, model_folder, released_folder, template_fields)
+from supmer import REGULARIZERS, Method, knob, load_prompt, measure, score
+from t5 import InputError, load_t5, read_config, weight_files
 from train import TINY_VALUES, fetch_list, knob_parser, pick_device, read_run
 
 OFFLINE = tuple(name for name in TASKS if TASKS[name].train.startswith("tasks/"))
+
+
+PRETRAINED = {**{name: "--method" for name in METHODS}, **dict.fromkeys(ABLATIONS, "--ablation")}
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,9 @@ class Settings:
     model: str = knob("tiny", "tiny, a short name such as flan-t5-xl, a hub id, or a T5's folder")
     task: tuple = knob(("movie",), f"one or several of {', '.join(TASKS)}; all: the first twelve "
                        "(Table 1); dg: tuned on airlines, tested on the six domains (Table 2)")
-    study: str = knob("", "steps (Fig. 3), shots (Fig. 4), dg (Table 2) or spread (Fig. 1a): sets "
-                      "what it needs, unless that is given")
+    study: str = knob("", "steps (Fig. 3), shots (Fig. 4), dg (Table 2), spread (Fig. 1a), "
+                      "comparison (every method) or ablation (Table 4): sets what it needs, unless "
+                      "that is given")
     data: tuple = knob((os.environ.get("SUPMER_DATA") or "data",), "folder with the tasks' files "
                        "or archives, what is missing is fetched into cache/data; for a task of "
                        "your own its file, .csv, .tsv, .jsonl, .txt, and one to test on (or its "
@@ -72,7 +79,9 @@ class Settings:
     prompt: tuple = knob(("newest", "random"), "RUN (its folder or prompt.safetensors), a folder "
                          "of PEFT's or with the authors' files, released (tiny's, or the authors' "
                          "for t5-base and flan-t5-xl), random, vocab, or newest: this model's last "
-                         "finished run; without one, released")
+                         "finished run; without one, released; what has no prompt to start from: "
+                         "prefix-tuning, p-tuning-v2, ft, zero-shot, few-shot; or what train.py "
+                         f"makes, and is called for if there is none: {', '.join(PRETRAINED)}")
     predict: str = knob("", "only label this file's texts with one tuned --prompt; to --out or "
                         "stdout, with probabilities")
     prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)")
@@ -80,14 +89,18 @@ class Settings:
     seeds: tuple = knob((10, 20, 30, 40, 50), "of the examples, batches and random prompts (C.1)")
     same_examples: bool = knob(False, "the first seed's examples and batches for all seeds: only "
                                "the random prompts differ")
-    rates: tuple = knob((0.1, 0.2, 0.3), "AdamW's rates to choose from (C.1)")
-    rate_scale: str = knob("absolute", "absolute (C.1), or rms: x RMS of the embedding table")
+    rates: tuple = knob((0.0,), "AdamW's rates to choose from; 0: each method's own, for "
+                        "prompts 0.1 0.2 0.3, for ft 1e-5 2e-5 3e-5 (C.1)")
+    rate_scale: str = knob("absolute", "of prompts' rates: absolute (C.1), or rms: x RMS of the "
+                           "embedding table")
     epochs: int = knob(200, "passes over the examples, while the rate falls linearly to 0 (C.1)")
     batch: int = knob(32, "examples of a step (C.1)")
     validate_every: int = knob(10, "steps between validations (C.1)")
     words_only: bool = knob(False, "loss over the task's label words, not the whole vocabulary")
     test_rows: int = knob(0, "test on so many rows only, always the same ones; 0: on all")
     predictions: bool = knob(False, "each test row's predictions into the JSON file as well")
+    max_minutes: float = knob(0.0, "stop so many minutes from now; what is not done is \"not "
+                              "run\", the same command goes on; 0: never")
     plot: bool = knob(False, "a PNG beside the JSON file (needs matplotlib)")
     jobs: int = knob(0, "processes of 1 thread each, whose number changes no result; 0: one for "
                      "each GPU or core, as far as memory goes")
@@ -106,7 +119,12 @@ STUDIES = {     # the paper's figures, and Table 2
     "shots": {"task": ("sst5", "subj"), "shots": (4, 8, 16, 32, 64), "plot": True},
     "dg": {"task": ("dg",), "plot": True},
     "spread": {"task": ("mrpc", "cb", "subj"), "prompt": ("random", "vocab"), "plot": True,
-               "seeds": tuple(range(10, 110, 10)), "same_examples": True}}
+               "seeds": tuple(range(10, 110, 10)), "same_examples": True},
+    "comparison": {"prompt": ("zero-shot", "few-shot", "random", "vocab", "ppt", "unified-ppt",
+                              "metapt", "supmer", "prefix-tuning", "p-tuning-v2", "ft")},
+    "ablation": {"prompt": (*ABLATIONS, "supmer")}}
+STUDY_RUN = ("--bytes", "10000000", "--examples", "23040", "--validate-every", "30",
+             "--validation-tasks", "13")        # what a comparison pre-trains on the embedded T5
 CHOICES = {"study": tuple(STUDIES), "rate_scale": ("absolute", "rms"),
            "dtype": ("float32", "bfloat16")}
 BACKBONES = {("t5-base", 768, 12): "t5-base", ("flan-t5-xl", 2048, 24): "flan-t5-xl"}
@@ -115,50 +133,68 @@ TUNED = Path("runs/eval/tuned")
 
 # ------------------------------------------------------------------------------------- prompts
 
-class Prompt(NamedTuple):
-    """Where tuning starts."""
+class Candidate(NamedTuple):
+    """What is compared: a way to use the few examples, and where it starts."""
     name: str
-    starts: list[torch.Tensor]  # for each seed theta (P, d) float32
+    baseline: str               # one of BASELINES
+    starts: list[Callable]      # for each seed t5 -> parameters to start from, {name: tensor}
     psi: Callable | None        # a learned prompt's regularizer (g, H) -> g; None for the others
     about: dict                 # a learned prompt's file and its metadata
+
+
+def runs_of(model, name):
+    """The folders under runs/ that train.py made for a model and a method or ablation, those that
+    are finished last, by when they ended; and whether the last one is finished."""
+    runs = {path.parent: read_run(path.parent) for path in Path("runs").glob("*/run.json")}
+    found = sorted((run["finished"], run["ended"] or 0, str(folder)) for folder, run in runs.items()
+                   if Path(run["model"]).name == Path(model).name and run["name"] == name)
+    return [folder for *_, folder in found], bool(found and found[-1][0])
 
 
 def newest_run(model):
     """The folder of this model's run under runs/ that finished last; "released" without one, where
     that is at hand without a run of ours. InputError for other models."""
-    runs = {str(path.parent): read_run(path.parent) for path in Path("runs").glob("*/run.json")}
-    ended = [(run["ended"], name) for name, run in runs.items()
-             if run["finished"] and Path(run["model"]).name == Path(model).name]
-    if not ended and Path(model).name in ("tiny", "t5-base", "flan-t5-xl"):
+    folders, finished = runs_of(model, "supmer")
+    if not finished and Path(model).name in ("tiny", "t5-base", "flan-t5-xl"):
         return "released"
-    if not ended:
+    if not finished:
         raise InputError(f"runs/ has no finished run of {model}: make one (python train.py), or "
                          "give --prompt RUN|released|random|vocab")
-    return max(ended)[1]
+    return folders[-1]
 
 
-def normal_prompt(t5, length, seed):
-    """theta (P, d), normal with the embedding table's standard deviation."""
-    table = t5.weights["shared.weight"].float().cpu()       # the same to the last bit on a GPU
-    drawn = np.random.default_rng((seed, 0, 0, 12)).standard_normal((length, table.shape[1]))
-    return table.std() * torch.from_numpy(drawn).float()
+def pretrained_run(model, name, minutes):
+    """The newest finished run of a method or ablation; without one train.py makes it, or goes on
+    with it. KeyboardInterrupt if that was stopped, InputError if it cannot be."""
+    folders, finished = runs_of(model, name)
+    if not finished:
+        argv = ["--resume", folders[-1]] if folders else ["--model", model, PRETRAINED[name], name]
+        argv += STUDY_RUN if model == "tiny" and not folders else ()
+        print(f"{name} has no finished run: {shlex.join(['python', 'train.py', *argv])}")
+        train.main([*argv, *(["--max-minutes", str(minutes)] if minutes else [])])
+        folders, finished = runs_of(model, name)
+    if not finished:
+        raise KeyboardInterrupt
+    return folders[-1]
 
 
 def belongs(about, config, model):
     """Whether a prompt's metadata is of this model. PEFT's says nothing that could be checked."""
-    if about["regularizer"] == "affine":
+    if about["regularizer"] == "affine" or "model_sha256" in about:
         return about.get("model_sha256") == model_fingerprint(model_folder(model))
     shape = (config.d_model, config.d_ff)
     return about["regularizer"] != "released" or RELEASED.get(shape) == about["model"]
 
 
-def open_prompt(name, t5, settings):
-    """random, vocab, released, RUN -> Prompt. InputError unless it is of this model and length."""
+def open_candidate(name, t5, settings):
+    """random, vocab, ft, .., released, RUN -> Candidate. InputError unless a learned prompt is of
+    this model and length."""
     P, model = settings.prompt_length, settings.model
-    if name in ("random", "vocab"):
-        make = normal_prompt if name == "random" else init_prompt
-        return Prompt(name, [make(t5, P, seed) for seed in settings.seeds], None, {})
-    path = Path(name)
+    if name in BASELINES and BASELINES[name].start:
+        start, length = BASELINES[name].start, BASELINES[name].length or P
+        return Candidate(name, name, [partial(start, seed=seed, length=length)
+                                      for seed in settings.seeds], None, {})
+    path = Path(pretrained_run(model, name, settings.max_minutes) if name in PRETRAINED else name)
     if name == "released":
         path = TINY if model == "tiny" else released_folder(t5.config)
     if not path.exists():
@@ -170,7 +206,9 @@ def open_prompt(name, t5, settings):
     if len(theta) != P:
         raise InputError(f"{path} has {len(theta)} vectors, not {P}: --prompt-length {len(theta)}?")
     psi = phi and partial(REGULARIZERS[about["regularizer"]][1], phi)
-    return Prompt(name, [theta] * len(settings.seeds), psi, {"file": str(path), **about})
+    baseline = "unified" if about.get("method") == "unified-ppt" else "learned"
+    return Candidate(name, baseline, [partial(given_prompt, theta=theta)] * len(settings.seeds),
+                     psi, {"file": str(path), **about})
 
 
 # -------------------------------------------------------------------------------- tuning (C.1)
@@ -208,41 +246,45 @@ def choose(curve):
     return min(range(len(curve)), key=lambda i: rank(curve[i]))
 
 
-def tune(t5, start, psi, sample, seed, rate, settings, unit=1.0, tick=lambda: None):
-    """Tune a prompt at one rate -> its n validations, theta at each of them (n, P, d).
+def tune(t5, baseline, start, psi, sample, seed, rate, settings, unit=1.0, tick=lambda: None):
+    """Tune at one rate -> at each validation its record and what is kept, {name: tensor}, good
+    until the next step.
 
     A step: the gradient g of a batch (Eq. 1) -> psi(g, H) (Eq. 5; phi frozen, the gate's H from
     that batch; psi None: g itself) -> norm clipped -> AdamW, whose rate falls linearly to 0.
-    start (P, d), kept as it is, counts as step 0. sample: (training, validation) Examples. rate is
-    in units of unit. settings: a Tuning. tick() follows each step. InputError: a loss is not
-    finite (a gradient that was not shows in the next validation at the latest).
+    baseline: one of BASELINES. start: t5 -> parameters; they count as step 0. sample: (training,
+    validation) Examples. rate is in units of unit, for a prompt. settings: a Tuning. tick() follows
+    each step. InputError: a loss is not finite (a gradient that was not shows in the next
+    validation at the latest).
     """
     (train, held_out), method = sample, Method(words_only=settings.words_only)
-    theta, n, curve, thetas = start.clone(), len(train.ids), [], []
+    baseline, n = BASELINES[baseline], len(train.ids)
+    parameters = {name: x.clone() for name, x in start(t5).items()}
     steps = steps_of(n, settings)
-    optimizer = torch.optim.AdamW([theta], eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters.values(), eps=1e-8, weight_decay=0.0)
     for step in range(steps + 1):
         if step % settings.validate_every == 0 or step == steps:
-            found = measure(score(t5, theta, held_out, method), held_out.labels)
+            kept = baseline.fold(t5, parameters)
+            found = measure(score(*baseline.model(t5, kept), held_out, method), held_out.labels)
             loss = found["word_loss" if method.words_only else "loss"]
             if not math.isfinite(loss):
                 raise InputError(f"the loss is {loss} at step {step}, rate {rate}, seed {seed}: "
                                  "try smaller --rates")
-            curve.append({"rate": rate, "step": step, "loss": loss,
-                          "accuracy": 100 * found["correct"] / len(held_out.ids)})
-            thetas.append(theta.clone())
+            yield {"rate": rate, "step": step, "loss": loss,
+                   "accuracy": 100 * found["correct"] / len(held_out.ids)}, kept
         if step < steps:
             rows = batch_rows(n, step, seed, settings.batch)
             batch = train._replace(
                 ids=[train.ids[row] for row in rows], slots=[train.slots[row] for row in rows],
                 vectors=train.vectors[rows], labels=train.labels[rows])
-            g, H, _ = prompt_gradient(t5, theta, batch, method)
-            theta.grad = psi(g, H) if psi else g
-            torch.nn.utils.clip_grad_norm_([theta], method.clip)
-            optimizer.param_groups[0]["lr"] = rate * unit * (1 - step / steps)
+            gradient, H, _ = tuning_gradient(t5, baseline, parameters, batch, method)
+            for name, x in parameters.items():
+                x.grad = psi(gradient[name], H) if psi else gradient[name]
+            torch.nn.utils.clip_grad_norm_(parameters.values(), method.clip)
+            optimizer.param_groups[0]["lr"] = rate * (unit if baseline.scaled else 1.0) * (
+                1 - step / steps)
             optimizer.step()
             tick()
-    return curve, torch.stack(thetas)
 
 
 # ------------------------------------------------------------------------ independent work, shared
@@ -263,7 +305,7 @@ def make_job(made_of, name, function, ticks, **arguments):
     """A Job whose path depends on made_of (model, code, ...), the function and its arguments."""
     def content(x):
         if isinstance(x, partial):
-            return [x.func.__name__, *x.args]
+            return [x.func.__name__, x.args, x.keywords]
         x = x.detach().cpu().contiguous()
         return [str(x.dtype), list(x.shape), hashlib.sha256(x.numpy().tobytes()).hexdigest()]
     whole = json.dumps([made_of, function.__name__, arguments], sort_keys=True, default=content)
@@ -272,22 +314,34 @@ def make_job(made_of, name, function, ticks, **arguments):
     return Job(TUNED / f"{name}-{key}.safetensors", function, arguments, ticks)
 
 
-def tune_job(t5, tick, start, psi, sample, seed, rate, tuning, unit, all_steps, about):
-    """tune() -> {"thetas": the best one (1, P, d), behind it all of them if all_steps}, its record.
+def tune_job(t5, tick, baseline, start, psi, sample, seed, rate, tuning, unit, all_steps, about):
+    """tune() -> what is kept at its best validation {name: tensor}, its record; if all_steps, each
+    validation's as well, as "step:name".
 
-    about: what a reader of the file needs to use the prompt.
+    about: what a reader of the file needs to use it.
     """
     device = t5.weights["shared.weight"].device
     psi = psi and partial(psi.func, {name: x.to(device) for name, x in psi.args[0].items()})
-    curve, thetas = tune(t5, start.to(device), psi, sample, seed, rate, tuning, unit, tick)
-    best = choose(curve)
-    kept = [thetas[best:best + 1], *[thetas] * all_steps]
-    return {"thetas": torch.cat(kept).cpu()}, {"validations": curve, "best": curve[best], **about}
+    curve, best, every = [], {}, {}
+    for found, kept in tune(t5, baseline, start, psi, sample, seed, rate, tuning, unit, tick):
+        curve.append(found)
+        kept = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, x in kept.items()}
+        if choose(curve) == len(curve) - 1:
+            best = kept
+        if all_steps:
+            every |= {f"{found['step']}:{name}": x.clone() for name, x in kept.items()}
+    return best | every, {"validations": curve, "best": curve[choose(curve)],
+                          "parameters": count(start(t5)), "baseline": baseline, **about}
 
 
-def score_job(t5, tick, theta, examples):
-    """score() -> {"scores": log p of each label word (n, K)}."""
-    scores = score(t5, theta.to(t5.weights["shared.weight"].device), examples, Method())
+def score_job(t5, tick, baseline, kept, examples):
+    """score() of what tune() kept, or of what a Candidate starts from -> {"scores": log p of each
+    label word (n, K)}."""
+    baseline, device = BASELINES[baseline], t5.weights["shared.weight"].device
+    kept = {name: x.to(device) for name, x in kept.items()} if isinstance(kept, dict) else \
+        baseline.fold(t5, kept(t5))
+    scores = score(*baseline.model(t5, kept), examples, Method())
     tick()
     return {"scores": scores.cpu()}, {}
 
@@ -381,18 +435,22 @@ def workers(t5, folder, dtype, devices, count):
             pool.shutdown(cancel_futures=True)
 
 
-def processes(settings, folder):
+def processes(settings, folder, more):
     """The devices to work on, and how many processes -> [str], int.
 
-    On a CPU each holds the weights and what a step needs, taken as 4 times the files' size.
+    On a CPU each holds the weights and what a step needs, taken as 4 times the files' size, and
+    `more` bytes. InputError if one is too many.
     """
     device = str(pick_device(settings.device))
     gpus = range(torch.cuda.device_count()) if settings.device == "auto" else ()
     devices = [f"cuda:{i}" for i in gpus] or [device]
     if settings.jobs or device != "cpu":
         return devices, settings.jobs or len(devices)
-    size = 4 * sum(path.stat().st_size for path in weight_files(folder))
+    size = 4 * sum(path.stat().st_size for path in weight_files(folder)) + more
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise InputError(f"a process needs some {size / 2**30:.1f} GiB, there are "
+                         f"{memory / 2**30:.1f}: take a smaller model, or leave ft away")
     return devices, max(1, min(torch.get_num_threads(), memory // size))
 
 
@@ -449,52 +507,81 @@ def texts_of(row):
     return tuple(row.fields.values())
 
 
-def tune_task(context, plan, prompts, shots):
-    """Tune every prompt, seed and rate; of the files only the training one is opened.
+class Sample(NamedTuple):
+    """What a seed has drawn of a task's training file."""
+    seed: int
+    train: list             # of Rows
+    held_out: list
 
-    -> {prompt's name: [a seed's record for the JSON file]}, {prompt's name: [a seed's thetas
-    (1 or more, P, d), the best first]}, [a seed's sampled texts, a set]
-    """
+    def texts(self):
+        """The texts of both parts, a set."""
+        return {texts_of(row) for row in self.train + self.held_out}
+
+
+def draw_samples(context, plan, shots):
+    """A Sample for each seed; of the files only the training one is opened."""
     settings, task = context.settings, plan.task
     rows = load_train(task, plan.folder, context.say)
-    sample_seeds = [settings.seeds[0] if settings.same_examples else s for s in settings.seeds]
+    seeds = [settings.seeds[0] if settings.same_examples else seed for seed in settings.seeds]
     try:
-        drawn = [few_shot(rows, shots, seed, len(task.words)) for seed in sample_seeds]
+        samples = [Sample(seed, *few_shot(rows, shots, seed, len(task.words))) for seed in seeds]
     except InputError as error:
         raise InputError(f"{task.train}: {error}") from None
-    counts = [Counter(row.label for row in drawn[0][0])[k] for k in range(len(task.words))]
+    counts = [Counter(row.label for row in samples[0].train)[k] for k in range(len(task.words))]
     if min(counts) < shots:
         context.say(f"{plan.name}: {counts} examples by label instead of {shots}, as many for "
                     "validation: smaller classes give half to each")
-    sampled = [{texts_of(row) for part in parts for row in part} for parts in drawn]
-    samples = [[task_examples(context.tokenizer, task, part) for part in parts] for parts in drawn]
+    return samples
+
+
+def tune_task(context, plan, candidates, samples, shots):
+    """Tune every candidate that tunes, seed and rate; no file is opened.
+
+    -> {candidate's name: [a seed's record for the JSON file]}, {candidate's name: [what a seed
+    keeps, {name: tensor}, of the best step and then of every validation if --study steps]}
+    """
+    settings, task = context.settings, plan.task
     about = {"task": task._asdict(), "model": settings.model,
              "model_sha256": context.made_of["model"]}
     tuning = Tuning(*(getattr(settings, name) for name in Tuning._fields))
-    runs = [(prompt, i, rate) for prompt in prompts for i in range(len(settings.seeds))
-            for rate in settings.rates]
-    jobs = [make_job(
-        context.made_of, f"{plan.name}-{prompt.name}-{shots}-{settings.seeds[i]}-{rate}", tune_job,
-        steps_of(len(samples[i][0].ids), settings), start=prompt.starts[i], psi=prompt.psi,
-        sample=samples[i], seed=sample_seeds[i], rate=rate, tuning=tuning, unit=context.unit,
-        all_steps=settings.study == "steps", about=about) for prompt, i, rate in runs]
-    results = list(zip(jobs, context.work(jobs, f"tune {plan.name}")))
-    records, thetas = ({prompt.name: [] for prompt in prompts} for _ in range(2))
-    for first in range(0, len(runs), len(settings.rates)):
-        prompt, i, _ = runs[first]
-        of_rates = results[first:first + len(settings.rates)]
-        job, (tensors, best) = min(of_rates, key=lambda one: rank(one[1][1]["best"]))
-        records[prompt.name].append({
-            "seed": settings.seeds[i], "examples": len(samples[i][0].ids), "best": best["best"],
-            "file": str(job.path),
-            "validations": [result["validations"] for _, (_, result) in of_rates],
-            "time": {"seconds": sum(result["time"]["seconds"] for _, (_, result) in of_rates)}})
-        thetas[prompt.name].append(tensors["thetas"])
-    return records, thetas, sampled
+    jobs, places = [], []
+    for candidate in candidates:
+        baseline = BASELINES[candidate.baseline]
+        for i, sample in enumerate(samples):
+            if not baseline.rates:
+                continue
+            parts = [baseline.pose(context.tokenizer, plan.name, task, part, (), 0)[0]
+                     for part in (sample.train, sample.held_out)]
+            for rate in settings.rates if any(settings.rates) else baseline.rates:
+                name = [plan.name, candidate.name, shots, settings.seeds[i], rate]
+                jobs.append(make_job(
+                    context.made_of, "-".join(map(str, name)), tune_job,
+                    steps_of(len(sample.train), settings),
+                    baseline=candidate.baseline, start=candidate.starts[i], psi=candidate.psi,
+                    sample=parts, seed=sample.seed, rate=rate, tuning=tuning, unit=context.unit,
+                    all_steps=settings.study == "steps", about=about))
+                places.append((candidate.name, i))
+    found = {}
+    for place, job, result in zip(places, jobs, context.work(jobs, f"tune {plan.name}")):
+        found.setdefault(place, []).append((job.path, *result))
+    records, kept = ({candidate.name: [] for candidate in candidates} for _ in range(2))
+    for (name, i), of_rates in found.items():
+        path, tensors, best = min(of_rates, key=lambda one: rank(one[2]["best"]))
+        records[name].append({
+            "seed": settings.seeds[i], "examples": len(samples[i].train), "best": best["best"],
+            "file": str(path), "parameters": best["parameters"],
+            "validations": [result["validations"] for *_, result in of_rates],
+            "time": {"seconds": sum(result["time"]["seconds"] for *_, result in of_rates)}})
+        steps = {}
+        for key, x in tensors.items():
+            step, _, key = key.rpartition(":")
+            steps.setdefault(int(step or -1), {})[key] = x
+        kept[name].append([steps[step] for step in sorted(steps)])
+    return records, kept
 
 
-def test_task(context, name, task, folder, prompts, thetas, sampled):
-    """Open a test file, score every chosen theta once, and the untuned -> for the JSON, in %.
+def test_task(context, name, task, folder, candidates, kept, samples):
+    """Open a test file, score every kept choice once, and the untuned -> for the JSON, in %.
 
     Rows with a text that a seed has sampled do not count for that seed; None if no others are left.
     --test-rows takes always the same: the first by sha256 of their text.
@@ -504,49 +591,86 @@ def test_task(context, name, task, folder, prompts, thetas, sampled):
     if settings.test_rows:
         rows = sorted(rows, key=lambda row: hashlib.sha256(
             "\t".join(texts_of(row)).encode()).digest())[:settings.test_rows]
-    examples = task_examples(context.tokenizer, task, rows)
-    kept = [torch.tensor([texts_of(row) not in texts for row in rows]) for texts in sampled]
-    left_out = [int((~k).sum()) for k in kept]
+    labels = torch.tensor([row.label for row in rows])
+    counted = [torch.tensor([texts_of(row) not in texts for row in rows])
+               for texts in (sample.texts() for sample in samples)]
+    left_out = [int((~k).sum()) for k in counted]
     if any(left_out):
         context.say(f"{name}: {left_out} test rows, by seed, are left out: they were sampled")
     if max(left_out) == len(rows):
         context.say(f"{name}: none is left: it is tuned, not tested")
         return None
-    stacks = [[prompts[0].starts[0][None, :0]]]         # (0, d): the template alone
-    for prompt in prompts:
-        untuned = prompt.starts[:1] if prompt.psi else prompt.starts            # they are all one
-        stacks.append([torch.stack(untuned), *thetas[prompt.name]])
+    kept = {candidate.name: kept[candidate.name] or [[{}]] * len(samples)   # [{}]: nothing is tuned
+            for candidate in candidates}
+    posed, wanted = {}, {("", 0, "untuned"): ("zero-shot", {}, pose(
+        context.tokenizer, name, task, rows, (), 0))}
+    for candidate in candidates:
+        how, tuned = BASELINES[candidate.baseline].pose, bool(BASELINES[candidate.baseline].rates)
+        for i, sample in enumerate(samples):
+            key = how, 0 if tuned else i        # what is tuned reads the same rows for each seed
+            if key not in posed:
+                posed[key] = how(context.tokenizer, name, task, rows, sample.train, sample.seed)
+            choices = {"untuned": candidate.starts[i]} if tuned else {}
+            for step, x in (choices | dict(enumerate(kept[candidate.name][i]))).items():
+                wanted[candidate.name, i, step] = candidate.baseline, x, posed[key]
     scores = iter(context.work([make_job(
-        context.made_of, f"{name}-scores", score_job, 1, theta=theta, examples=examples)
-        for part in stacks for stack in part for theta in stack], f"test {name}"))
-    chosen = [[[next(scores)[0]["scores"].argmax(-1) for _ in stack] for stack in part]
-              for part in stacks]                       # by part, stack, theta: n predicted labels
+        context.made_of, f"{name}-scores", score_job, 1, baseline=baseline, kept=parameters,
+        examples=examples) for baseline, parameters, several in wanted.values()
+        for examples in several], f"test {name}"))
+    chosen = {key: [next(scores)[0]["scores"].argmax(-1) for _ in several]
+              for key, (*_, several) in wanted.items()}     # n predicted labels, one an order
 
-    def accuracy(predicted, rows=slice(None)):
-        return 100 * float((predicted == examples.labels)[rows].float().mean())
+    def accuracy(predicted, counted=slice(None)):
+        return 100 * float((predicted == labels)[counted].float().mean())
 
     def usual(predicted):               # over the seeds, whose rows differ where some are left out
-        return statistics.mean(accuracy(predicted, k) for k in kept)
+        return statistics.mean(accuracy(predicted, k) for k in counted)
     results = {}
-    for prompt, (untuned, *tuned) in zip(prompts, chosen[1:], strict=True):
-        by_seed = [[accuracy(one, k) for one in stack] for stack, k in zip(tuned, kept)]
+    for candidate in candidates:
+        by_seed = [[statistics.mean(accuracy(one, k) for one in chosen[candidate.name, i, step])
+                    for step in range(len(kept[candidate.name][i]))]
+                   for i, k in enumerate(counted)]
         found = [first for first, *_ in by_seed]
-        results[prompt.name] = {
-            "untuned": [usual(untuned[0])] if prompt.psi else list(map(accuracy, untuned, kept)),
-            "tuned": found,
-            "mean": statistics.mean(found),
+        results[candidate.name] = result = {
+            "tuned": found, "mean": statistics.mean(found),
             "sample_std": statistics.stdev(found) if len(found) > 1 else None}
+        if (candidate.name, 0, "untuned") in chosen:
+            values = [accuracy(chosen[candidate.name, i, "untuned"][0], k)
+                      for i, k in enumerate(counted)]
+            result["untuned"] = [statistics.mean(values)] if candidate.about else values
+        orders = [[accuracy(one, k) for one in chosen[candidate.name, i, 0]]
+                  for i, k in enumerate(counted)]
+        if len(orders[0]) > 1:
+            result["orders"] = orders
         if settings.study == "steps":
-            results[prompt.name]["steps"] = [rest for _, *rest in by_seed]
+            result["steps"] = [rest for _, *rest in by_seed]
         if settings.predictions:
-            results[prompt.name]["predictions"] = [stack[0].tolist() for stack in tuned]
+            result["predictions"] = [chosen[candidate.name, i, 0][0].tolist()
+                                     for i in range(len(samples))]
     return {"rows": len(rows), "of": of, "left_out": left_out, "prompts": results,
-            "majority": usual(examples.labels.bincount().argmax().expand(len(rows))),
-            "no_prompt": usual(chosen[0][0][0]),
-            **({"labels": examples.labels.tolist()} if settings.predictions else {})}
+            "majority": usual(labels.bincount().argmax().expand(len(rows))),
+            "no_prompt": usual(chosen["", 0, "untuned"][0]),
+            **({"labels": labels.tolist()} if settings.predictions else {})}
+
+
+def evaluate(context, shots, plan, candidates):
+    """Tune on a plan's task, then test -> its part of the JSON file."""
+    began = time.perf_counter()
+    samples = draw_samples(context, plan, shots)
+    tuning, kept = tune_task(context, plan, candidates, samples, shots)
+    tuned = time.perf_counter()
+    tests = {name: test_task(context, name, task, plan.folder, candidates, kept, samples)
+             for name, task in plan.targets.items()}
+    return {"task": plan.name, "shots": shots, "examples": len(samples[0].train), "tuning": tuning,
+            "test": {name: test for name, test in tests.items() if test},
+            "test_seconds": time.perf_counter() - tuned,
+            "minutes": (time.perf_counter() - began) / 60}
 
 
 # ------------------------------------------------------------------------------ tables, pictures
+
+NOT_RUN = ("not run", None)
+
 
 def figure(values):
     """Mean and sample standard deviation: [60, 70, 80] -> 70.0 ± 10.0, [60] -> 60.0."""
@@ -565,14 +689,15 @@ def table(written, config, settings):
     several = len(settings.shots) > 1
     rows = {}
     for name in settings.prompt:
-        found = [test["prompts"][name] for test in columns.values()]
-        rows[name] = [(figure(one["tuned"]), one["mean"]) for one in found]
-        rows[f"{name}, untuned"] = [(figure(one["untuned"]), statistics.mean(one["untuned"]))
-                                    for one in found]
+        found = [test["prompts"].get(name, {}) for test in columns.values()]
+        for title, key in ((name, "tuned"), (f"{name}, untuned", "untuned")):
+            if key == "tuned" or all(key in one for one in found):
+                rows[title] = [(figure(one[key]), statistics.mean(one[key])) if one else NOT_RUN
+                               for one in found]
     for title, key in (("no prompt", "no_prompt"), ("most frequent label", "majority")):
         rows[title] = [(f"{test[key]:.1f}", test[key]) for test in columns.values()]
     for row in rows.values():
-        row += [("not run", None)] * len(absent)
+        row += [NOT_RUN] * len(absent)
     names = [*columns, *((name, 16) for name in absent)]
     ours = BACKBONES.get((Path(settings.model).name, config.d_model, config.num_layers))
     paper = json.loads((Path(__file__).parent / "results/paper_tables.json").read_text())
@@ -597,12 +722,17 @@ def details(result, settings):
     """What a table does not show of one result, as text."""
     tests = ", ".join(f"{test['rows']:,} of {test['of']:,} test rows of {target}"
                       for target, test in result["test"].items())
-    first = next(iter(result["tuning"].values()))[0]
-    lines = [f"{result['task']} on {settings.model}, {result['shots']} shots, {first['examples']} "
+    lines = [f"{result['task']} on {settings.model}, {result['shots']} shots, {result['examples']} "
              f"examples; {tests or 'not tested'}; {result['minutes']:.1f} minutes"]
-    for name, records in result["tuning"].items():
+    for test in result["test"].values():
+        lines += [f"  {name}: the order of its demonstrations moves a seed's accuracy by "
+                  f"{statistics.mean(max(o) - min(o) for o in one['orders']):.1f} on average, of "
+                  f"{len(one['orders'][0])} orders" for name, one in test["prompts"].items()
+                  if "orders" in one]
+    for name, records in ((name, records) for name, records in result["tuning"].items() if records):
         best = min(records, key=lambda record: rank(record["best"]))
-        lines += [f"  {name}: {sum(r['time']['seconds'] for r in records):.0f} seconds of tuning; "
+        lines += [f"  {name}: {records[0]['parameters']:,} parameters, "
+                  f"{sum(r['time']['seconds'] for r in records):.0f} seconds of tuning; "
                   "rate/step chosen for each seed "
                   + " ".join("{rate}/{step}".format(**record["best"]) for record in records),
                   f"    best on validation: {best['file']}"]
@@ -612,7 +742,8 @@ def details(result, settings):
 def draw(written, settings, path):
     """A study as a PNG: lines over steps (Fig. 3) or shots (Fig. 4), else each seed's accuracy."""
     pyplot = import_pyplot()
-    panels = {}
+    panels, names = {}, [name for name in settings.prompt
+                         if "not_run" not in written["prompts"][name]]
     for result in written["results"]:
         for target, test in result["test"].items():
             panels.setdefault(target, []).append((result, test))
@@ -620,7 +751,7 @@ def draw(written, settings, path):
                                     figsize=(max(4 * len(panels), 5), 4), layout="constrained")
     for axis, (target, found) in zip(axes[0], panels.items()):
         axis.set_xlabel("tuning steps" if settings.study == "steps" else "samples per label")
-        for place, name in enumerate(settings.prompt):
+        for place, name in enumerate(names):
             ours = [test["prompts"][name] for _, test in found]
             if settings.study == "steps":
                 tuning = found[0][0]["tuning"][name]
@@ -639,7 +770,7 @@ def draw(written, settings, path):
             axis.errorbar(x, [statistics.mean(values) for values in y], spread, label=name,
                           marker="o", markersize=3, capsize=2)
         if axis.lines and not axis.containers:
-            axis.set_xticks(range(len(settings.prompt)), settings.prompt, rotation=20)
+            axis.set_xticks(range(len(names)), names, rotation=20)
         else:
             axis.legend()
         axis.set_title(target)
@@ -677,9 +808,10 @@ def predict(settings):
     task = LabeledTask(**about["task"])
     rows = load_texts(settings.predict, task)
     t5 = load_t5(model, getattr(torch, settings.dtype), pick_device(settings.device))
-    examples = task_examples(load_tokenizer(model, t5.config), task, rows)
-    theta = tensors["thetas"][0].to(t5.weights["shared.weight"].device)
-    chances = score(t5, theta, examples, Method()).softmax(-1)
+    examples, = BASELINES[about["baseline"]].pose(load_tokenizer(model, t5.config), "", task, rows,
+                                                  (), 0)
+    found, _ = score_job(t5, lambda: None, about["baseline"], tensors, examples)
+    chances = found["scores"].softmax(-1)
     lines = io.StringIO()
     out = csv.writer(lines, lineterminator="\n")
     out.writerow([*template_fields(task.template), "label", *task.words])
@@ -705,7 +837,7 @@ def parse(argv):
     settings = Settings(**{name: value for name, (value, _) in tiny.items()} | preset | given)
     for name, value in asdict(settings).items():
         values = value if isinstance(value, tuple) else (value,)
-        least = 0 if name in ("seeds", "test_rows", "jobs") else 1e-9
+        least = 0 if name in ("seeds", "test_rows", "jobs", "rates", "max_minutes") else 1e-9
         if not all(least <= x < 1e9 for x in values if type(x) in (int, float)):
             bound = "at least" if least == 0 else "above"
             parser.error(f"{name} {value}: must be {bound} 0, below 1e9")
@@ -759,14 +891,14 @@ def protocol(argv, result, settings, count):
     whole, test = Settings(), result["test"][result["task"]]
     records = [record for records in result["tuning"].values() for record in records]
     steps, longer = records[0]["validations"][0][-1]["step"], whole.epochs / settings.epochs
-    tuning = sum(record["time"]["seconds"] for record in records) * longer * len(whole.rates)
+    tuning = sum(record["time"]["seconds"] for record in records) * longer * 3      # rates
     testing = result["test_seconds"] * test["of"] / test["rows"]
     minutes = len(whole.seeds) * (tuning / count + testing) / 60
     given = [word for word in argv if word not in ("--quick", "--task", *settings.task)]
     prompts = [] if "--prompt" in argv else ["--prompt", *settings.prompt]
     command = shlex.join(["python", "eval.py", "--task", *settings.task, *given, *prompts])
-    return (f"A DEMONSTRATION, not the protocol: 1 seed of {len(whole.seeds)}, 1 rate of "
-            f"{len(whole.rates)}, {steps} steps of {steps * longer:.0f}, {test['rows']} test rows "
+    return (f"A DEMONSTRATION, not the protocol: 1 seed of {len(whole.seeds)}, 1 rate of 3, "
+            f"{steps} steps of {steps * longer:.0f}, {test['rows']} test rows "
             f"of {test['of']:,}.\nThe protocol, {minutes:.0f} minutes at this speed: {command}")
 
 
@@ -793,12 +925,29 @@ def main(argv):
         print(line)
     model = model_folder(settings.model)
     dtype = getattr(torch, settings.dtype)
-    devices, count = processes(settings, model)
+    more = ft_memory(read_config(model)) if "ft" in settings.prompt else 0
+    if more:
+        print(f"ft: {more / 2**30:.2f} GiB in each process beside the frozen weights and a step's "
+              f"activations, and {more / 6 / 2**30:.2f} GiB in {TUNED} for each rate and seed")
+    devices, count = processes(settings, model, more)
     t5 = load_t5(model, dtype, torch.device(devices[0] if count == 1 else "cpu"))
-    prompts = [open_prompt(name, t5, settings) for name in settings.prompt]
-    print(*(f"{prompt.name}: {prompt.about}" for prompt in prompts if prompt.about), sep="\n")
+    ends = time.monotonic() + 60 * settings.max_minutes
+    candidates, without = [], {}
+    for name in settings.prompt:
+        try:
+            candidates.append(open_candidate(name, t5, settings))
+        except InputError as error:             # a study shows what there is
+            if not settings.study or name not in PRETRAINED:
+                raise
+            without[name] = {"not_run": str(error)}
+            print(f"{name}: not run; {error}")
+    if settings.max_minutes:                    # a Ctrl-C to come
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, max(1e-3, ends - time.monotonic()))
+    print(*(f"{one.name}: {one.about}" for one in candidates if one.about), sep="\n")
     unit = float(t5.weights["shared.weight"].float().cpu().square().mean().sqrt())
-    code = [Path(__file__).with_name(f"{name}.py") for name in ("eval", "supmer", "data", "t5")]
+    code = [Path(__file__).with_name(f"{name}.py") for name in (
+        "eval", "baselines", "supmer", "data", "t5")]
     made_of = {"model": model_fingerprint(model), "dtype": settings.dtype,
                "device": devices[0].partition(":")[0], "torch": torch.__version__,
                "code": fingerprint(code)}
@@ -811,24 +960,24 @@ def main(argv):
         numbered = (out.with_suffix(f".{number}.json") for number in range(1, 10 ** 6))
         out.rename(next(path for path in numbered if not path.exists()))
     written = {"command": shlex.join(["python", "eval.py", *argv]), "settings": asdict(settings),
-               "prompts": {prompt.name: prompt.about for prompt in prompts}, "not_run": absent,
-               "results": []}
+               "prompts": {one.name: one.about for one in candidates} | without,
+               "not_run": absent, "results": []}
+    stopped = False
     with workers(t5, model, dtype, devices, count) as work:
         context = Context(settings, load_tokenizer(model, t5.config), work, made_of,
                           unit if settings.rate_scale == "rms" else 1.0, print)
-        for shots, plan in ((shots, plan) for shots in settings.shots for plan in found):
-            began = time.perf_counter()
-            tuning, thetas, sampled = tune_task(context, plan, prompts, shots)
-            tuned = time.perf_counter()
-            tests = {name: test_task(context, name, task, plan.folder, prompts, thetas, sampled)
-                     for name, task in plan.targets.items()}
-            result = {"task": plan.name, "shots": shots, "tuning": tuning,
-                      "test": {name: test for name, test in tests.items() if test},
-                      "test_seconds": time.perf_counter() - tuned,
-                      "minutes": (time.perf_counter() - began) / 60}
-            written["results"].append(result)
-            atomic_write(out, lambda file: file.write(json.dumps(written, indent=1).encode()))
-            print(details(result, settings))
+        todo = [(shots, plan) for shots in settings.shots for plan in found]
+        try:
+            while todo:
+                written["results"].append(evaluate(context, *todo[0], candidates))
+                atomic_write(out, lambda file: file.write(json.dumps(written, indent=1).encode()))
+                print(details(written["results"][-1], settings))
+                del todo[0]
+        except KeyboardInterrupt:
+            if not written["results"]:
+                raise
+            stopped = True
+            absent |= {plan.name: "stopped before it was done" for _, plan in todo}
     print(f"details: {out}")
     if not any(result["test"] for result in written["results"]):
         return
@@ -839,7 +988,9 @@ def main(argv):
         draw(written, settings, out.with_suffix(".png"))
         print(f"picture: {out.with_suffix('.png')}")
     if "--quick" in argv:
-        print(protocol(argv, result, settings, count))
+        print(protocol(argv, written["results"][-1], settings, count))
+    if stopped:
+        print("stopped: the same command goes on")
 
 
 if __name__ == "__main__":

@@ -490,10 +490,11 @@ IGNORED = ("grad_mean", "grad_std", "grad_s", "k")      # buffers in them that p
 
 
 def save_prompt(path, theta, phi, metadata):
-    """Write theta and phi as one safetensors file, with metadata {str: str}, atomically."""
-    tensors = {"theta": theta, **{f"phi.{name}": value for name, value in phi.items()}}
+    """Write theta, and phi if there is one, as a safetensors file, with metadata {str: str},
+    atomically."""
+    tensors = {"theta": theta, **{f"phi.{name}": value for name, value in (phi or {}).items()}}
     payload = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()},
-                   {**metadata, "regularizer": "affine"})
+                   {**metadata, "regularizer": "affine" if phi else ""})
     atomic_write(path, lambda file: file.write(payload))
 
 
@@ -513,9 +514,9 @@ def load_prompt(path, d):
         path = path / "prompt.safetensors" if path.is_dir() else path
         tensors, metadata = _read_safetensors(path)
         form = metadata.get("regularizer")
-        if form != "affine":
-            raise InputError(f"{path}: its regularizer is {form!r}, this code reads 'affine': "
-                             "give the prompt.safetensors of a run")
+        if form not in ("affine", ""):
+            raise InputError(f"{path}: its regularizer is {form!r}, this code reads 'affine' or "
+                             "none: give the prompt.safetensors of a run")
         theta = tensors.pop("theta", torch.zeros(0))
         phi = {name.removeprefix("phi."): x for name, x in tensors.items()}
     tensors = {"theta": theta, **(phi or {})}

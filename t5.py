@@ -120,11 +120,19 @@ def attention_weights(scores, bias):
 # name is where its weights are: "encoder.block.3.layer.0".
 
 def self_attention(t5, name, x, bias):
-    """Multi-head attention of x (B, S, d) over itself; bias (B or 1, h or 1, S, S) -> (B, S, d)."""
+    """Multi-head attention of x (B, S, d) over itself; bias (B or 1, h or 1, S, S) -> (B, S, d).
+
+    Weights may hold a prefix (2, h, P, k): keys and values in front of x's own, without position.
+    """
     w, (B, S, _), h, k = t5.weights, x.shape, t5.config.num_heads, t5.config.d_kv
     wq, wk, wv, wo = (w[f"{name}.SelfAttention.{part}.weight"] for part in "qkvo")
     x = rms_norm(x, w[f"{name}.layer_norm.weight"], t5.config.eps)
     q, key, value = (linear(x, m).view(B, S, h, k).transpose(1, 2) for m in (wq, wk, wv))
+    prefix = w.get(f"{name}.SelfAttention.prefix")
+    if prefix is not None:
+        both = zip(prefix.to(q.dtype)[:, None].expand(-1, B, -1, -1, -1), (key, value))
+        key, value = (torch.cat(pair, dim=2) for pair in both)                 # (B, h, P + S, k)
+        bias = F.pad(bias, (prefix.shape[2], 0))
     p = attention_weights(q @ key.mT, bias)                  # (B, h, S, S), NOT scaled by k^-0.5
     return linear((p @ value).transpose(1, 2).reshape(B, S, h * k), wo)
 

@@ -45,6 +45,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
+import baselines
 import eval as evaluation
 import kmeans as km
 import supmer
@@ -3279,6 +3280,14 @@ def small_examples(n, seed=0):
     )
 
 
+def tune(t5, start, *rest):
+    """evaluation.tune() of a prompt from start (P, d) -> its records, theta at each (n, P, d)."""
+    found = [(record, kept["theta"].clone()) for record, kept in evaluation.tune(
+        t5, "learned", partial(baselines.given_prompt, theta=start), *rest)]
+    records, thetas = zip(*found)
+    return list(records), torch.stack(thetas)
+
+
 def eval_settings(**changes):
     return evaluation.Settings(**{"epochs": 2, "batch": 4, "prompt_length": 3, **changes})
 
@@ -3359,6 +3368,7 @@ def write_run(folder, model="small", finished=True, ended=1.0, P=3, d=16):
         json.dumps(
             {
                 "model": model,
+                "name": "supmer",
                 "training": {},
                 "method": {},
                 "finished": finished,
@@ -3418,7 +3428,7 @@ def test_tuning_step_by_hand():
         for key, value in supmer.init_regularizer(16, torch.float64).items()
     }
     train, rate, steps = small_examples(6), 0.2, 3
-    curve, thetas = evaluation.tune(
+    curve, thetas = tune(
         t5,
         start,
         partial(supmer.regularize, phi),
@@ -3459,16 +3469,16 @@ def test_clipping_acts(monkeypatch):
         lambda parameters, limit: (
             seen.append(limit),
             original(parameters, limit),
-            seen.append(float(parameters[0].grad.norm())),
+            seen.append(float([*parameters][0].grad.norm())),
         ),
     )
     g = torch.ones(3, 16)
     monkeypatch.setattr(
         evaluation,
-        "prompt_gradient",
-        lambda t5, theta, examples, method: (50 * g, None, torch.tensor(1.0)),
+        "tuning_gradient",
+        lambda *_: ({"theta": 50 * g}, None, torch.tensor(1.0)),
     )
-    evaluation.tune(
+    tune(
         small_t5(),
         torch.zeros(3, 16),
         None,
@@ -3517,7 +3527,7 @@ def test_step_is_chosen_by_hand(monkeypatch, values, chosen):
     )
     scripted(monkeypatch, values)
     sample = small_examples(4), small_examples(4, 1)
-    curve, thetas = evaluation.tune(
+    curve, thetas = tune(
         small_t5(),
         torch.ones(3, 16),
         None,
@@ -3578,7 +3588,7 @@ def test_tuning_repeats_exactly():
     """
     start, sample = torch.ones(3, 16), (small_examples(10), small_examples(6, 1))
     first, again, other = (
-        evaluation.tune(small_t5(), start, None, sample, seed, 0.1, eval_settings())
+        tune(small_t5(), start, None, sample, seed, 0.1, eval_settings())
         for seed in (10, 10, 20)
     )
     assert (
@@ -3598,7 +3608,7 @@ def test_identity_regularizer_is_plain_tuning():
     phi = supmer.init_regularizer(16, torch.float64)
     turned = {**phi, "A": phi["A"].flip(0)}
     plain, identity, other = (
-        evaluation.tune(t5, start, p, sample, 10, 0.1, eval_settings())[0]
+        tune(t5, start, p, sample, 10, 0.1, eval_settings())[0]
         for p in (None, partial(supmer.regularize, phi), partial(supmer.regularize, turned))
     )
 
@@ -3618,13 +3628,15 @@ def test_untuned_prompts(place):
     choices = eval_settings(prompt_length=2000, seeds=(10, 20))
     table = t5.weights["shared.weight"]
     for name in ("random", "vocab"):
-        first, second = evaluation.open_prompt(name, t5, choices).starts
+        first, second = (start(t5)["theta"] for start in
+                         evaluation.open_candidate(name, t5, choices).starts)
         assert (
             first.shape == (2000, 16)
             and first.dtype == torch.float32
             and not torch.equal(first, second)
         )
-        assert torch.equal(first, evaluation.open_prompt(name, t5, choices).starts[0])
+        assert torch.equal(first, evaluation.open_candidate(
+            name, t5, choices).starts[0](t5)["theta"])
         if name == "random":
             assert (
                 abs(float(first.std() / table.std()) - 1) < 0.02 and abs(float(first.mean())) < 0.02
@@ -3639,9 +3651,9 @@ def test_learns_a_planted_task():
     chance.
     """
     t5 = small_t5(seed=3)
-    start = evaluation.normal_prompt(t5, 8, 10)
+    start = baselines.normal_prompt(t5, 10, 8)["theta"]
     sample, new = (small_examples(32), small_examples(32, 1)), small_examples(200, 2)
-    curve, thetas = evaluation.tune(
+    curve, thetas = tune(
         t5, start, None, sample, 10, 0.1, eval_settings(epochs=80, batch=32, words_only=True)
     )
     best = evaluation.choose(curve)
@@ -3674,12 +3686,13 @@ def planted_plan():
 def test_tuning_needs_no_test_file(place):
     """With the test file absent the tuning record is the same, byte for byte, as with it."""
     t5, choices = small_t5(), eval_settings(shots=(4,), seeds=(10,), rates=(0.1,))
-    prompts = [evaluation.open_prompt("vocab", t5, choices)]
+    prompts = [evaluation.open_candidate("vocab", t5, choices)]
 
     def record():
         with context(t5, choices) as c:
-            records, thetas, _ = evaluation.tune_task(c, planted_plan(), prompts, 4)
-        return json.dumps(without_times(records)), thetas["vocab"][0].numpy().tobytes()
+            samples = evaluation.draw_samples(c, planted_plan(), 4)
+            records, kept = evaluation.tune_task(c, planted_plan(), prompts, samples, 4)
+        return json.dumps(without_times(records)), kept["vocab"][0][0]["theta"].numpy().tobytes()
 
     present = record()
     os.remove("data/planted/test.csv")
@@ -3717,21 +3730,22 @@ def test_sampled_texts_are_not_tested(place, monkeypatch):
     train = Path("data/planted/train.csv").read_text()
     Path("data/planted/test.csv").write_text(train + "1,good film\n")
     t5, said, choices = small_t5(), [], eval_settings(shots=(4,), seeds=(10, 20), rates=(0.1,))
-    prompts = [evaluation.open_prompt("vocab", t5, choices)]
+    prompts = [evaluation.open_candidate("vocab", t5, choices)]
     with context(t5, choices, said) as c:
-        records, thetas, sampled = evaluation.tune_task(c, planted_plan(), prompts, 4)
+        samples = evaluation.draw_samples(c, planted_plan(), 4)
+        records, kept = evaluation.tune_task(c, planted_plan(), prompts, samples, 4)
         # predict the label of every row that a seed has sampled wrongly, the others rightly
         rows = load_test(TASKS["planted"], "data")
-        wrong = [[evaluation.texts_of(row) in texts for row in rows] for texts in sampled]
-        answers = [[]] + wrong + wrong              # no prompt, untuned, tuned
+        wrong = [[evaluation.texts_of(row) in sample.texts() for row in rows] for sample in samples]
+        answers = [[], *(answer for answer in wrong for _ in "ut")]    # no prompt; untuned, tuned
         def scores(jobs, title):
             for answer in answers:
                 right = torch.tensor([row.label ^ bool(answer and answer[i])
                                       for i, row in enumerate(rows)])
                 yield {"scores": F.one_hot(right, 2).float()}, {}
         test = evaluation.test_task(c._replace(work=scores), "planted", TASKS["planted"], "data",
-                                    prompts, thetas, sampled)
-    assert [len(texts) for texts in sampled] == [16, 16] == test["left_out"]
+                                    prompts, kept, samples)
+    assert [len(sample.texts()) for sample in samples] == [16, 16] == test["left_out"]
     assert test["prompts"]["vocab"]["tuned"] == [100, 100] and test["no_prompt"] == 100
     assert test["prompts"]["vocab"]["untuned"] == [100, 100]
     assert any("[16, 16] test rows, by seed, are left out" in line for line in said)
@@ -3919,7 +3933,7 @@ def test_an_interrupted_evaluation_goes_on(place, monkeypatch):
     calls, original, scored = [], evaluation.tune, evaluation.score
 
     def tune(*arguments):
-        calls.append(arguments[4:6])                # seed, rate
+        calls.append(arguments[5:7])                # seed, rate
         if len(calls) == 3:
             raise KeyboardInterrupt
         return original(*arguments)
@@ -4038,7 +4052,7 @@ def test_a_task_of_ones_own_and_its_labels(place, monkeypatch, capsys, header):
     assert [line["text"] for line in found] == ["a good film", "very dull food"]
     t5 = load_t5(Path("small"))
     tokenizer = data.load_tokenizer("small", t5.config)
-    theta = evaluation.read_result(record["file"])[0]["thetas"][0]
+    theta = evaluation.read_result(record["file"])[0]["theta"]
     ids = tokenizer.encode("a good film It was <extra_id_0> ?").ids + [1]
     H, mask = supmer.encode_with_prompt(t5, theta, data.Batch(
         torch.tensor([ids]), torch.ones(1, len(ids), dtype=bool), torch.zeros(1, 0, dtype=int),
@@ -4066,7 +4080,7 @@ def test_own_rows_that_are_all_sampled_are_tuned_not_tested(place, capsys):
     assert first_result("runs/eval/small-my.json")["test"]["my"]["rows"] == 40
 
 
-@pytest.mark.parametrize("study", evaluation.STUDIES)
+@pytest.mark.parametrize("study", ["steps", "shots", "dg", "spread"])
 def test_each_study_is_one_command(place, monkeypatch, study):
     """JSON and PNG: accuracy at every validation for steps, for each number of shots, domain, or
     start; in the spread only the starts differ, not the examples."""
@@ -4092,9 +4106,9 @@ def test_each_study_is_one_command(place, monkeypatch, study):
                             zip(curves, result["tuning"][name])]
                     assert [len(c) for c in found["steps"]] == [len(c) for c in curves] == [3, 3]
                     assert found["tuned"] == [c[i] for c, i in zip(found["steps"], best)]
-    samples = {json.dumps(a[3], default=lambda x: x.tolist()) for a in seen if a[4] == seen[0][4]}
-    starts = {a[1].numpy().tobytes() for a in seen}
-    assert len(starts) == 4 and (len({a[4] for a in seen}) == 1) == (study == "spread")
+    samples = {json.dumps(a[4], default=lambda x: x.tolist()) for a in seen if a[5] == seen[0][5]}
+    starts = {a[2](small_t5())["theta"].numpy().tobytes() for a in seen}
+    assert len(starts) == 4 and (len({a[5] for a in seen}) == 1) == (study == "spread")
     assert study != "spread" or len(samples) == 1
 
 
@@ -4108,7 +4122,7 @@ def test_each_study_is_one_command(place, monkeypatch, study):
         (["--prompt", "random", "random"], "twice"),
         (["--prompt", "random", "--seeds", "10", "10"], "twice"),
         (["--prompt", "random", "--shots", "0"], "above 0"),
-        (["--prompt", "random", "--rates", "nan"], "above 0"),
+        (["--prompt", "random", "--rates", "nan"], "at least 0"),
         (["--prompt", "random", "--seeds", "-1"], "at least 0"),
         (["--epochs", "many"], "invalid int"),
         (["--dtype", "float16"], "bfloat16"),
@@ -4166,18 +4180,18 @@ def test_loss_that_is_not_finite_is_told(monkeypatch):
     broken = small_t5()
     broken.weights["lm_head.weight"][0] = float("nan")
     with pytest.raises(InputError, match=r"nan at step 0, rate 0\.1, seed 10.*--rates"):
-        evaluation.tune(broken, start, None, sample, 10, 0.1, eval_settings())
+        tune(broken, start, None, sample, 10, 0.1, eval_settings())
     monkeypatch.setattr(
         evaluation,
-        "prompt_gradient",
-        lambda t5, theta, examples, method: (
-            theta * float("nan"),
+        "tuning_gradient",
+        lambda t5, baseline, parameters, *_: (
+            {"theta": parameters["theta"] * float("nan")},
             None,
             torch.tensor(float("nan")),
         ),
     )
     with pytest.raises(InputError, match=r"nan at step 2, rate 0\.1"):
-        evaluation.tune(small_t5(), start, None, sample, 10, 0.1, eval_settings(validate_every=2))
+        tune(small_t5(), start, None, sample, 10, 0.1, eval_settings(validate_every=2))
 
 
 def test_interrupt_is_one_line(place, monkeypatch, capsys):
@@ -4186,7 +4200,7 @@ def test_interrupt_is_one_line(place, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(supmer, "prompt_gradient", interrupt)
+    monkeypatch.setattr(baselines, "tuning_gradient", interrupt)
     assert run_script([*SMALL, "--prompt", "random"], monkeypatch) == 130
     assert "stopped" in capsys.readouterr().err
     assert [path.name for path in place.glob("runs/eval/**/*")] == ["tuned"]
@@ -4351,7 +4365,7 @@ def make_run(small_world, name, **changes):
             training, Path("model"), data.load_tokenizer("model", t5.config), t5
         )
         (folder / name).mkdir(exist_ok=True)
-        return train.Run(folder / name, training, method, t5, index)
+        return train.Run(folder / name, "supmer", training, method, t5, index)
 
 
 def test_what_came_after_the_last_save_is_replayed_exactly(small_world):
@@ -4800,16 +4814,16 @@ def test_tuning_with_the_authors_files(place, monkeypatch):
     assert curves["released"] == curves["theirs"]
     monkeypatch.setattr(data, "RELEASED_URL", "file:///nowhere/")       # they are there already
     settings, _ = evaluation.parse([*SMALL, "--prompt-length", "100", "--prompt", "released"])
-    prompt = evaluation.open_prompt("released", small_t5(), settings)
+    prompt = evaluation.open_candidate("released", small_t5(), settings)
     g, H = theta.flip(0) / 1e4, theta[0]
-    assert torch.equal(prompt.starts[0], theta)
+    assert torch.equal(prompt.starts[0](small_t5())["theta"], theta)
     assert torch.equal(prompt.psi(g, H), supmer.regularize_released(phi, g, H))
-    with_psi, without = (evaluation.tune(small_t5(), theta, psi, (small_examples(8),) * 2, 10, 0.3,
+    with_psi, without = (tune(small_t5(), theta, psi, (small_examples(8),) * 2, 10, 0.3,
                                          settings)[0] for psi in (prompt.psi, None))
     assert with_psi[-1]["loss"] != pytest.approx(without[-1]["loss"], rel=1e-4)
     monkeypatch.delitem(data.RELEASED, (16, 32))
     with pytest.raises(InputError, match="for t5-base and flan-t5-xl only"):
-        evaluation.open_prompt("released", small_t5(), settings)
+        evaluation.open_candidate("released", small_t5(), settings)
 
 
 def test_damaged_released_prompts(tmp_path):

@@ -4,6 +4,7 @@
     python train.py --model t5-base         # the paper's setting: OpenWebText, 100,000 steps, a GPU
     python train.py --corpus my/texts       # your text; --help lists every number with its source
     python train.py --resume runs/tiny-1    # go on after Ctrl-C or a crash, bit by bit the same run
+    python train.py --method ppt            # what it is compared with; --ablation no-mgr: Table 4
 
 All of a run is in one folder, runs/<model>-<number>: run.json (what was asked for), log.jsonl (a
 line a step), state.safetensors (to resume from) and prompt.safetensors (theta and phi at the lowest
@@ -32,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import data
+from baselines import ABLATIONS, METHODS, STEPS, UNIFIED, examples_per_step
 from data import VARIANTS, TaskIndex, atomic_write, meta_task
 from supmer import (Method, gradient_and_hessian, init_prompt, init_regularizer, init_state, knob,
                     load_prompt, meta_gradient, meta_step, prompt_gradient, prompt_metadata,
@@ -49,12 +51,14 @@ class Training:
     clusters: int = knob(250, "K-means clusters of each format (Table 6)")
     prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)")
     max_tokens: int = knob(412, "text tokens of an example (Table 6: 512 with the prompt)")
+    method: str = knob("supmer", "supmer, or what it is compared with: ppt, unified-ppt, metapt")
     only: str = knob("", "sp, mc or ss: tasks of this format alone (Table 4)")
     tasks: int = knob(4, "n, tasks in a batch (Table 6)")
     support: int = knob(32, "examples of a support set (Table 6)")
     query: int = knob(32, "examples of a query set (Table 6)")
     seed: int = knob(0, "of the prompt, the clusters and every task")
     validate_every: int = knob(2000, "steps between validations (Table 6)")
+    patience: int = knob(0, "stop after so many validations without a lower loss; 0: never")
     validation_tasks: int = knob(20, "fixed held-out tasks of each variant (ours)")
     save_seconds: float = knob(60.0, "seconds between saved states (ours)")
     dtype: str = knob("float32", "of the frozen T5: float32 or bfloat16 (theta and phi: float32)")
@@ -116,9 +120,12 @@ def knob_parser(description, classes, tiny, choices=()):
 
 def parse(argv):
     """Command line -> Training, Method, {number: where its value comes from}, the other options."""
-    parser = knob_parser(__doc__, (Training, Method), TINY_VALUES)
+    parser = knob_parser(__doc__, (Training, Method), TINY_VALUES, {"method": tuple(METHODS)})
     parser.add_argument("--steps", dest="max_steps", type=int, default=argparse.SUPPRESS,
                         help="short for --max-steps")
+    parser.add_argument("--examples", type=int, help="instead of --steps: as many as draw so many "
+                        "examples [of ppt, unified-ppt, metapt: what SUPMER's steps would draw]")
+    parser.add_argument("--ablation", choices=ABLATIONS, help="SUPMER without a part (Table 4)")
     parser.add_argument("--run", type=Path, help="the new run's folder [runs/<model>-<number>]")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run")
     parser.add_argument("--yes", action="store_true", help="start a long run without a GPU as well")
@@ -130,21 +137,42 @@ def parse(argv):
                         "write RUN's prompt as a folder for Hugging Face PEFT")
     given = vars(parser.parse_args(argv))
     control = argparse.Namespace(**{name: given.pop(name) for name in (
-        "run", "resume", "yes", "dry_run", "max_minutes", "export_peft")})
+        "examples", "ablation", "run", "resume", "yes", "dry_run", "max_minutes", "export_peft")})
     if not control.max_minutes > 0:
         raise InputError(f"--max-minutes {control.max_minutes}: it must be more than 0")
     if control.resume:
-        if given or control.run:
+        if given or control.run or control.examples or control.ablation:
             raise InputError("--resume goes on with the run's own numbers: add nothing but --yes, "
                              "--dry-run or --max-minutes")
         kept = read_run(control.resume)
-        given, tiny = kept["training"] | kept["method"], {}
+        given, tiny, preset = kept["training"] | kept["method"], {}, {}
     else:
         tiny = TINY_VALUES if given.get("model", "tiny") == "tiny" else {}
+        preset = METHODS[given.get("method", "supmer")] | ABLATIONS.get(control.ablation, {})
+        if control.ablation and given.keys() & (preset.keys() | {"method"}):
+            raise InputError(f"--ablation {control.ablation} is SUPMER with {preset}: leave those "
+                             "options away")
     sources = {entry.name: entry.metadata["help"] for entry in (*fields(Training), *fields(Method))}
     sources |= {name: why for name, (_, why) in tiny.items()}
+    sources |= dict.fromkeys(preset, f"of {control.ablation or given.get('method')}")
     sources |= dict.fromkeys(given, "the run's own" if control.resume else "given")
-    return *settings({name: value for name, (value, _) in tiny.items()} | given), sources, control
+    training, method = settings({name: value for name, (value, _) in tiny.items()} | preset | given)
+    if not control.resume:
+        method = as_many_examples(training, method, control.examples, "max_steps" in given)
+    return training, method, sources, control
+
+
+def as_many_examples(training, method, examples, steps_given):
+    """The Method with the steps that draw `examples`; without those, and without --steps, every
+    method that SUPMER is compared with draws as many as SUPMER would. InputError for both."""
+    if examples is not None and (examples < 1 or steps_given):
+        raise InputError(f"--examples {examples}: give more than 0, without --steps")
+    if examples is None and (steps_given or training.method == "supmer"):
+        return method
+    supmer = examples_per_step(replace(training, method="supmer"),
+                               replace(method, augmentation=True))
+    examples = examples or method.max_steps * supmer
+    return replace(method, max_steps=math.ceil(examples / examples_per_step(training, method)))
 
 
 def settings(chosen):
@@ -157,7 +185,7 @@ def settings(chosen):
     training, method = (cls(**{entry.name: chosen[entry.name] for entry in fields(cls)
                                if entry.name in chosen}) for cls in (Training, Method))
     may_be_zero = ("seed", "relative_step", "gate_weight", "prompt_rate", "regularizer_rate",
-                   "save_seconds", "keep_graphs")
+                   "save_seconds", "keep_graphs", "patience")
     for entry in (*fields(Training), *fields(Method)):
         value = getattr(training if hasattr(training, entry.name) else method, entry.name)
         name, number = "--" + entry.name.replace("_", "-"), type(entry.default) in (int, float)
@@ -344,10 +372,13 @@ def fetch_list(name):
 
 # ------------------------------------------------------------------------------ a run on the disk
 
-def new_run(training, method, made_of, wanted):
-    """Make the folder `wanted`, or the next free runs/<model>-<number>, with its run.json."""
-    name = Path(training.model).name
-    numbered = (Path("runs") / f"{name}-{number}" for number in range(1, 10 ** 6))
+def new_run(name, training, method, made_of, wanted):
+    """Make the folder `wanted`, or the next free runs/<model>-<number>, with its run.json.
+
+    name: supmer, what it is compared with, or an ablation, which stand in the folder's name.
+    """
+    stem = "-".join([Path(training.model).name, *[name] * (name != "supmer")])
+    numbered = (Path("runs") / f"{stem}-{number}" for number in range(1, 10 ** 6))
     for folder in [wanted] if wanted else numbered:
         try:
             folder.mkdir(parents=True)
@@ -357,7 +388,8 @@ def new_run(training, method, made_of, wanted):
                 raise InputError(f"{folder} exists: name another --run, or go on with "
                                  f"--resume {folder}") from None
     write_run(folder, {
-        "model": training.model, "training": asdict(training), "method": asdict(method),
+        "model": training.model, "name": name,
+        "training": asdict(training), "method": asdict(method),
         "made_of": made_of, "command": shlex.join(["python", *sys.argv]),
         "finished": False, "ended": None,
         "versions": {"python": platform.python_version(), "torch": torch.__version__}})
@@ -375,6 +407,7 @@ def read_run(folder):
     try:
         values = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         values["training"] | values["method"], values["finished"], values["ended"]
+        values["name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} holds no run ({error!r}): name a folder that train.py made, "
                          "such as runs/tiny-1") from None
@@ -515,16 +548,18 @@ def open_index(training, model_folder, tokenizer, t5):
     print(f"corpus: {counts}\n        kept in {store.folder}")
     return TaskIndex(store, tokenizer, support=training.support, query=training.query,
                      variants=[v for v in VARIANTS if v.startswith(training.only)],
-                     max_tokens=training.max_tokens)
+                     max_tokens=training.max_tokens,
+                     recast=UNIFIED if training.method == "unified-ppt" else {})
 
 
 class Run:
     """A run's folder and what it holds: the log, the state, the best prompt."""
 
-    def __init__(self, folder, training, method, t5, index):
+    def __init__(self, folder, name, training, method, t5, index):
         """Take up the folder's saved state, or make and validate that of step 0."""
-        self.folder, self.training, self.method = folder, training, method
+        self.folder, self.name, self.training, self.method = folder, name, training, method
         self.t5, self.index, self.best = t5, index, float("inf")
+        self.advance = STEPS.get(training.method, meta_step)
         theta = init_prompt(t5, training.prompt_length, training.seed)
         phi = init_regularizer(t5.config.d_model, device=theta.device)
         self.state = init_state(theta, phi, method)
@@ -557,22 +592,32 @@ class Run:
             raise InputError(f"step {self.state.step}: the validation loss is {result['loss']}; "
                              "try a smaller inner_rate, relative_step or prompt_rate")
         self.log.write({"step": self.state.step, "validation": result})
-        if result["loss_before"] - result["loss"] < 1e-4 * result["loss_before"]:
+        if self.training.method in STEPS:       # not learned for an inner step: without one
+            result["loss"] = result["loss_before"]
+        elif result["loss_before"] - result["loss"] < 1e-4 * result["loss_before"]:
             tqdm.write(f"step {self.state.step}: the inner step lowers the held-out loss by less "
                        f"than 1e-4 of it; it moves the prompt by {result['step_size']:.1e} of its "
                        "length. See --relative-step and --inner-rate.")
         if result["loss"] < self.best:
-            self.best = result["loss"]
-            save_prompt(self.folder / "prompt.safetensors", self.state.theta, self.state.phi, {
+            self.best, per_step = result["loss"], examples_per_step(self.training, self.method)
+            phi = self.state.phi if self.method.regularizer else None
+            save_prompt(self.folder / "prompt.safetensors", self.state.theta, phi, {
                 "model": self.training.model, "corpus": " ".join(self.training.corpus),
+                "method": self.name, "examples": str(per_step * self.method.max_steps),
                 "step": str(self.state.step), "steps": str(self.method.max_steps),
                 "seed": str(self.training.seed), "validation_loss": f"{self.best:.6f}",
                 "model_sha256": self.index.store.meta["made_of"]["model"]})
 
+    def out_of_patience(self):
+        """Whether the lowest validation loss is `patience` validations old."""
+        kept = int(prompt_metadata(self.folder / "prompt.safetensors")["step"])
+        limit = self.training.patience * self.training.validate_every
+        return 0 < limit <= self.state.step - kept
+
     def step(self):
-        """One meta-step, logged -> its log entry."""
+        """One step of the method, logged -> its log entry."""
         began, pairs = time.perf_counter(), self.batch()
-        entry = meta_step(self.t5, self.state, pairs, self.method, self.training.seed)
+        entry = self.advance(self.t5, self.state, pairs, self.method, self.training.seed)
         seconds = time.perf_counter() - began
         tokens = sum(len(ids) for pair in pairs for task in pair
                      for ids in (*task.support.ids, *task.query.ids))
@@ -582,28 +627,31 @@ class Run:
         return entry
 
     def train(self):
-        """Step until max_steps or SIGINT, SIGTERM or SIGALRM: end the step, save -> the signal, or
-        None."""
+        """Step until max_steps, the end of patience, or SIGINT, SIGTERM or SIGALRM: end the step,
+        save -> the signal, or None."""
         caught, saved, last = [], time.monotonic(), self.method.max_steps
+        ended = self.out_of_patience()
         before = {number: signal.signal(number, lambda number, frame: caught.append(number))
                   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
         with tqdm(total=last, initial=self.state.step, unit="step", dynamic_ncols=True,
                   disable=None) as bar:
-            while self.state.step < last and not caught:
+            while self.state.step < last and not caught and not ended:
                 entry = self.step()
-                bar.set_postfix(loss=f"{entry['query_loss']:.3f}", s=f"{entry['s']:.2f}",
-                                b=f"{entry['b']:.2f}",
+                shown = {"loss": entry["query_loss"], **{k: entry[k] for k in "sb" if k in entry}}
+                bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()},
                                 tokens_s=f"{entry['time']['tokens_per_second']:.0f}")
                 bar.update()
                 step = self.state.step
                 if step == last or step % self.training.validate_every == 0:
                     self.validate()
-                if step == last or caught or time.monotonic() - saved > self.training.save_seconds:
+                    ended = self.out_of_patience()
+                late = time.monotonic() - saved > self.training.save_seconds
+                if step == last or ended or caught or late:
                     save_state(self.folder, self.state, self.best)
                     saved = time.monotonic()
         for number, handler in before.items():
             signal.signal(number, handler)
-        return caught[0] if self.state.step < last else None
+        return caught[0] if caught and self.state.step < last and not ended else None
 
 
 def export_peft(source, folder):
@@ -676,9 +724,11 @@ def main(argv):
     made_of = index.store.meta["made_of"]
     if control.resume:
         check_origin(control.resume, made_of)
-    folder = control.resume or new_run(training, method, made_of, control.run)
+    name = read_run(control.resume)["name"] if control.resume else \
+        control.ablation or training.method
+    folder = control.resume or new_run(name, training, method, made_of, control.run)
     print(f"run:    {folder}")
-    run = Run(folder, training, method, t5, index)
+    run = Run(folder, name, training, method, t5, index)
     interrupted = run.train()
     signal.setitimer(signal.ITIMER_REAL, 0)
     if interrupted:
