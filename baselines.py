@@ -58,7 +58,9 @@ def count(parameters):
 
 def without_prompt(t5, kept):
     """The frozen T5 and a soft prompt of no vectors (0, d)."""
-    return t5, torch.zeros(0, t5.config.d_model, device=t5.weights["shared.weight"].device)
+    table = t5.weights["shared.weight"]
+    return t5, torch.zeros(0, table.shape[1], device=table.device,
+                           dtype=torch.promote_types(table.dtype, torch.float32))
 
 
 def keep_all(t5, parameters):
@@ -159,7 +161,7 @@ def prefix_tuning_start(t5, seed, length):
     def normal(*shape):
         return torch.from_numpy(rng.standard_normal(shape)).float().to(size.device)
     return {"E": normal(length, c.d_model), "W1": normal(c.d_model, m) * c.d_model ** -0.5,
-            "b1": torch.zeros_like(size[:m]),
+            "b1": torch.zeros(m, device=size.device),
             "W2": normal(m, len(size)) * m ** -0.5 * size / 0.63,   # tanh of a normal has RMS 0.63
             "b2": torch.zeros_like(size)}
 

@@ -518,7 +518,7 @@ def load_prompt(path, d):
             raise InputError(f"{path}: its regularizer is {form!r}, this code reads 'affine' or "
                              "none: give the prompt.safetensors of a run")
         theta = tensors.pop("theta", torch.zeros(0))
-        phi = {name.removeprefix("phi."): x for name, x in tensors.items()}
+        phi = {name.removeprefix("phi."): x for name, x in tensors.items()} or None
     tensors = {"theta": theta, **(phi or {})}
     form = metadata["regularizer"]
     wanted = {"theta": [len(theta), d], **{name: list(x.shape) for name, x in (
