@@ -2187,18 +2187,46 @@ def test_building_is_deterministic(planted, tmp_path):
         assert a == b, file
 
 
-def test_an_interrupted_build_leaves_nothing_half_made(planted, tmp_path):
-    """Stopped while embedding: no store and no temporary folder; the next build succeeds."""
-    def stopped(ids, mask):
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        build_again(planted, tmp_path, embed=stopped)
-    assert not list((tmp_path / "cache").iterdir())
-    assert build_again(planted, tmp_path).meta["counts"]["documents"] == 20
+def test_a_stopped_build_goes_on_where_it_was(planted, tmp_path, monkeypatch):
+    """Stopped in its second file, in the sample, and in its second part of assignments: each time
+    what was done is not done again, and the store is byte for byte an unbroken one's."""
+    monkeypatch.setattr(data, "CHUNK", 64)
+    lines = planted_paths(tmp_path, 10)[0].read_text().splitlines()
+    for name, part in (("a", lines[:5]), ("b", lines[5:])):     # of 200 sentences each
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+    model, read, embed = write_model(tmp_path / "m", [])[0], data.documents, by_topic(planted[0])
+    did, stop = Counter(), ("", 0)
+
+    def spy(key, function, *arguments):
+        did[key] += len(arguments[0])
+        return function(*arguments)
+
+    def progress(stage, done, total):
+        if stage == stop[0] and done > stop[1]:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(data, "documents", partial(spy, "files", read))
+
+    def build(cache):
+        return data.build_store(tmp_path / cache, [tmp_path / "a.jsonl", tmp_path / "b.jsonl"],
+                                planted[0], None, 3, 0, model=model, progress=progress,
+                                embed=partial(spy, "embedded", embed))
+    whole = build("whole")
+    assert dict(did) == {"files": 2, "embedded": 320 + 400}
+    did.clear()
+    for stop in (("reading text, bytes", 5000), ("embedding a sample", 0),
+                 ("assigning clusters", 64)):
+        with pytest.raises(KeyboardInterrupt):
+            build("broken")
+    stop = ("", 0)
+    broken = build("broken")
+    assert did["files"] == 3 and 320 + 400 < did["embedded"] < 2 * 320 + 400 + 64
+    for file in sorted(whole.folder.iterdir()):
+        assert file.read_bytes() == (broken.folder / file.name).read_bytes(), file
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == [whole.folder.name]
 
 
-@pytest.mark.parametrize("file", ["tokens.bin", "offsets.npy", "document.npy", "cluster.npy",
-                                  "centroids.npy", "meta.json"])
+@pytest.mark.parametrize("file", ["tokens.bin", "offsets.bin", "document.bin", "cluster.bin",
+                                  "order.bin", "centroids.npy", "meta.json"])
 def test_a_damaged_store_is_refused(planted, tmp_path, file):
     """Missing or cut short: an InputError that says what to do."""
     path = build_again(planted, tmp_path).folder / file
@@ -2477,13 +2505,31 @@ def test_mask_and_letters_survive_very_long_sentences(planted, tmp_path):
                 assert ids[-2] == mask or variant[:2] == "sp" and mask in ids[200:-200]
 
 
+def reclustered(store, cluster, K):
+    """A store with other clusters, of which it is not said where they came from."""
+    order, bounds = data.group_anchors(cluster[0], store.held_out, store.anchor, store.document,
+                                       store.first, K, chunk=1000)
+    return store._replace(cluster=cluster, centroids=np.zeros((3, K, 5), np.float32),
+                          order=np.stack([order] * 3), bounds=np.stack([bounds] * 3))
+
+
+def test_anchors_are_grouped_by_split_cluster_and_use(planted):
+    """Chunk by chunk, group_anchors is what its docstring says, done by sorting all at once."""
+    store, K = planted[1], 5
+    follows = np.append(store.document[1:] == store.document[:-1], False)
+    group = 2 * (K * store.held_out + store.cluster[0]) + ~follows
+    store = reclustered(store, store.cluster, K)
+    assert np.array_equal(store.order[0], np.argsort(group, kind="stable"))
+    assert np.array_equal(np.diff(store.bounds[0]), np.bincount(group, minlength=4 * K))
+
+
 def test_small_clusters_are_skipped(planted):
     """A cluster of 63 anchors is never drawn for tasks of 32 + 32, one of 64 is; their sentences
     still stand elsewhere."""
     tokenizer, store, _ = planted
     cluster, training = store.cluster.copy(), np.flatnonzero(~store.held_out)
     cluster[:, training[:63]], cluster[:, training[63:127]] = 5, 6
-    small = store._replace(cluster=cluster, centroids=np.zeros((3, 7, 5), np.float32))
+    small = reclustered(store, cluster, 7)
     index = TaskIndex(small, tokenizer, variants=("mc-cluster", "ss-cluster"))
     drawn = {c for step in range(150) for c in meta_task(index, 0, step, 0, stream=1).clusters}
     assert drawn == {0, 1, 2, 3, 4, 6}
@@ -2494,12 +2540,13 @@ def test_too_few_sentences_for_the_tasks_are_counted(planted):
     tokenizer, store, _ = planted
     held_out = sorted(set(store.document[store.held_out].tolist()))
     last = np.bincount([(7 * d + 39) % 5 for d in held_out], minlength=5)   # nothing follows them
-    says = f"sp-next: {20 + last.min()} validation sentences are lacking"
+    lacking = 20 + last.min()
+    says = f"sp-next: {lacking} validation sentences are lacking: of 100 usable ones {lacking} in"
     with pytest.raises(InputError, match=says):
         TaskIndex(store, tokenizer, support=50, query=50)
-    with pytest.raises(InputError, match="ss-cluster: 80 validation sentences are lacking"):
+    with pytest.raises(InputError, match="ss-cluster: 80 .* usable ones 20, 20, 20, 20 in the 4"):
         TaskIndex(store, tokenizer, support=50, query=50, variants=("ss-cluster",))
-    one = store._replace(cluster=np.zeros_like(store.cluster), centroids=store.centroids[:, :1])
+    one = reclustered(store, np.zeros_like(store.cluster), 1)
     with pytest.raises(InputError, match="ask for more clusters"):
         TaskIndex(one, tokenizer, variants=("mc-cluster",))
     index = TaskIndex(one, tokenizer, variants=("sp-next",))
@@ -2787,6 +2834,64 @@ def test_real_tasks_are_read_whole(name, first, tokenizer):
     examples, mask = data.task_examples(tokenizer, task, longest), tokenizer.token_to_id(MASK)
     assert all(ids.count(mask) == 1 and len(ids) <= task.max_tokens for ids in examples.ids)
     assert len(set(map(tuple, examples.words))) == len(task.words)
+
+
+def labeled_store(folder, rows, words=(), clusters=3):
+    """A .csv of (label, text), each text's first word its topic, T0.., as a labeled store."""
+    known = [f"T{i}" for i in range(5)] + [word for row in rows for word in " ".join(row).split()]
+    model, tokenizer = write_model(folder / "m", [*known, *words, *data.SENTIMENT[5], "It", "was",
+                                                  "?"])
+    with open(folder / "set.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("label", "text"), *rows])
+    return data.build_labeled(folder / "cache", folder / "set.csv", tokenizer, None, clusters, 0,
+                              model=model, words=words, embed=by_topic(tokenizer)), tokenizer
+
+
+def test_labeled_sets_become_meta_tasks(tmp_path):
+    """Table 3: a task is one cluster (here: one topic) of one set; labels are the set's own words
+    and what the file says of each text, balanced in both sets, which share no text."""
+    label = {}
+    for i in range(900):
+        label[f"T{i % 3} d{i}"] = ("good", "bad", "so-so")[i // 3 % 3]
+    store, tokenizer = labeled_store(tmp_path, [(word, text) for text, word in label.items()])
+    index = data.LabeledIndex({"set": store}, tokenizer, support=7, query=3)
+    for step in range(20):
+        split = ("train", "validation")[step % 2]
+        task = data.labeled_task(index, 0, step, 0, stream=1, split=split)
+        partner = data.labeled_task(index, 0, step, 0, stream=2, variant="set", avoid=task.clusters)
+        assert task.variant == "set" and partner.clusters != task.clusters
+        sources = []
+        for examples, n in ((task.support, 7), (task.query, 3)):
+            shown = [data.examples_as_text(tokenizer, examples, row) for row in range(n)]
+            for source, target in shown:
+                text = re.fullmatch(r"(T\d d\d+) It was <extra_id_0> \?</s>", source).group(1)
+                assert label[text] == target
+                sources.append(text)
+            counts = Counter(target for _, target in shown)
+            assert set(counts) == {"good", "bad", "so-so"} and max(counts.values()) <= n // 3 + 1
+        assert len(set(sources)) == 10 and len({text[:2] for text in sources}) == 1
+    again = data.labeled_task(data.LabeledIndex({"set": store}, tokenizer, support=7, query=3),
+                              0, 19, 0, stream=1, split="validation")
+    assert again.support.ids == task.support.ids and again.query.ids == task.query.ids
+    with pytest.raises(InputError, match="set: .* validation texts are lacking .* 40 of each"):
+        data.LabeledIndex({"set": store}, tokenizer, support=60, query=60)
+
+
+@pytest.mark.parametrize("labels, words, known", [
+    ("14523", (), ("terrible", "bad", "okay", "good", "great")), ("01", (), ("terrible", "great")),
+    ("01", ("no", "yes"), ("no", "yes")), (("no", "yes"), ("yes", "no"), ("yes", "no")),
+    ("012", (), None), (("no", "2"), ("no", "yes"), None), (("no",), (), None)])
+def test_words_of_labeled_sets(tmp_path, labels, words, known):
+    """Words stand for themselves; numbers are the words given, or sentiment's, lowest first."""
+    rows = [(labels[i % len(labels)], f"T{i % 3} d{i}") for i in range(60)]
+    if known is None:
+        with pytest.raises(InputError, match="set.csv has the labels"):
+            labeled_store(tmp_path, rows, words)
+        return
+    store, _ = labeled_store(tmp_path, rows, words)
+    place = {label: i for i, label in enumerate(known if labels[0] in known else sorted(labels))}
+    assert tuple(store.meta["made_of"]["options"]["words"]) == known
+    assert store.label.tolist() == [place[label] for label, _ in rows]
 
 
 # --------------------------------------------------------------------- data: where tasks come from
