@@ -51,6 +51,7 @@ from huggingface_hub.errors import (EntryNotFoundError, HFValidationError, HTTPE
                                     LocalEntryNotFoundError, RepositoryNotFoundError,
                                     RevisionNotFoundError)
 from tokenizers import Tokenizer
+from torch import distributed
 from tqdm import tqdm
 
 from kmeans import kmeans, nearest
@@ -209,6 +210,10 @@ def corpus_files(paths):
             raise InputError(f"{path} does not exist: give files or folders of text")
         found = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
                  if file.is_file() and file.name.endswith(tuple(READERS))]
+        if not found and (path.suffix == ".parquet" or any(path.rglob("*.parquet"))):
+            raise InputError(f"{path}: parquet is not read; take the corpus's .tar or .json.gz, or "
+                             "with pandas read_parquet(FILE).to_json(FILE + '.jsonl', "
+                             "orient='records', lines=True)")
         if not found:
             raise InputError(f"{path}: no text there; files, or folders of files, must be"
                              f" {', '.join(READERS)}")
@@ -216,13 +221,18 @@ def corpus_files(paths):
     return files
 
 
+LONGEST = 1 << 25           # bytes of a document or line that are held at a time
+
+
 def documents(paths, max_bytes=None, counts=None):
     """Stream the documents of files and folders as lists of paragraphs, until max_bytes were read.
 
-    .txt: blank lines part documents, one paragraph each. .jsonl(.gz): a document a line, with
-    `paragraphs` (a list) or `text` (a paragraph a line). .tar: OpenWebText's.
+    .txt: blank lines part documents, one paragraph each. .jsonl(.gz), .json.gz (C4's): a document a
+    line, with `paragraphs` (a list) or `text` (a paragraph a line). .tar(.xz): OpenWebText's, .txt
+    documents, or .xz files that each are a tar of them. Nothing is unpacked to the disk.
     a file "It rained.\\nWe left.\\n\\nThe sun rose." -> ["It rained. We left."], ["The sun rose."]
-    counts: a Counter, receives "bytes" and "broken UTF-8", lines that U+FFFD had to mend.
+    counts: a Counter, receives "bytes", "broken UTF-8", lines that U+FFFD had to mend, and "long
+    documents parted", texts that LONGEST made two or more of.
     InputError for what is no text, for wrong JSON (file and line), and for a damaged archive.
     """
     counts = Counter() if counts is None else counts
@@ -249,21 +259,26 @@ def _decode(raw, where, counts):
 
 def _read_txt(path, counts):
     with open(path, "rb") as file:
-        lines = []
-        for raw in file:
+        lines, size = [], 0
+        while raw := file.readline(LONGEST):
             line = _decode(raw, path, counts).strip()
+            size += len(raw)
+            counts["long documents parted"] += size >= LONGEST
             if line:
                 lines.append(line)
-            elif lines:
+            if size >= LONGEST or lines and not line:
                 yield [" ".join(lines)]
                 lines = []
+            size *= bool(lines)
         yield [" ".join(lines)]
 
 
 def _read_jsonl(path, counts):
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
             where = f"{path}, line {number}"
+            if len(raw) == LONGEST:
+                raise InputError(f"{where}: {LONGEST:,} bytes or more; give a document a line")
             line = _decode(raw, where, counts)
             if not line.strip():
                 continue
@@ -280,20 +295,29 @@ def _read_jsonl(path, counts):
             yield paragraphs
 
 
-def _read_openwebtext(path, counts):
-    """A tar of .xz files, each a tar.xz of documents; both are streamed, nothing is unpacked."""
-    with tarfile.open(path, "r|") as outer:
-        for part in outer:
-            if part.isfile() and part.name.endswith(".xz"):
-                with tarfile.open(fileobj=outer.extractfile(part), mode="r|xz") as inner:
+def _read_tar(path, counts):
+    with tarfile.open(path, "r|*") as outer:
+        for part in filter(tarfile.TarInfo.isfile, outer):
+            content = outer.extractfile(part)
+            if part.name.endswith(".txt"):
+                yield from _parts(content, f"{path}, {part.name}", counts)
+            elif part.name.endswith(".xz"):
+                with tarfile.open(fileobj=content, mode="r|xz") as inner:
                     for file in filter(tarfile.TarInfo.isfile, inner):
-                        raw = inner.extractfile(file).read()
-                        yield _decode(raw, f"{path}, {file.name}", counts).split("\n")
+                        yield from _parts(inner.extractfile(file), f"{path}, {file.name}", counts)
+
+
+def _parts(file, where, counts):
+    """A document; of one larger than LONGEST, its parts."""
+    raw = file.read(LONGEST)
+    yield _decode(raw, where, counts).split("\n")
+    while len(raw) == LONGEST and (raw := file.read(LONGEST)):
+        counts["long documents parted"] += 1
+        yield _decode(raw, where, counts).split("\n")
 
 
 READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl,
-           ".tar": _read_openwebtext}
-
+           ".json.gz": _read_jsonl, ".tar": _read_tar, ".tar.xz": _read_tar}
 # A stop: . ! ? and the quotes and brackets that close after it, a space, and what opens the next.
 STOP = re.compile(
     r"""(?<![.!?…])([.!?…]+)["'”’»)\]]*\s(?=["'“‘«(\[—–-]*\s?(\w+))""")
@@ -342,7 +366,8 @@ def _ends_sentence(text, start, match):
 class Ranks:
     """The processes that share a run's work, as torchrun starts them; without it this one alone.
 
-    All call the same methods in the same order. patient: a process group that may wait for hours.
+    All call the same methods in the same order. patient: a process group whose barrier may take
+    hours; the others give up after torch.distributed's time limit, with an InputError.
     """
 
     def __init__(self, rank=0, world=1, patient=None):
@@ -354,25 +379,32 @@ class Ranks:
 
     def all_sum(self, *tensors):
         """Each tensor's sum over the ranks. It is taken in float64, so that how many ranks there
-        are shows in a float32's last digits only. InputError if a rank is gone, or silent for as
-        long as torch.distributed waits."""
+        are shows in a float32's last digits only."""
         if self.world == 1:
             return tensors
         total = torch.cat([x.detach().double().flatten() for x in tensors])
-        try:
-            torch.distributed.all_reduce(total)
-        except RuntimeError as error:
-            raise InputError(f"another rank ended or hangs ({_reason(error)}): see what it said"
-                             ) from None
+        self._together(distributed.all_reduce, total)
         parts = total.split([x.numel() for x in tensors])
         return [part.view(x.shape).to(x.dtype) for part, x in zip(parts, tensors)]
 
     def gather(self, value):
-        """What each rank calls this with, in their order; it waits until all have come here."""
+        """What each rank calls this with, in their order."""
         values = [value] * self.world
         if self.world > 1:
-            torch.distributed.all_gather_object(values, value, group=self.patient)
+            self._together(distributed.all_gather_object, values, value)
         return values
+
+    def wait(self):
+        """Until all have come here, however long one of them works alone."""
+        if self.world > 1:
+            self._together(distributed.barrier, self.patient)
+
+    def _together(self, function, *arguments):
+        try:
+            function(*arguments)
+        except RuntimeError as error:
+            raise InputError(f"rank {self.rank}: another rank ended or hangs ({_reason(error)}): "
+                             "see what it said") from None
 
 
 SOLO = Ranks()
@@ -560,6 +592,7 @@ def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, prog
     made_of = {"corpus": fingerprint(files), "model": model_fingerprint(model),
                "tokenizer": fingerprint([tokenizer_file(model)]), "options": options}
     name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    ranks.wait()
     if len(set(ranks.gather(name))) > 1:
         raise InputError("the ranks have different corpora, models or options: give all the same")
     folder, new = cache / name, cache / f".building-{name}"
@@ -570,6 +603,7 @@ def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, prog
                 f"waiting for process {owner}, which makes the same store", 0, None)))
             if folder.exists():     # made meanwhile
                 shutil.rmtree(new, ignore_errors=True)
+        ranks.wait()
         if not ranks.gather(folder.exists())[0]:
             embed = embed or (lambda ids, mask: embed_sentences(t5, ids, mask))
             budget = BATCH_TOKENS[t5.weights["shared.weight"].device.type if t5 else "cpu"]
@@ -577,7 +611,7 @@ def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, prog
                 if ranks.rank == 0:
                     counts = _write_text(new, files, read, tokenizer, progress)
                     _hold_out(new, options["clusters"], counts)
-                ranks.gather(None)
+                ranks.wait()
                 _cluster(new, options["clusters"], seeds, embed, budget, progress, ranks)
             except InputError:      # it would come again: what is here is of no use
                 if ranks.rank == 0:
@@ -591,9 +625,11 @@ def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, prog
                     (new / file).unlink()
                 os.rename(new, folder)
                 (folder / "lock").unlink()
-    if not all(ranks.gather(folder.exists())):
-        raise InputError(f"{folder} is not there for every rank: put cache/ on a disk that all "
-                         "machines share, or copy it to each")
+    ranks.wait()
+    made = [folder / file for file in ("meta.json", "centroids.npy", "order.bin")]
+    if ranks.world > 1 and len(set(ranks.gather(folder.exists() and fingerprint(made)))) > 1:
+        raise InputError(f"{folder} is not the same for all ranks: put cache/ on a disk that they "
+                         "share, or copy it to each machine")
     return open_store(folder, made_of)
 
 
@@ -767,7 +803,7 @@ def _cluster(folder, clusters, seeds, embed, budget, progress, ranks):
             atomic_write(folder / "centroids.npy",
                          lambda file: np.save(file, fitted.float().cpu().numpy()))
             progress("K-means", size, size)
-        ranks.gather(None)
+        ranks.wait()
     centroids = torch.from_numpy(np.load(folder / "centroids.npy"))
     path, row = folder / "cluster.bin", 4 * len(seeds)
     path.touch()
@@ -1462,12 +1498,27 @@ MODELS = {
     "t5-base-lm-adapt": "google/t5-base-lm-adapt@refs/pr/2",
 }
 OFFICIAL_ROWS = 32128               # embeddings of every official T5: 32,100 pieces, padded
-OPENWEBTEXT = {"repo_id": "Skylion007/openwebtext", "repo_type": "dataset",     # still with tars:
-               "revision": "f3808c30e817981b845ec549c43e82bb467d8144"}
+
+
+class Corpus(NamedTuple):
+    """A corpus of the hub, in files of about the same size."""
+    source: dict
+    file: str           # a file's name, with a place for its number
+    files: int
+    archive: int        # bytes of a file
+    text: int           # bytes of text in it, put low
+
+
+CORPORA = {
+    "openwebtext": Corpus({"repo_id": "Skylion007/openwebtext", "repo_type": "dataset",
+                           "revision": "f3808c30e817981b845ec549c43e82bb467d8144"},  # still tars
+                          "subsets/urlsf_subset{:02}.tar", 21, 630_000_000, 1_700_000_000),
+    "c4": Corpus({"repo_id": "allenai/c4", "repo_type": "dataset"},
+                 "en/c4-train.{:05}-of-01024.json.gz", 1024, 320_000_000, 600_000_000),
+}
 RELEASED = {(768, 3072): "t5base", (2048, 5120): "flant5xl"}    # d_model, d_ff: the authors' name
 RELEASED_URL = ("https://raw.githubusercontent.com/beepkh/SUPMER/"
                 "adaddb3144183a823247fdba80102b0c9185e871/pretrain_prompt/")
-SUBSET_BYTES = 1_700_000_000        # of text in each of its 21 files of 630 MB, put low
 
 
 class Download(NamedTuple):
@@ -1578,10 +1629,16 @@ def tokenizer_file(folder):
                          f"{error}") from None
 
 
-def openwebtext_files(max_bytes):
-    """Fetch as many of OpenWebText's files as hold max_bytes of text -> paths, for documents()."""
-    count = min(21, -(-max_bytes // SUBSET_BYTES))
-    return [_fetch(f"subsets/urlsf_subset{i:02}.tar", **OPENWEBTEXT) for i in range(count)]
+def corpus_count(name, max_bytes):
+    """How many of a corpus's files hold max_bytes of text."""
+    return min(CORPORA[name].files, -(-max_bytes // CORPORA[name].text))
+
+
+def fetch_corpus(name, max_bytes):
+    """Fetch as many files of one of CORPORA as hold max_bytes of text -> paths, for documents()."""
+    corpus = CORPORA[name]
+    return [_fetch(corpus.file.format(number), **corpus.source)
+            for number in range(corpus_count(name, max_bytes))]
 
 
 if "HF_HUB_VERBOSITY" not in os.environ:    # it tells of each of its tries, we of their failure

@@ -1808,21 +1808,27 @@ def openwebtext_tar(path, parts):
 
 
 def test_documents_of_each_format_literally(tmp_path):
-    """.txt, .jsonl with either field, .jsonl.gz, a tar as OpenWebText's, and a folder of them, in
-    order."""
+    """.txt, .jsonl with either field, .jsonl.gz, tars as OpenWebText's and of plain texts, C4's
+    .json.gz, and a folder of them, in order."""
     (tmp_path / "a.txt").write_text("It rained.\nWe left.\n\n \nThe sun rose.")
     (tmp_path / "b.jsonl").write_text('{"text": "One.\\nTwo."}\n\n'
                                       '{"paragraphs": ["Three.", "Four."], "id": 7}\n')
     with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
         file.write('{"text": "Five."}')
     openwebtext_tar(tmp_path / "d.tar", [[b"Six.\n\nSeven.", b"Eight."], ["N\u00efne.".encode()]])
+    with tarfile.open(tmp_path / "e.tar.xz", "w:xz") as plain:
+        for name in ("a.txt", "LICENSE"):
+            plain.add(tmp_path / "a.txt", name)
+    with gzip.open(tmp_path / "f.json.gz", "wt") as file:                       # as C4's
+        file.write('{"text": "Ten.", "url": "x"}\n{"text": "Eleven."}\n')
     (tmp_path / "README.md").write_text("not a corpus")
     expected = [["It rained. We left."], ["The sun rose."], ["One.", "Two."], ["Three.", "Four."],
                 ["Five."],
-                ["Six.", "", "Seven."], ["Eight."], ["N\u00efne."]]
+                ["Six.", "", "Seven."], ["Eight."], ["N\u00efne."],
+                ["It rained.", "We left.", "", " ", "The sun rose."], ["Ten."], ["Eleven."]]
     assert [d for d in documents([tmp_path]) if d != [""]] == expected
     found = list(documents([tmp_path / "d.tar", tmp_path / "b.jsonl"]))
-    assert found == expected[5:] + expected[2:4]
+    assert found == expected[5:8] + expected[2:4]
 
 
 def test_reading_stops_after_max_bytes(tmp_path):
@@ -1831,6 +1837,25 @@ def test_reading_stops_after_max_bytes(tmp_path):
     (tmp_path / "a.txt").write_text("12345\n\n67890\n\nabc")
     found = [len(list(documents([tmp_path], max_bytes=limit))) for limit in (0, 1, 5, 6, 11, 99)]
     assert found == [0, 1, 1, 2, 3, 3]
+
+
+def test_no_document_is_held_beyond_a_limit(tmp_path, monkeypatch):
+    """A text that never ends comes in parts, which are counted and lose nothing; so does one line;
+    a JSON line is refused."""
+    monkeypatch.setattr(data, "LONGEST", 8)
+    (tmp_path / "a.txt").write_text("1234\n5678\n90\n\nabcdefghijkl\n\nok")
+    (tmp_path / "b.txt").write_text("0123456789abcdefgh")
+    with tarfile.open(tmp_path / "c.tar", "w") as plain:
+        plain.add(tmp_path / "b.txt", "b.txt")
+    counts = Counter()
+    found = [text for [text] in documents([tmp_path], counts=counts)]
+    parts = ["01234567", "89abcdef", "gh"]
+    assert [text for text in found if text] == ["1234 5678", "90", "abcdefgh", "ijkl", "ok",
+                                                *parts, *parts]
+    assert counts["long documents parted"] == 1 + 1 + 2 + 2
+    (tmp_path / "d.jsonl").write_text('{"text": ""}')
+    with pytest.raises(InputError, match="d.jsonl, line 1: 8 bytes or more"):
+        list(documents([tmp_path / "d.jsonl"]))
 
 
 def test_broken_utf8_is_replaced_and_counted(tmp_path):
@@ -1855,6 +1880,7 @@ def test_broken_utf8_is_replaced_and_counted(tmp_path):
     ("a.jsonl.gz", b"not gzip", "damaged or incomplete"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "ok"}' * 99)[:-9], "damaged or incomplete"),
     ("a.tar", b"not a tar", "damaged or incomplete"), ("a.csv", b"1,ok", "a.csv: no text there"),
+    ("a.parquet", b"PAR1", "a.parquet: parquet is not read; take the corpus's .tar"),
 ])
 def test_bad_corpus_files_are_refused_with_file_and_reason(tmp_path, name, content, says):
     """Each is an InputError of one line that names the file, and the line where there is one."""
@@ -3279,15 +3305,16 @@ def test_an_evaluation_tells_what_it_fetches(place, hub, capsys):
             "model.safetensors, tokenizer.json\n") in capsys.readouterr().out
 
 
-def test_openwebtext_is_fetched_as_far_as_it_is_wanted(monkeypatch):
-    """As many of its 21 archives as hold the bytes, of the revision that has them."""
+def test_a_corpus_is_fetched_as_far_as_it_is_wanted(monkeypatch):
+    """As many of its files as hold the bytes; OpenWebText's of the revision that has tars."""
     asked = []
 
     def download(filename, **source):
         asked.append((source, filename))
         return filename
     monkeypatch.setattr(data, "hf_hub_download", download)
-    assert len(data.openwebtext_files(10**10)) == 6 and len(data.openwebtext_files(10**12)) == 21
+    counts = [len(data.fetch_corpus("openwebtext", size)) for size in (10**10, 10**12)]
+    assert counts == [6, 21] and len(data.fetch_corpus("c4", 10**9)) == 2
     assert asked[5] == ({"repo_id": "Skylion007/openwebtext", "repo_type": "dataset",
                          "revision": "f3808c30e817981b845ec549c43e82bb467d8144"},
                          "subsets/urlsf_subset05.tar")
@@ -4452,7 +4479,7 @@ def make_run(small_world, name, **changes):
     )
     with contextlib.chdir(folder):
         t5 = T.load_t5("model")
-        index = train.open_index(
+        index, _, _ = train.open_indexes(
             training, Path("model"), data.load_tokenizer("model", t5.config), t5
         )
         (folder / name).mkdir(exist_ok=True)
