@@ -378,8 +378,7 @@ class Ranks:
         return islice(items, self.rank, None, self.world)
 
     def all_sum(self, *tensors):
-        """Each tensor's sum over the ranks. It is taken in float64, so that how many ranks there
-        are shows in a float32's last digits only."""
+        """Each tensor's sum over the ranks, added up in float64."""
         if self.world == 1:
             return tensors
         total = torch.cat([x.detach().double().flatten() for x in tensors])

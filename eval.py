@@ -49,7 +49,7 @@ from data import (GROUPS, RELEASED, ROWS, TASKS, TINY, LabeledTask, atomic_write
 from supmer import (REGULARIZERS, Method, init_prompt, knob, load_prompt, measure, prompt_gradient,
                     score)
 from t5 import InputError, load_t5, weight_files
-from train import TINY_VALUES, fetch_list, knob_parser, pick_device, read_run
+from train import TINY_VALUES, fetch_list, import_pyplot, knob_parser, pick_device, read_run
 
 OFFLINE = tuple(name for name in TASKS if TASKS[name].train.startswith("tasks/"))
 
@@ -648,18 +648,6 @@ def draw(written, settings, path):
     picture.savefig(image, dpi=120)
     pyplot.close(picture)
     atomic_write(path, lambda file: file.write(image.getvalue()))
-
-
-def import_pyplot():
-    """matplotlib.pyplot, without a screen. InputError if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("a picture needs matplotlib: pip install matplotlib, or --no-plot"
-                         ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
 
 
 # ---------------------------------------------------------------------------------- predicting

@@ -166,6 +166,12 @@ def second_derivative(function, theta):
     return gradient, rest, lambda u: pull_back(u, retain_graph=False, create_graph=False)[0]
 
 
+def _zeros(theta):
+    """For g, H and a loss: in float64, so that neither the micro-batches' order nor the number of
+    ranks shows in the sums."""
+    return [torch.zeros_like(x, dtype=torch.float64) for x in (theta, theta[0], theta[0, 0])]
+
+
 def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0, ranks=SOLO):
     """The gradient of the mean loss over n Examples with respect to theta (P, d), Eq. 1.
 
@@ -176,14 +182,14 @@ def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0, ranks=SO
     """
     if partner is not None and partner.words != examples.words:
         raise ValueError("only tasks with the same label words can be mixed")
-    g, H, loss = torch.zeros_like(theta), theta.new_zeros(theta.shape[1]), theta.new_zeros(())
+    g, H, loss = _zeros(theta)
     partner = partner if lam else None
     for _, batch, other in ranks.share(micro_batches(examples, method.micro_batch, theta.device,
                                                      partner)):
         g_share, (loss_part, H_share) = first_derivative(lambda theta: loss_share(
             t5, theta, batch, other, lam, examples.words, len(examples.ids), method), theta)
         g, H, loss = g + g_share, H + H_share, loss + loss_part
-    return ranks.all_sum(g, H, loss)
+    return [total.to(theta.dtype) for total in ranks.all_sum(g, H, loss)]
 
 
 def gradient_and_hessian(t5, theta, examples, method, ranks=SOLO):
@@ -198,8 +204,7 @@ def gradient_and_hessian(t5, theta, examples, method, ranks=SOLO):
         return lambda theta: loss_share(t5, theta, batch, None, 0.0, examples.words,
                                         len(examples.ids), method)
 
-    g, H, loss = torch.zeros_like(theta), theta.new_zeros(theta.shape[1]), theta.new_zeros(())
-    products = []
+    g, H, loss, products = *_zeros(theta), []
     for _, batch, _ in ranks.share(micro_batches(examples, method.micro_batch, theta.device)):
         if len(products) < method.keep_graphs:
             g_share, (loss_part, H_share), product = second_derivative(share(batch), theta)
@@ -210,8 +215,11 @@ def gradient_and_hessian(t5, theta, examples, method, ranks=SOLO):
                 return second_derivative(share(batch), theta)[2](u)
         g, H, loss = g + g_share, H + H_share, loss + loss_part
         products.append(product)
-    return *ranks.all_sum(g, H, loss), lambda u: ranks.all_sum(
-        sum((product(u) for product in products), torch.zeros_like(u)))[0]
+
+    def hessian(u):
+        total = sum((product(u) for product in products), _zeros(theta)[0])
+        return ranks.all_sum(total)[0].to(theta.dtype)
+    return *[total.to(theta.dtype) for total in ranks.all_sum(g, H, loss)], hessian
 
 
 # ----------------------------------------------- curriculum task augmentation (Eq. 4 and Eq. 10)

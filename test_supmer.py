@@ -21,6 +21,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -2307,6 +2308,111 @@ def test_atomic_write_is_all_or_nothing(tmp_path):
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
+# ---------------------------------------------------------------------------------- data: the ranks
+
+def on_ranks(monkeypatch, world, work):
+    """work(ranks) on each of `world` ranks, threads here -> what each returns or raises. What
+    torch.distributed does between processes is done between the threads."""
+    slots, barrier, found = [None] * world, threading.Barrier(world), [None] * world
+    mine = threading.local()
+
+    def exchange(value):
+        slots[mine.rank] = value
+        barrier.wait(20)
+        values = list(slots)
+        barrier.wait(20)
+        return values
+
+    def gather(values, value):
+        values[:] = exchange(value)
+
+    def run(rank):
+        mine.rank = rank
+        try:
+            found[rank] = work(data.Ranks(rank, world))
+        except InputError as error:
+            found[rank] = error
+    monkeypatch.setattr(data, "distributed", SimpleNamespace(
+        all_reduce=lambda total: total.copy_(sum(x.clone() for x in exchange(total.clone()))),
+        all_gather_object=gather, barrier=exchange))
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_a_step_is_the_same_on_any_number_of_ranks(world, monkeypatch):
+    """theta, phi, s and the log of a step over two tasks, a micro-batch an example: in float64 to
+    1e-12 what one rank finds, bit by bit alike on all, and no micro-batch is computed twice; with
+    seven ranks, more than tasks and than a set has examples."""
+    t5, counted = random_t5(), Counter()
+    pairs = [(random_task(i), random_task(9 + i)) for i in range(2)]
+    method = Method(micro_batch=1, relative_step=0.1, exact_cosine=True)
+    share = supmer.loss_share
+
+    def step(ranks):
+        theta = supmer.init_prompt(t5, 3, 0).double()
+        state = supmer.init_state(theta, supmer.init_regularizer(8, torch.float64), method)
+        state.s = 0.3
+        log = supmer.meta_step(t5, state, pairs, method, 0, ranks)
+        return torch.cat([state.theta.flatten(), *(x.flatten() for x in state.phi.values())]), log
+
+    def count(*arguments):
+        counted[threading.current_thread() is threading.main_thread()] += 1
+        return share(*arguments)
+    monkeypatch.setattr(supmer, "loss_share", count)
+    alone, log = step(data.SOLO)
+    found = on_ranks(monkeypatch, world, step)
+    assert counted[True] == counted[False]
+    for learned, their_log in found:
+        assert torch.equal(learned, found[0][0]) and relative(learned, alone) < 1e-12
+        assert set(their_log) == set(log) and abs(their_log["s"] - log["s"]) < 1e-12
+
+
+def test_ranks_make_one_store(planted, tmp_path, monkeypatch):
+    """Three ranks share the embedding, each sentence once, and the store is byte for byte one
+    rank's; ranks with other corpora, or that see another store, are told so."""
+    monkeypatch.setattr(data, "CHUNK", 64)
+    alone, embedded = build_again(planted, tmp_path, "alone"), Counter()
+
+    def build(ranks, cache="together"):
+        def count(ids, mask):
+            embedded[ranks.rank] += len(ids)
+            return by_topic(planted[0])(ids, mask)
+        return build_again(planted, tmp_path, cache, embed=count, ranks=ranks)
+    stores = on_ranks(monkeypatch, 3, build)
+    for file in sorted(alone.folder.iterdir()):
+        assert file.read_bytes() == (stores[2].folder / file.name).read_bytes(), file
+    assert sum(embedded.values()) == 18 * 40 + 800 and min(embedded.values()) > 400
+    found = on_ranks(monkeypatch, 2, lambda ranks: build_again(planted, tmp_path, seed=ranks.rank,
+                                                              ranks=ranks))
+    assert all("the ranks have different corpora" in str(error) for error in found)
+    (tmp_path / "alone" / alone.folder.name / "order.bin").write_bytes(b"other")
+    found = on_ranks(monkeypatch, 2, lambda ranks: build(ranks, ("alone", "together")[ranks.rank]))
+    assert all("is not the same for all ranks: put cache/ on a disk" in str(e) for e in found)
+
+
+def test_a_second_process_waits_for_the_first_ones_store(planted, tmp_path):
+    """What another process is making is not touched: its id is told, and its store is taken. A lock
+    file whose process died is none."""
+    store, said = build_again(planted, tmp_path, "first"), []
+    building = tmp_path / "cache" / f".building-{store.folder.name}"
+    building.mkdir(parents=True)
+    (building / "lock").write_text("123456")                    # of a process that was killed
+    held = data.lock(building / "lock", lambda owner: pytest.fail("nobody has it"))
+
+    def progress(stage, done, total):
+        said.append(stage)
+        store.folder.rename(tmp_path / "cache" / store.folder.name)
+        held.close()
+    again = build_again(planted, tmp_path, progress=progress)
+    assert said == [f"waiting for process {os.getpid()}, which makes the same store"]
+    assert again.meta == store.meta and not building.exists()
+
+
 # --------------------------------------------------------------------------------- data: meta tasks
 
 def parsed(source):
@@ -4468,6 +4574,37 @@ def test_a_killed_run_goes_on_bit_by_bit(small_world):
     assert log_without_times(folder / "unbroken") == log_without_times(folder / "broken")
     assert json.loads((folder / "broken" / "run.json").read_text())["finished"]
     assert not list(folder.glob("broken/.*"))
+
+
+def test_a_rank_that_dies_ends_all_and_any_number_goes_on(small_world, tmp_path):
+    """Three processes on two tasks: when one is killed the others say so and end with status 2.
+    One process resumes, and in the end has, bit by bit, what one process has that was never
+    stopped: the number of ranks changes nothing."""
+    folder, options = small_world
+    options = [*options, "--steps", "8", "--micro-batch", "1", "--save-seconds", "0"]
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    ranks = [start(folder, *options, "--run", "shared", env=os.environ | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3", "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"})
+        for rank in range(3)]
+    wait_for_steps(folder / "shared", 2, ranks[0])
+    ranks[2].kill()
+    for rank, process in enumerate(ranks[:2]):
+        out, said = process.communicate(timeout=60)
+        last = said.strip().splitlines()[-1]
+        assert process.returncode == 2 and f"error: rank {rank}: another rank ended" in last, said
+        assert ("run:    shared" in out) == (rank == 0) and "Traceback" not in said
+    ranks[2].communicate()
+    done = json.loads((folder / "shared" / "log.jsonl").read_text().splitlines()[-1])["step"]
+    assert done < 8, "the kill came too late to show anything"
+    run = make_run((folder, options), "shared")
+    run.train()
+    alone = make_run((folder, options), "one rank")
+    alone.train()
+    first, second = (train.state_tensors(run.state) for run in (run, alone))
+    assert all(torch.equal(first[name], second[name]) for name in first) and run.state.step == 8
+    assert log_without_times(folder / "shared") == log_without_times(folder / "one rank")
 
 
 def make_run(small_world, name, **changes):

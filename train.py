@@ -142,9 +142,11 @@ def parse(argv):
                         help="stop so many minutes from now, as Ctrl-C does")
     parser.add_argument("--export-peft", type=Path, nargs=2, metavar=("RUN", "DIR"), help="only "
                         "write RUN's prompt as a folder for Hugging Face PEFT")
+    parser.add_argument("--plot", type=Path, metavar="RUN", help="only draw RUN's log as a PNG: "
+                        "losses, s, b, lambda, the gate, validation (needs matplotlib)")
     given = vars(parser.parse_args(argv))
     control = argparse.Namespace(**{name: given.pop(name) for name in (
-        "run", "resume", "yes", "dry_run", "max_minutes", "export_peft")})
+        "run", "resume", "yes", "dry_run", "max_minutes", "export_peft", "plot")})
     if not control.max_minutes > 0:
         raise InputError(f"--max-minutes {control.max_minutes}: it must be more than 0")
     if control.resume:
@@ -725,6 +727,47 @@ def export_peft(source, folder):
             " psi is left out, PEFT's format has no place for it")
 
 
+def import_pyplot():
+    """matplotlib.pyplot, without a screen. InputError if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("a picture needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+PANELS = {"loss": ("support_loss", "query_loss"), "mean cosine (Fig. 5)": ("s",),
+          "curriculum": ("b", "lambda"), "gate": ("gate_mean",)}
+
+
+def plot(folder):
+    """Draw a run's log, finished or not, as log.png beside it -> the picture's path."""
+    pyplot, path = import_pyplot(), folder / "log.png"
+    read_run(folder)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines(True)
+             if line.endswith("\n")]               # the last one may still be on its way
+    picture, axes = pyplot.subplots(1, 5, figsize=(20, 4), layout="constrained")
+    steps = [line for line in lines if "s" in line]
+    for axis, (title, names) in zip(axes, PANELS.items()):
+        for name in names:
+            axis.plot([line["step"] for line in steps], [np.mean(line[name]) for line in steps],
+                      linewidth=0.8, label=name)
+        axis.set_title(title)
+    validations = [line for line in lines if "validation" in line]
+    for name in ("loss_before", "loss"):
+        axes[-1].plot([line["step"] for line in validations],
+                      [line["validation"][name] for line in validations], "o-", label=name)
+    axes[-1].set_title("validation")
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.legend()
+    atomic_write(path, lambda file: picture.savefig(file, format="png", dpi=100))
+    pyplot.close(picture)
+    return path
+
+
 def prepare(training, method, device, control):
     """Say what a run needs, fetches and takes; InputError if that is out of the question. A dry run
     needs no network for an official model, and no machine that could hold it."""
@@ -759,6 +802,9 @@ def main(argv):
     training, method, sources, control = parse(argv)
     if control.export_peft:
         print(export_peft(*control.export_peft))
+        return 0
+    if control.plot:
+        print(plot(control.plot))
         return 0
     if control.resume and read_run(control.resume)["finished"]:
         raise InputError(f"{control.resume} is finished already: start a new run")
