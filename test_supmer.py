@@ -31,7 +31,7 @@ import time
 import urllib.parse
 import zipfile
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -4577,25 +4577,28 @@ def test_a_killed_run_goes_on_bit_by_bit(small_world):
 
 
 def test_a_rank_that_dies_ends_all_and_any_number_goes_on(small_world, tmp_path):
-    """Three processes on two tasks: when one is killed the others say so and end with status 2.
-    One process resumes, and in the end has, bit by bit, what one process has that was never
-    stopped: the number of ranks changes nothing."""
+    """Two processes share a step of one task; when one is killed the other says so and ends with
+    status 2. One process goes on, and in the end has, bit by bit, what one process has that was
+    never stopped: the number of ranks changes nothing."""
     folder, options = small_world
-    options = [*options, "--steps", "8", "--micro-batch", "1", "--save-seconds", "0"]
+    options = [*options, "--steps", "8", "--tasks", "1", "--micro-batch", "1",
+               "--save-seconds", "0"]
+    run = make_run((folder, options), "shared")
+    train.write_run(run.folder, {
+        "training": asdict(run.training), "method": asdict(run.method), "made_of": run.made_of,
+        "finished": False, "ended": None})
     with socket.create_server(("localhost", 0)) as free:
         port = str(free.getsockname()[1])
-    ranks = [start(folder, *options, "--run", "shared", env=os.environ | {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3", "OMP_NUM_THREADS": "1",
+    ranks = [start(folder, "--resume", "shared", env=os.environ | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"})
-        for rank in range(3)]
+        for rank in range(2)]
     wait_for_steps(folder / "shared", 2, ranks[0])
-    ranks[2].kill()
-    for rank, process in enumerate(ranks[:2]):
-        out, said = process.communicate(timeout=60)
-        last = said.strip().splitlines()[-1]
-        assert process.returncode == 2 and f"error: rank {rank}: another rank ended" in last, said
-        assert ("run:    shared" in out) == (rank == 0) and "Traceback" not in said
-    ranks[2].communicate()
+    ranks[1].kill()
+    ranks[1].communicate()
+    out, said = ranks[0].communicate(timeout=60)
+    assert ranks[0].returncode == 2 and "Traceback" not in said
+    assert "error: rank 0: another rank ended" in said.splitlines()[-1]
     done = json.loads((folder / "shared" / "log.jsonl").read_text().splitlines()[-1])["step"]
     assert done < 8, "the kill came too late to show anything"
     run = make_run((folder, options), "shared")
@@ -4605,6 +4608,56 @@ def test_a_rank_that_dies_ends_all_and_any_number_goes_on(small_world, tmp_path)
     first, second = (train.state_tensors(run.state) for run in (run, alone))
     assert all(torch.equal(first[name], second[name]) for name in first) and run.state.step == 8
     assert log_without_times(folder / "shared") == log_without_times(folder / "one rank")
+
+
+def test_a_run_belongs_to_one_process(small_world, monkeypatch, capsys):
+    """A second process on a run's folder is refused, with the id of the first."""
+    folder, options = small_world
+    code, _ = run_train(folder, monkeypatch, capsys, *options, "--steps", "1", "--run", "mine")
+    assert code == 0
+    train.write_run(folder / "mine", train.read_run(folder / "mine") | {"finished": False})
+    with data.lock(folder / "mine" / "lock", lambda owner: pytest.fail("nobody has it")):
+        code, said = run_train(folder, monkeypatch, capsys, "--resume", "mine")
+    assert code == 2 and f"mine: process {os.getpid()} is at work on this run" in said
+
+
+def test_labeled_sets_are_mixed_in(small_world, tmp_path, monkeypatch, capsys):
+    """Table 3: a third of the tasks is labeled and has a partner of its set; each set is validated
+    beside the variants; with --labeled-share 1 there is no corpus. Resumed bit by bit."""
+    folder, options = small_world
+    (tmp_path / "sets").mkdir()
+    rows = [(("yes", "no")[i % 2], sentence(i // 30, i % 30)) for i in range(1800)]
+    with open(tmp_path / "sets" / "topics.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("label", "text"), *rows])
+    options = [*options, "--labeled", tmp_path / "sets", "--labeled-clusters", "2"]
+    code, _ = run_train(folder, monkeypatch, capsys, *options, "--steps", "10", "--run", "mixed")
+    log = log_without_times(folder / "mixed")
+    variants = [variant for line in log for variant in line.get("variants", ())]
+    assert code == 0 and len(variants) == 20 and 2 <= variants.count("topics") <= 12
+    assert set(log[0]["validation"]["variants"]) == {*VARIANTS, "topics"}
+    (folder / "mixed" / "state.safetensors").unlink()
+    train.write_run(folder / "mixed", train.read_run(folder / "mixed") | {"finished": False})
+    assert run_train(folder, monkeypatch, capsys, "--resume", "mixed")[0] == 0
+    assert log_without_times(folder / "mixed") == log
+    code, _ = run_train(folder, monkeypatch, capsys, *options, "--labeled-share", "1", "--steps",
+                        "1", "--corpus", "nowhere", "--run", "labeled")
+    log = log_without_times(folder / "labeled")
+    assert code == 0 and [line["variants"] for line in log if "s" in line] == [["topics"] * 2]
+    assert "corpus" in json.loads((folder / "labeled" / "run.json").read_text())["made_of"]
+
+
+def test_a_log_becomes_a_picture(small_world, monkeypatch, capsys):
+    """--plot draws what is there, of a run that is still at work as well: its last line is torn."""
+    pytest.importorskip("matplotlib")
+    folder, _ = small_world
+    run = make_run(small_world, "drawn")
+    train.write_run(run.folder, {"training": {}, "method": {}, "finished": False, "ended": None})
+    run.step()
+    with open(run.folder / "log.jsonl", "a") as file:
+        file.write('{"step": 2, "s"')
+    assert train.main(["--plot", str(run.folder)]) == 0
+    assert str(run.folder / "log.png") in capsys.readouterr().out
+    assert (run.folder / "log.png").read_bytes().startswith(b"\x89PNG")
 
 
 def make_run(small_world, name, **changes):
@@ -4711,7 +4764,7 @@ def run_train(folder, monkeypatch, capsys, *argv):
         runpy.run_path(str(HERE / "train.py"), run_name="__main__")
     said = capsys.readouterr()
     assert "Traceback" not in said.err
-    return ended.value.code, said.err.strip().splitlines()[-1]
+    return ended.value.code, ("\n" + said.err.strip()).splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -813,7 +813,7 @@ def main(argv):
     signal.setitimer(signal.ITIMER_REAL, min(60 * control.max_minutes, 1e9))
     device = pick_device(training.device)
     ranks = join_ranks(device)
-    if control.dry_run or training.model != "tiny" and not control.resume:
+    if control.dry_run or training.model != "tiny" and not (control.resume or ranks.rank):
         prepare(training, method, device, control)
     if control.dry_run:
         return 0
