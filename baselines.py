@@ -27,7 +27,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
-from data import (MASK, TASKS, TINY, WORDS, compile_template, examples_as_text, fill_template,
+from data import (MASK, SOLO, TASKS, TINY, WORDS, compile_template, examples_as_text, fill_template,
                   load_tokenizer, load_train, task_examples, template_fields, tokenize)
 from supmer import first_derivative, init_prompt, loss_share, micro_batches, prompt_gradient
 from t5 import T5, InputError, T5Config, expected_shapes, linear, read_config, rms_norm
@@ -302,16 +302,16 @@ BASELINES = {
 
 # -------------------------------------------------- pre-training: PPT, Unified-PPT, MetaPT
 
-def ppt_step(t5, state, pairs, method, seed):
+def ppt_step(t5, state, pairs, method, seed, ranks=SOLO):
     """PPT (Gu et al. 2022): one step of the plain loss on the tasks that SUPMER would adapt to.
 
-    As supmer.meta_step: pairs (task, partner), whose partners, phi and seed are not used. The
+    As supmer.meta_step, of which partners, phi and the seed are not used. The
     batch is all support and query examples of the n tasks, 256 with the paper's sizes; the rate is
     prompt_rate / sqrt(t) in step t from 1 on ("inverse square root", C.2). -> the log's loss.
     """
     sets = [examples for task, _ in pairs for examples in (task.support, task.query)]
     n = sum(len(examples.ids) for examples in sets)
-    found = [prompt_gradient(t5, state.theta, examples, method) for examples in sets]
+    found = [prompt_gradient(t5, state.theta, examples, method, ranks=ranks) for examples in sets]
     shares = [len(examples.ids) / n for examples in sets]
     loss = float(sum(share * loss for share, (_, _, loss) in zip(shares, found)))
     g = sum(share * g for share, (g, _, _) in zip(shares, found))

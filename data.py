@@ -18,6 +18,7 @@ V vectors that stand in place of tokens.
 """
 
 import csv
+import fcntl
 import gzip
 import hashlib
 import json
@@ -25,6 +26,7 @@ import lzma
 import os
 import pickle
 import re
+import shutil
 import string
 import sys
 import tarfile
@@ -34,6 +36,7 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections import Counter
+from contextlib import ExitStack
 from http.client import HTTPException
 from itertools import chain, islice
 from pathlib import Path
@@ -48,6 +51,7 @@ from huggingface_hub.errors import (EntryNotFoundError, HFValidationError, HTTPE
                                     LocalEntryNotFoundError, RepositoryNotFoundError,
                                     RevisionNotFoundError)
 from tokenizers import Tokenizer
+from torch import distributed
 from tqdm import tqdm
 
 from kmeans import kmeans, nearest
@@ -206,6 +210,10 @@ def corpus_files(paths):
             raise InputError(f"{path} does not exist: give files or folders of text")
         found = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
                  if file.is_file() and file.name.endswith(tuple(READERS))]
+        if not found and (path.suffix == ".parquet" or any(path.rglob("*.parquet"))):
+            raise InputError(f"{path}: parquet is not read; take the corpus's .tar or .json.gz, or "
+                             "with pandas read_parquet(FILE).to_json(FILE + '.jsonl', "
+                             "orient='records', lines=True)")
         if not found:
             raise InputError(f"{path}: no text there; files, or folders of files, must be"
                              f" {', '.join(READERS)}")
@@ -213,13 +221,18 @@ def corpus_files(paths):
     return files
 
 
+LONGEST = 1 << 25           # bytes of a document or line that are held at a time
+
+
 def documents(paths, max_bytes=None, counts=None):
     """Stream the documents of files and folders as lists of paragraphs, until max_bytes were read.
 
-    .txt: blank lines part documents, one paragraph each. .jsonl(.gz): a document a line, with
-    `paragraphs` (a list) or `text` (a paragraph a line). .tar: OpenWebText's.
+    .txt: blank lines part documents, one paragraph each. .jsonl(.gz), .json.gz (C4's): a document a
+    line, with `paragraphs` (a list) or `text` (a paragraph a line). .tar(.xz): OpenWebText's, .txt
+    documents, or .xz files that each are a tar of them. Nothing is unpacked to the disk.
     a file "It rained.\\nWe left.\\n\\nThe sun rose." -> ["It rained. We left."], ["The sun rose."]
-    counts: a Counter, receives "bytes" and "broken UTF-8", lines that U+FFFD had to mend.
+    counts: a Counter, receives "bytes", "broken UTF-8", lines that U+FFFD had to mend, and "long
+    documents parted", texts that LONGEST made two or more of.
     InputError for what is no text, for wrong JSON (file and line), and for a damaged archive.
     """
     counts = Counter() if counts is None else counts
@@ -246,21 +259,26 @@ def _decode(raw, where, counts):
 
 def _read_txt(path, counts):
     with open(path, "rb") as file:
-        lines = []
-        for raw in file:
+        lines, size = [], 0
+        while raw := file.readline(LONGEST):
             line = _decode(raw, path, counts).strip()
+            size += len(raw)
+            counts["long documents parted"] += size >= LONGEST
             if line:
                 lines.append(line)
-            elif lines:
+            if size >= LONGEST or lines and not line:
                 yield [" ".join(lines)]
                 lines = []
+            size *= bool(lines)
         yield [" ".join(lines)]
 
 
 def _read_jsonl(path, counts):
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
             where = f"{path}, line {number}"
+            if len(raw) == LONGEST:
+                raise InputError(f"{where}: {LONGEST:,} bytes or more; give a document a line")
             line = _decode(raw, where, counts)
             if not line.strip():
                 continue
@@ -277,20 +295,29 @@ def _read_jsonl(path, counts):
             yield paragraphs
 
 
-def _read_openwebtext(path, counts):
-    """A tar of .xz files, each a tar.xz of documents; both are streamed, nothing is unpacked."""
-    with tarfile.open(path, "r|") as outer:
-        for part in outer:
-            if part.isfile() and part.name.endswith(".xz"):
-                with tarfile.open(fileobj=outer.extractfile(part), mode="r|xz") as inner:
+def _read_tar(path, counts):
+    with tarfile.open(path, "r|*") as outer:
+        for part in filter(tarfile.TarInfo.isfile, outer):
+            content = outer.extractfile(part)
+            if part.name.endswith(".txt"):
+                yield from _parts(content, f"{path}, {part.name}", counts)
+            elif part.name.endswith(".xz"):
+                with tarfile.open(fileobj=content, mode="r|xz") as inner:
                     for file in filter(tarfile.TarInfo.isfile, inner):
-                        raw = inner.extractfile(file).read()
-                        yield _decode(raw, f"{path}, {file.name}", counts).split("\n")
+                        yield from _parts(inner.extractfile(file), f"{path}, {file.name}", counts)
+
+
+def _parts(file, where, counts):
+    """A document; of one larger than LONGEST, its parts."""
+    raw = file.read(LONGEST)
+    yield _decode(raw, where, counts).split("\n")
+    while len(raw) == LONGEST and (raw := file.read(LONGEST)):
+        counts["long documents parted"] += 1
+        yield _decode(raw, where, counts).split("\n")
 
 
 READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl,
-           ".tar": _read_openwebtext}
-
+           ".json.gz": _read_jsonl, ".tar": _read_tar, ".tar.xz": _read_tar}
 # A stop: . ! ? and the quotes and brackets that close after it, a space, and what opens the next.
 STOP = re.compile(
     r"""(?<![.!?…])([.!?…]+)["'”’»)\]]*\s(?=["'“‘«(\[—–-]*\s?(\w+))""")
@@ -335,11 +362,66 @@ def _ends_sentence(text, start, match):
     return following.lower() in STARTERS if initials or word in CLOSERS else True
 
 
+# --------------------------------------------------------------------------- several processes
+class Ranks:
+    """The processes that share a run's work, as torchrun starts them; without it this one alone.
+
+    All call the same methods in the same order. patient: a process group whose barrier may take
+    hours; the others give up after torch.distributed's time limit, with an InputError.
+    """
+
+    def __init__(self, rank=0, world=1, patient=None):
+        self.rank, self.world, self.patient = rank, world, patient
+
+    def share(self, items):
+        """This rank's of the items: every world-th one."""
+        return islice(items, self.rank, None, self.world)
+
+    def all_sum(self, *tensors):
+        """Each tensor's sum over the ranks, added up in float64."""
+        if self.world == 1:
+            return tensors
+        total = torch.cat([x.detach().double().flatten() for x in tensors])
+        self._together(distributed.all_reduce, total)
+        parts = total.split([x.numel() for x in tensors])
+        return [part.view(x.shape).to(x.dtype) for part, x in zip(parts, tensors)]
+
+    def gather(self, value):
+        """What each rank calls this with, in their order."""
+        values = [value] * self.world
+        if self.world > 1:
+            self._together(distributed.all_gather_object, values, value)
+        return values
+
+    def wait(self):
+        """Until all have come here, however long one of them works alone."""
+        if self.world > 1:
+            self._together(distributed.barrier, self.patient)
+
+    def _together(self, function, *arguments):
+        try:
+            function(*arguments)
+        except RuntimeError as error:
+            raise InputError(f"rank {self.rank}: another rank ended or hangs ({_reason(error)}): "
+                             "see what it said") from None
+
+
+SOLO = Ranks()
+
+
 # --------------------------------------------------------------------------- the store on disk
 SHORT = 4                   # tokens; see join_short
 SAMPLE = 256                # sentences per centroid that K-means sees
-CHUNK = 1 << 16             # sentences that are sorted by length together
+CHUNK = 1 << 14             # sentences that are sorted by length together, and saved together
 BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 17}    # embedded together; a CPU's cache likes few
+# Plain numbers, each a file NAME.bin and its type; see Store. keys, shares: only while it is made.
+COLUMNS = {"tokens": "H", "offsets": "q", "document": "i", "first": "q", "label": "h",
+           "held_out": "?", "anchor": "?", "cluster": "i", "order": "I", "keys": "Q", "shares": "d"}
+# Those that reading text appends to, and what counts their length.
+TEXT = {"tokens": "tokens", "offsets": "sentences", "document": "sentences", "label": "labels",
+        "keys": "sentences", "first": "documents", "shares": "documents"}
+# What two and five classes are called whose labels are mere numbers.
+SENTIMENT = {2: ("terrible", "great"), 5: ("terrible", "bad", "okay", "good", "great")}
 
 
 class Store(NamedTuple):
@@ -348,14 +430,15 @@ class Store(NamedTuple):
     tokens: np.ndarray      # (all tokens) uint16
     offsets: np.ndarray     # (n + 1,) int64: where in tokens a sentence begins
     document: np.ndarray    # (n,) int32, rising
+    first: np.ndarray       # (documents,) int64: each one's first sentence
     held_out: np.ndarray    # (n,) bool: its document is kept for validation tasks
     anchor: np.ndarray      # (n,) bool: no earlier sentence has the same text
-    cluster: np.ndarray     # (3, n) int32, a row for each of FORMATS
+    cluster: np.ndarray     # (3, n) int32, a row for each of FORMATS, or one that is all three
     centroids: np.ndarray   # (3, K, d) float32
-    meta: dict              # "made_of": fingerprints and options; "counts"
-
-
-ARRAYS = Store._fields[2:-1]
+    order: np.ndarray       # (3, anchors) uint32 and
+    bounds: np.ndarray      # (3, 4 K + 1) int64: see group_anchors
+    label: np.ndarray       # (n,) int16 in a labeled set; else empty
+    meta: dict              # "made_of": fingerprints and "options"; "counts"
 
 
 def atomic_write(path, write):
@@ -373,6 +456,22 @@ def atomic_write(path, write):
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)        # now the new name is on the disk, too
     os.close(folder)
+
+
+def lock(path, busy):
+    """Make path this process's own, until the file returned is closed or the process dies: then the
+    kernel gives it free. If another has it busy(its id) is called; unless that raises, wait."""
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        busy(file.read())
+        fcntl.flock(file, fcntl.LOCK_EX)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def fingerprint(files):
@@ -394,66 +493,142 @@ def open_store(folder, made_of=None):
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        tokens = np.memmap(folder / "tokens.bin", np.uint16, "r")
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-        sizes = {arrays[name].shape[-1] for name in ARRAYS[1:-1]}
-        if len(tokens) != arrays["offsets"][-1] or sizes != {len(arrays["offsets"]) - 1}:
+        columns = {name: _column(folder, name) for name in COLUMNS if name in Store._fields}
+        small = {name: np.load(folder / f"{name}.npy") for name in ("centroids", "bounds")}
+        n, rows = len(columns["offsets"]) - 1, len(small["bounds"])
+        sizes = {name: len(columns[name]) for name in ("tokens", "document", "first", "held_out",
+                                                       "anchor", "cluster", "order")}
+        if sizes != {"tokens": columns["offsets"][-1], "document": n, "held_out": n, "anchor": n,
+                     "first": meta["counts"]["documents"], "cluster": rows * n,
+                     "order": small["bounds"][:, -1].sum()}:
             raise ValueError("its files do not fit together")
         other = [key for key in made_of or () if meta["made_of"][key] != made_of[key]]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, IndexError) as error:
         raise InputError(f"{folder} is not a whole store ({error}): delete it") from None
     if other:
         raise InputError(f"{folder} was built with another {', another '.join(other)}: delete it")
-    return Store(folder, tokens, **arrays, meta=meta)
+    columns["cluster"] = columns["cluster"].reshape(n, rows).T
+    columns["order"] = columns["order"].reshape(rows, -1)
+    for_each_format = {name: np.broadcast_to(x, (len(FORMATS), *x.shape[1:])) for name, x in (
+        *small.items(), *((name, columns.pop(name)) for name in ("cluster", "order")))}
+    return Store(folder, **columns, **for_each_format, meta=meta)
+
+
+def _column(folder, name):
+    path = folder / f"{name}.bin"
+    kind, empty = np.dtype(COLUMNS[name]), not path.stat().st_size     # nothing cannot be mapped
+    return np.zeros(0, kind) if empty else np.memmap(path, kind, "r")
 
 
 def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes=None,
-                one_per_format=False, embed=None, progress=lambda stage, done, total: None):
+                one_per_format=False, embed=None, progress=lambda stage, done, total: None,
+                ranks=SOLO):
     """Text files -> Store: sentences, K-means clusters of their embeddings (section 3.2, Eq. 16).
 
     A store is a folder in cache, named by all that it is made of; the same one is made once only.
+    What is there of it after a kill is gone on with: whole files of text, centroids, and each CHUNK
+    of assignments. A second process that wants it waits for the first.
     clusters: K; one clustering serves the three formats, or one_per_format has three, of seed,
     seed + 1, seed + 2. model: the folder that holds tokenizer and t5, to be fingerprinted.
     embed(ids (B, T), mask (B, T)) -> (B, d) may replace t5's embedding.
     5 % of the documents, two at least (a pair from different documents needs two), are held out;
     K-means sees a sample of the others. progress(stage, done, total or None): called now and then.
-    Memory: some 80 bytes a sentence, SAMPLE * K embeddings. InputError for too small a corpus.
+    ranks share the embedding; all must see cache. Memory: SAMPLE * K embeddings, and at the end 6
+    bytes a sentence. InputError for too small a corpus.
     """
-    cache = Path(cache)
-    made_of = {"corpus": fingerprint(corpus_files(paths)), "model": model_fingerprint(model),
-               "tokenizer": fingerprint([tokenizer_file(model)]),
-               "options": {"clusters": clusters, "seed": seed, "max_bytes": max_bytes,
-                           "one_per_format": one_per_format}}
-    folder = cache / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
-    if folder.exists():
-        return open_store(folder, made_of)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=cache) as temporary:
-        new, counts = Path(temporary) / "store", Counter()
-        new.mkdir()
-        texts = documents(paths, max_bytes, counts)
-        with open(new / "tokens.bin", "wb") as file:
-            *columns, shares = _tokenize_corpus(texts, tokenizer, file, counts, progress)
-        offsets, document, keys = columns
-        held_out = _hold_out(document, shares, clusters, counts)
-        anchor = np.zeros(len(keys), dtype=bool)
-        anchor[np.unique(keys, return_index=True)[1]] = True        # of equal texts the first
-        tokens = np.memmap(new / "tokens.bin", np.uint16, "r")
-        embed = embed or (lambda ids, mask: embed_sentences(t5, ids, mask))
-        budget = BATCH_TOKENS[t5.weights["shared.weight"].device.type if t5 else "cpu"]
-        cluster, centroids = _cluster_corpus(
-            lambda rows: _embedded(tokens, offsets, rows, embed, budget), len(keys),
-            np.flatnonzero(anchor & ~held_out), clusters,
-            [seed, seed + 1, seed + 2] if one_per_format else [seed], progress)
-        arrays = (offsets, document, held_out, anchor, cluster, centroids)
-        for name, values in zip(ARRAYS, arrays):
-            np.save(new / f"{name}.npy", values)
-        (new / "meta.json").write_text(json.dumps({"made_of": made_of, "counts": counts}, indent=1))
-        try:
-            os.rename(new, folder)
-        except OSError:             # another process made the same store meanwhile: use that one
-            if not folder.exists():
+    def read(path, counts):
+        return ((hash_share(text), [s for paragraph in text for s in split_sentences(paragraph)],
+                 None) for text in documents([path], max_bytes, counts))
+    return _build(Path(cache), corpus_files(paths), read, {
+        "clusters": clusters, "seed": seed, "max_bytes": max_bytes,
+        "one_per_format": one_per_format}, tokenizer, t5, model,
+        [seed, seed + 1, seed + 2] if one_per_format else [seed], embed, progress, ranks)
+
+
+def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, words=(), embed=None,
+                  progress=lambda stage, done, total: None, ranks=SOLO):
+    """A labeled file, of `label` and `text` as read_table has them -> Store, as build_store's.
+
+    A sentence of it is a whole text, cut at MAX_TOKENS, and a document; `label` is the place of its
+    word in meta["made_of"]["options"]["words"]. words: the label words, which the file has as they
+    are or as 0, 1, ...; without them the file's labels are the words, or integers of two or five
+    values, which are SENTIMENT's in rising order.
+    """
+    path, columns = Path(path), ("label", "text")
+
+    def rows():
+        for where, row in read_table(path, columns):
+            if not row or not row[0] or not row[1].strip():
+                raise InputError(f"{where}: {row}; a row is a label and a text: mend or drop it")
+            yield row
+    words, place = _label_words(path, {label for label, _ in rows()}, words)
+
+    def read(path, counts):
+        for label, text in rows():
+            counts["bytes"] += len(text.encode())
+            yield hash_share([text]), [text], place[label]
+    return _build(Path(cache), [path], read, {"words": words, "clusters": clusters, "seed": seed},
+                  tokenizer, t5, model, [seed], embed, progress, ranks)
+
+
+def _label_words(path, labels, words):
+    """The labels that a file has -> label words, {label: its word's place}; see build_labeled."""
+    numbers = all(re.fullmatch(r"\d+", label) for label in labels)
+    if words:
+        places = [str(k) for k in range(len(words))] if numbers else words
+    else:
+        places = sorted(labels, key=int if numbers else None)
+        words = SENTIMENT.get(len(labels), ()) if numbers else places
+    if len(words) < 2 or not labels <= set(places):
+        raise InputError(f"{path} has the labels {', '.join(sorted(labels)[:9])}: write two "
+                         "label words or more, or numbers of two or five classes of sentiment")
+    return list(words), {label: k for k, label in enumerate(places)}
+
+
+def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, progress, ranks):
+    """Find or make the store of what read(file, counts) yields: (hash_share, [sentence], label or
+    None), see build_store."""
+    made_of = {"corpus": fingerprint(files), "model": model_fingerprint(model),
+               "tokenizer": fingerprint([tokenizer_file(model)]), "options": options}
+    name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    ranks.wait()
+    if len(set(ranks.gather(name))) > 1:
+        raise InputError("the ranks have different corpora, models or options: give all the same")
+    folder, new = cache / name, cache / f".building-{name}"
+    with ExitStack() as stack:
+        if ranks.rank == 0 and not folder.exists():
+            new.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(new / "lock", lambda owner: progress(
+                f"waiting for process {owner}, which makes the same store", 0, None)))
+            if folder.exists():     # made meanwhile
+                shutil.rmtree(new, ignore_errors=True)
+        ranks.wait()
+        if not ranks.gather(folder.exists())[0]:
+            embed = embed or (lambda ids, mask: embed_sentences(t5, ids, mask))
+            budget = BATCH_TOKENS[t5.weights["shared.weight"].device.type if t5 else "cpu"]
+            try:
+                if ranks.rank == 0:
+                    counts = _write_text(new, files, read, tokenizer, progress)
+                    _hold_out(new, options["clusters"], counts)
+                ranks.wait()
+                _cluster(new, options["clusters"], seeds, embed, budget, progress, ranks)
+            except InputError:      # it would come again: what is here is of no use
+                if ranks.rank == 0:
+                    shutil.rmtree(new)
                 raise
+            if ranks.rank == 0:
+                _group(new, options["clusters"], len(seeds), progress)
+                text = json.dumps({"made_of": made_of, "counts": counts}, indent=1)
+                atomic_write(new / "meta.json", lambda file: file.write(text.encode()))
+                for file in ("keys.bin", "shares.bin", "text.json"):
+                    (new / file).unlink()
+                os.rename(new, folder)
+                (folder / "lock").unlink()
+    ranks.wait()
+    made = [folder / file for file in ("meta.json", "centroids.npy", "order.bin")]
+    if ranks.world > 1 and len(set(ranks.gather(folder.exists() and fingerprint(made)))) > 1:
+        raise InputError(f"{folder} is not the same for all ranks: put cache/ on a disk that they "
+                         "share, or copy it to each machine")
     return open_store(folder, made_of)
 
 
@@ -466,16 +641,23 @@ def hash_share(paragraphs):
     return int.from_bytes(digest[:8]) / 2 ** 64
 
 
-def _hold_out(document, shares, clusters, counts):
-    """Choose the held-out documents, those of the lowest hash_share -> (n,) bool, true for their
-    sentences."""
-    n = counts["documents"]
-    if len(document) < clusters or n < 4:
-        raise InputError(f"the corpus has {len(document)} sentences in {n} documents; {clusters}"
+def _hold_out(folder, clusters, counts):
+    """Choose the held-out documents, those of the lowest hash_share, and of equal sentences the
+    first as an anchor: writes held_out and anchor."""
+    n, sentences = counts["documents"], counts["sentences"]
+    if sentences < clusters or n < 4:
+        raise InputError(f"the corpus has {sentences} sentences in {n} documents; {clusters}"
                          " clusters and 4 documents are wanted: give more text, or fewer clusters")
     counts["documents held out"] = max(2, round(0.05 * n))
-    chosen = np.argsort(shares, kind="stable")[:counts["documents held out"]]
-    return np.isin(document, chosen)
+    chosen, anchor = np.zeros(n, dtype=bool), np.zeros(sentences, dtype=bool)
+    lowest = np.argsort(_column(folder, "shares"), kind="stable")
+    chosen[lowest[:counts["documents held out"]]] = True
+    keys = _column(folder, "keys")
+    for part in range(16):          # a sixteenth of the keys at a time, to be sorted
+        rows = np.flatnonzero(keys % 16 == part)
+        anchor[rows[np.unique(keys[rows], return_index=True)[1]]] = True
+    for name, values in (("held_out", chosen[_column(folder, "document")]), ("anchor", anchor)):
+        atomic_write(folder / f"{name}.bin", lambda file: file.write(values))
 
 
 def join_short(sentences):
@@ -493,29 +675,73 @@ def join_short(sentences):
     return joined[:-1] + [joined[-1] + waiting] if joined else []
 
 
-def _tokenize_corpus(texts, tokenizer, file, counts, progress):
-    """Append all tokens to file -> offsets (n + 1,), document (n,), keys (n,), 64-bit hashes,
-    shares, a document's hash_share."""
-    offsets, document, keys, shares = array("q", [0]), array("i"), array("Q"), array("d")
-    stream = ((hash_share(text), [s for paragraph in text for s in split_sentences(paragraph)])
-              for text in texts)
-    while batch := list(islice(stream, 256)):
-        encoded = iter(tokenize(tokenizer, [sentence for _, part in batch for sentence in part]))
-        for share, sentences in batch:
-            whole = join_short([next(encoded) for _ in sentences])
-            counts["short sentences joined"] += len(sentences) - len(whole)
-            for ids in whole:
-                counts["long sentences cut"] += len(ids) > MAX_TOKENS
-                raw = np.array(ids[:MAX_TOKENS], dtype=np.uint16).tobytes()
-                file.write(raw)
-                offsets.append(offsets[-1] + len(raw) // 2)
-                document.append(counts["documents"])
-                keys.append(int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest()))
-            shares.extend([share] if whole else [])
-            counts["documents" if whole else "empty documents"] += 1
+def _write_text(folder, files, read, tokenizer, progress):
+    """Append the files' sentences to the TEXT columns -> counts.
+
+    After each file text.json says how far they hold: from there the next call goes on.
+    """
+    path, done, counts = folder / "text.json", 0, Counter()
+    if path.exists():
+        done, counts = json.loads(path.read_text())
+        counts = Counter(counts)
+    with ExitStack() as stack:
+        columns = {name: stack.enter_context(open(folder / f"{name}.bin", "ab")) for name in TEXT}
+        for name, file in columns.items():
+            length = counts[TEXT[name]] + (name == "offsets")   # it has one more, at first a 0
+            file.truncate(length * array(COLUMNS[name]).itemsize)
         progress("reading text, bytes", counts["bytes"], None)
-    counts["sentences"] = len(keys)
-    return np.array(offsets), np.array(document), np.array(keys), np.array(shares)
+        for number, source in enumerate(files[done:], done + 1):
+            for batch in _batches(read(source, counts)):
+                for name, values in _columns_of(batch, tokenizer, counts).items():
+                    columns[name].write(values)
+                progress("reading text, bytes", counts["bytes"], None)
+            for file in columns.values():
+                file.flush()
+                os.fsync(file.fileno())
+            state = json.dumps([number, counts]).encode()
+            atomic_write(path, lambda file: file.write(state))
+    return counts
+
+
+def _batches(items, size=1 << 20):
+    """Lists of what read() yields, of some `size` characters: a novel alone, or many pages."""
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += sum(map(len, item[1]))
+        if total >= size:
+            yield batch
+            batch, total = [], 0
+    yield batch
+
+
+def _columns_of(batch, tokenizer, counts):
+    """What a batch appends to each of the TEXT columns -> {name: array}; counts go on."""
+    new = {name: array(COLUMNS[name]) for name in TEXT}
+    encoded = iter(tokenize(tokenizer, [text for _, texts, _ in batch for text in texts]))
+    for share, texts, label in batch:
+        sentences = [next(encoded) for _ in texts]
+        whole = join_short(sentences) if label is None else list(filter(None, sentences))
+        counts["short sentences joined"] += len(texts) - len(whole)
+        if not whole:
+            counts["empty documents"] += 1
+            continue
+        new["first"].append(counts["sentences"])
+        new["shares"].append(share)
+        for ids in whole:
+            counts["long sentences cut"] += len(ids) > MAX_TOKENS
+            tokens = array("H", ids[:MAX_TOKENS])
+            counts["tokens"] += len(tokens)
+            new["tokens"] += tokens
+            new["offsets"].append(counts["tokens"])
+            new["document"].append(counts["documents"])
+            new["keys"].append(int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest()))
+        if label is not None:
+            new["label"].append(label)
+            counts["labels"] += 1
+        counts["sentences"] += len(whole)
+        counts["documents"] += 1
+    return new
 
 
 def embed_sentences(t5, ids, mask):
@@ -547,33 +773,99 @@ def _embedded(tokens, offsets, rows, embed, budget):
             yield begin + batch, embed(ids, mask)
 
 
-def _cluster_corpus(embedded, n, training, clusters, seeds, progress):
-    """Fit K-means on a sample of `training`, assign all n -> cluster (3, n), centroids (3, K, d).
-
-    embedded(rows): pairs as of _embedded. One of each for a seed, repeated to one for a format.
-    """
-    if len(training) < clusters:
-        raise InputError(f"{len(training)} different training sentences cannot make {clusters}"
-                         " clusters: give more text, or fewer clusters")
-    size = min(len(training), SAMPLE * clusters)
-    sample = np.random.default_rng((seeds[0], 0, 0, 2)).choice(training, size, replace=False)
-    points, done = None, 0
-    for positions, H in embedded(sample):
-        points = H.new_empty(size, H.shape[1]) if points is None else points
-        points[torch.from_numpy(positions).to(H.device)] = H
-        done += len(H)
-        progress("embedding a sample", done, size)
-    if not points.isfinite().all():
-        raise InputError("sentence embeddings are not finite: the model's weights are damaged")
-    centroids = [kmeans(points, clusters, seed).centroids for seed in seeds]
-    cluster, done = np.empty((len(seeds), n), dtype=np.int32), 0
-    for positions, H in embedded(np.arange(n)):
-        cluster[:, positions] = [nearest(H, c)[0].cpu().numpy() for c in centroids]
-        done += len(H)
+def _cluster(folder, clusters, seeds, embed, budget, progress, ranks):
+    """Fit K-means on a sample of training sentences, one for each seed, and assign all: writes
+    centroids.npy, shared (seeds, K, d), and cluster, (n, seeds), of which what is there is kept."""
+    tokens, offsets, held_out, anchor = (_column(folder, name) for name in (
+        "tokens", "offsets", "held_out", "anchor"))
+    n = len(anchor)
+    if not ranks.gather((folder / "centroids.npy").exists())[0]:
+        training = np.flatnonzero(anchor & ~held_out)
+        if len(training) < clusters:
+            raise InputError(f"{len(training)} different training sentences cannot make {clusters}"
+                             " clusters: give more text, or fewer clusters")
+        size, points, done = min(len(training), SAMPLE * clusters), None, 0
+        sample = np.random.default_rng((seeds[0], 0, 0, 2)).choice(training, size, replace=False)
+        progress("embedding a sample", 0, size)
+        own = np.arange(ranks.rank, size, ranks.world)
+        for positions, H in _embedded(tokens, offsets, sample[own], embed, budget):
+            points = H.new_zeros(size, H.shape[1]) if points is None else points
+            points[torch.from_numpy(own[positions]).to(H.device)] = H
+            done += len(H) * ranks.world
+            progress("embedding a sample", min(done, size), size)
+        points = torch.cat([ranks.all_sum(part)[0] for part in points.split(CHUNK)])
+        if not points.isfinite().all():
+            raise InputError("sentence embeddings are not finite: the model's weights are damaged")
+        if ranks.rank == 0:
+            progress("K-means", 0, size)
+            fitted = torch.stack([kmeans(points, clusters, seed).centroids for seed in seeds])
+            atomic_write(folder / "centroids.npy",
+                         lambda file: np.save(file, fitted.float().cpu().numpy()))
+            progress("K-means", size, size)
+        ranks.wait()
+    centroids = torch.from_numpy(np.load(folder / "centroids.npy"))
+    path, row = folder / "cluster.bin", 4 * len(seeds)
+    path.touch()
+    done = ranks.gather(min(path.stat().st_size // row // CHUNK * CHUNK, n))[0]
+    with open(path, "r+b" if ranks.rank == 0 else "rb") as file:
+        file.seek(row * done)
         progress("assigning clusters", done, n)
-    repeats = len(FORMATS) // len(seeds)
-    centroids = torch.stack(centroids).float().cpu().numpy()                        # (1 or 3, K, d)
-    return cluster.repeat(repeats, 0), centroids.repeat(repeats, 0)
+        while done < n:
+            found = torch.zeros(CHUNK * ranks.world, len(seeds), dtype=torch.int64)
+            begin = ranks.rank * CHUNK
+            own, count = np.arange(done + begin, min(done + begin + CHUNK, n)), 0
+            for positions, H in _embedded(tokens, offsets, own, embed, budget):
+                for column, c in enumerate(centroids.to(H)):
+                    found[begin + positions, column] = nearest(H, c)[0].cpu()
+                count += len(H) * ranks.world
+                progress("assigning clusters", min(done + count, n), n)
+            found = ranks.all_sum(found)[0][:n - done].int().numpy()
+            done += len(found)
+            if ranks.rank == 0:
+                file.write(found)
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def _group(folder, clusters, rows, progress):
+    """Writes order and bounds for each of the `rows` clusterings."""
+    progress("grouping", 0, None)
+    document, first, held_out, anchor = (_column(folder, name) for name in (
+        "document", "first", "held_out", "anchor"))
+    cluster = _column(folder, "cluster").reshape(-1, rows).T
+    orders, bounds = zip(*(group_anchors(row, held_out, anchor, document, first, clusters)
+                           for row in cluster))
+    atomic_write(folder / "order.bin", lambda file: file.writelines(orders))
+    atomic_write(folder / "bounds.npy", lambda file: np.save(file, np.stack(bounds)))
+    progress("grouping", len(document), len(document))
+
+
+def group_anchors(cluster, held_out, anchor, document, first, K, chunk=1 << 20):
+    """A store's columns, one clustering -> order (anchors,) uint32, bounds (4 K + 1,) int64.
+
+    order[bounds[k]:bounds[k + 1]] are the anchors, in rising order, of group k: the training ones
+    of cluster 0 that next-sentence variants can use (one follows in the document, and that has 4 or
+    more), its others, those of cluster 1, ...; from 2 K on the held-out ones.
+    """
+    ends = np.append(first[1:], len(document))
+    long = ends - first >= 4
+
+    def grouped():
+        for begin in range(0, len(document), chunk):
+            rows = begin + np.flatnonzero(anchor[begin:begin + chunk])
+            of = document[rows]
+            follows = long[of] & (ends[of] - 1 != rows)
+            yield rows, 2 * (held_out[rows] * K + cluster[rows]) + ~follows
+    sizes = sum(np.bincount(group, minlength=4 * K) for _, group in grouped())
+    bounds = np.concatenate([[0], np.cumsum(sizes)])
+    order, filled = np.empty(bounds[-1], dtype=np.uint32), bounds[:-1].copy()
+    for rows, group in grouped():
+        by = np.argsort(group, kind="stable")
+        sizes = np.bincount(group, minlength=4 * K)
+        places = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        order[np.repeat(filled, sizes) + places] = rows[by]
+        filled += sizes
+    return order, bounds
 
 
 # --------------------------------------------------------------------------- meta tasks
@@ -587,7 +879,7 @@ class Task(NamedTuple):
 
 class Pool(NamedTuple):
     """One split's anchors by cluster, in each first those that next-sentence variants can use."""
-    order: np.ndarray               # sentences; cluster c has order[start[c]:start[c + 1]]
+    order: np.ndarray               # mapped; cluster c has order[start[c]:start[c + 1]]
     start: np.ndarray               # (K + 1,)
     count: dict[str, np.ndarray]    # "next", "cluster" -> (K,) how many of a cluster are usable
 
@@ -614,35 +906,31 @@ class TaskIndex:
                       for v, (_, words) in cast.items()}
         if any(len(word) != 2 for words in self.words.values() for word in words):
             raise InputError("yes, no, maybe, A, B, C, D must be a piece each: take T5's tokenizer")
-        self.first = np.searchsorted(store.document, np.arange(store.document[-1] + 2))
-        follows = (np.diff(self.first) >= 4)[store.document]    # (n,): can anchor a next variant
-        follows[self.first[1:] - 1] = False
-        shared = all(np.array_equal(store.cluster[0], row) for row in store.cluster[1:])
-        self.sentences, self.pools = {}, {}
-        for split, inside in (("train", ~store.held_out), ("validation", store.held_out)):
-            self.sentences[split] = np.flatnonzero(inside)      # rising, so by document
-            anchors = np.flatnonzero(inside & store.anchor)
-            for row, form in enumerate(FORMATS):
-                self.pools[split, form] = (self.pools[split, "sp"] if shared and row else
-                                           self._pool(anchors, follows[anchors], row))
+        self.first = np.append(store.first, len(store.document))
+        held_out, K = store.held_out[store.first], store.centroids.shape[1]
+        self.documents, self.pools = {}, {}
+        for half, split, chosen in ((0, "train", ~held_out), (1, "validation", held_out)):
+            rows = np.flatnonzero(chosen)
+            lengths = self.first[rows + 1] - self.first[rows]
+            self.documents[split] = rows, np.concatenate([[0], np.cumsum(lengths)])
+            for order, bounds, form in zip(store.order, store.bounds, FORMATS):
+                bounds = bounds[2 * K * half:2 * K * (half + 1) + 1]
+                sizes = np.diff(bounds)
+                self.pools[split, form] = Pool(
+                    order[bounds[0]:bounds[-1]], bounds[::2] - bounds[0],
+                    {"next": sizes[::2], "cluster": sizes[::2] + sizes[1::2]})
             for variant in self.variants:
                 self._check(split, variant)
-
-    def _pool(self, anchors, follows, row):
-        cluster, K = self.store.cluster[row][anchors], self.store.centroids.shape[1]
-        size = np.bincount(cluster, minlength=K)
-        return Pool(anchors[np.argsort(2 * cluster + ~follows, kind="stable")],
-                    np.concatenate([[0], np.cumsum(size)]),
-                    {"next": np.bincount(cluster[follows], minlength=K), "cluster": size})
 
     def _check(self, split, variant):
         pool, kind = self.pools[split, variant[:2]], variant[3:]
         wanted, need = 4 if variant[:2] == "ss" else 1, sum(self.sizes)
-        fullest = np.sort(np.append(pool.count[kind], [0] * wanted))[-wanted:]
-        lacking = np.maximum(need - fullest, 0).sum()
-        if lacking:
-            raise InputError(f"{variant}: {lacking} {split} sentences are lacking for {wanted}"
-                             f" cluster(s) of {need} usable: give more text, or fewer clusters")
+        fullest = np.sort(np.append(pool.count[kind], [0] * wanted))[:-wanted - 1:-1]
+        lacking = np.maximum(need - fullest, 0)
+        if lacking.any():
+            raise InputError(f"{variant}: {lacking.sum()} {split} sentences are lacking: of {need}"
+                             f" usable ones {', '.join(map(str, lacking))} in the {wanted} fullest "
+                             "cluster(s): give more text, or fewer clusters")
         if kind == "cluster" and len(pool.order) - pool.count[kind].max() < 3:
             raise InputError(f"one cluster holds all {split} sentences: ask for more clusters")
 
@@ -696,14 +984,18 @@ def _outside(rng, low, high, size):
     return j if j < low else j + int(high - low)
 
 
+def _balanced(rng, K, n):
+    """n labels of K classes in random order, as many of each or one more: 32 of 3: 11, 11, 10."""
+    extra = rng.permutation(K)[:n % K]
+    return rng.permutation(np.append(np.repeat(np.arange(K), n // K), extra))
+
+
 def _examples(index, rng, variant, split, clusters, anchors, n):
     """One set of a task. anchors: for each cluster an iterator over its anchors not yet used."""
     form, K = variant[:2], len(WORDS[variant])
     options = list(clusters) if form == "ss" else []
     vectors = torch.from_numpy(index.store.centroids[FORMATS.index(form)][options])     # (V, d)
-    extra = rng.permutation(K)[:n % K]                          # 32 labels of 3: 11 + 11 + 10
-    labels = rng.permutation(np.append(np.repeat(np.arange(K), n // K), extra))
-    filled = []
+    labels, filled = _balanced(rng, K, n), []
     for label in labels:
         which = label if form == "ss" else 0
         tries = (_sentences(index, rng, variant, split, clusters[which], anchor, label)
@@ -751,8 +1043,11 @@ def _related(index, rng, split, form, cluster, anchor, relation):
     if relation == "near":                  # of its document, not adjacent
         low, high = max(anchor - 1, first), min(anchor + 2, end)
         return int(first) + _outside(rng, low - first, high - first, end - first)
-    sentences = index.sentences[split]      # "far": of another document
-    return int(sentences[_outside(rng, *np.searchsorted(sentences, (first, end)), len(sentences))])
+    rows, start = index.documents[split]    # "far": of another document of the split
+    k = np.searchsorted(rows, document)
+    j = _outside(rng, start[k], start[k + 1], start[-1])
+    k = np.searchsorted(start, j, "right") - 1
+    return int(index.first[rows[k]] + j - start[k])
 
 
 # --------------------------------------------------------------------------- labeled tasks
@@ -1019,6 +1314,65 @@ def task_examples(tokenizer, task, rows):
     return Examples(ids, [[] for _ in rows], torch.empty(len(rows), 0, 0), labels, words)
 
 
+class LabeledIndex:
+    """What drawing a meta task from labeled sets needs (Table 3: labeled data as meta tasks).
+
+    stores: {name: build_labeled's}; template: with {text} and <X>. A cluster is usable if it has
+    ceil(support / K) + ceil(query / K) different texts of each label. InputError, with the number
+    that is lacking, unless each set has a usable cluster in training and in held-out texts.
+    """
+
+    def __init__(self, stores, tokenizer, *, support=32, query=32,
+                 template=LabeledTask._field_defaults["template"], max_tokens=MAX_TOKENS):
+        self.stores, self.sizes, self.max_tokens = stores, (support, query), max_tokens
+        self.variants, self.parts = tuple(stores), compile_template(tokenizer, template)
+        mask = tokenizer.token_to_id(MASK)
+        self.words, self.rows, self.usable = {}, {}, {}
+        for name, store in stores.items():
+            words = store.meta["made_of"]["options"]["words"]
+            self.words[name] = [[mask, *word_pieces(tokenizer, word)] for word in words]
+            K, need = len(words), sum(-(-size // len(words)) for size in self.sizes)
+            clusters = store.centroids.shape[1]
+            for split, inside in (("train", ~store.held_out), ("validation", store.held_out)):
+                rows = np.flatnonzero(inside & store.anchor)
+                group = store.cluster[0][rows] * K + store.label[rows]
+                counts = np.bincount(group, minlength=clusters * K)
+                self.rows[split, name] = np.split(rows[np.argsort(group, kind="stable")],
+                                                  np.cumsum(counts)[:-1])
+                lacking = np.maximum(need - counts, 0).reshape(clusters, K).sum(1)
+                self.usable[split, name] = np.flatnonzero(lacking == 0)
+                if lacking.all():
+                    raise InputError(f"{name}: {lacking.min()} {split} texts are lacking for a "
+                                     f"cluster with {need} of each label: give more rows, or fewer "
+                                     "clusters")
+
+
+def labeled_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):
+    """As meta_task, of a LabeledIndex: one cluster of one labeled set, which is the variant.
+
+    Labels are balanced in each set, no text is in both.
+    `A fine film. It was <extra_id_0> ?</s>` -> `great`
+    """
+    rng = np.random.default_rng((seed, step, i, stream))
+    drawn = index.variants[rng.integers(len(index.variants))]
+    variant = variant or drawn
+    store, words = index.stores[variant], index.words[variant]
+    usable = np.setdiff1d(index.usable[split, variant], avoid)
+    if not len(usable):
+        raise InputError(f"{variant}: one usable {split} cluster, mixing needs two: give more rows")
+    cluster, K = int(rng.choice(usable)), len(words)
+    texts = [_shuffled(rng, rows)
+             for rows in index.rows[split, variant][cluster * K:(cluster + 1) * K]]
+    sets = []
+    for n in index.sizes:
+        labels = _balanced(rng, K, n)
+        rows = [next(texts[label]) for label in labels]
+        ids = [fill_template(index.parts, {"text": store.tokens[store.offsets[r]:store.offsets[
+            r + 1]].tolist()}, index.max_tokens)[0] for r in rows]
+        sets.append(Examples(ids, [[]] * n, torch.empty(n, 0, 0), torch.from_numpy(labels), words))
+    return Task(variant, (cluster,), *sets)
+
+
 # --------------------------------------------------------------------------- where tasks come from
 FETCHED = Path("cache/data")
 LMBFF = "https://nlp.cs.princeton.edu/projects/lm-bff/datasets.tar"
@@ -1146,12 +1500,27 @@ MODELS = {
     "t5-base-lm-adapt": "google/t5-base-lm-adapt@refs/pr/2",
 }
 OFFICIAL_ROWS = 32128               # embeddings of every official T5: 32,100 pieces, padded
-OPENWEBTEXT = {"repo_id": "Skylion007/openwebtext", "repo_type": "dataset",     # still with tars:
-               "revision": "f3808c30e817981b845ec549c43e82bb467d8144"}
+
+
+class Corpus(NamedTuple):
+    """A corpus of the hub, in files of about the same size."""
+    source: dict
+    file: str           # a file's name, with a place for its number
+    files: int
+    archive: int        # bytes of a file
+    text: int           # bytes of text in it, put low
+
+
+CORPORA = {
+    "openwebtext": Corpus({"repo_id": "Skylion007/openwebtext", "repo_type": "dataset",
+                           "revision": "f3808c30e817981b845ec549c43e82bb467d8144"},  # still tars
+                          "subsets/urlsf_subset{:02}.tar", 21, 630_000_000, 1_700_000_000),
+    "c4": Corpus({"repo_id": "allenai/c4", "repo_type": "dataset"},
+                 "en/c4-train.{:05}-of-01024.json.gz", 1024, 320_000_000, 600_000_000),
+}
 RELEASED = {(768, 3072): "t5base", (2048, 5120): "flant5xl"}    # d_model, d_ff: the authors' name
 RELEASED_URL = ("https://raw.githubusercontent.com/beepkh/SUPMER/"
                 "adaddb3144183a823247fdba80102b0c9185e871/pretrain_prompt/")
-SUBSET_BYTES = 1_700_000_000        # of text in each of its 21 files of 630 MB, put low
 
 
 class Download(NamedTuple):
@@ -1262,10 +1631,16 @@ def tokenizer_file(folder):
                          f"{error}") from None
 
 
-def openwebtext_files(max_bytes):
-    """Fetch as many of OpenWebText's files as hold max_bytes of text -> paths, for documents()."""
-    count = min(21, -(-max_bytes // SUBSET_BYTES))
-    return [_fetch(f"subsets/urlsf_subset{i:02}.tar", **OPENWEBTEXT) for i in range(count)]
+def corpus_count(name, max_bytes):
+    """How many of a corpus's files hold max_bytes of text."""
+    return min(CORPORA[name].files, -(-max_bytes // CORPORA[name].text))
+
+
+def fetch_corpus(name, max_bytes):
+    """Fetch as many files of one of CORPORA as hold max_bytes of text -> paths, for documents()."""
+    corpus = CORPORA[name]
+    return [_fetch(corpus.file.format(number), **corpus.source)
+            for number in range(corpus_count(name, max_bytes))]
 
 
 if "HF_HUB_VERBOSITY" not in os.environ:    # it tells of each of its tries, we of their failure

@@ -52,7 +52,7 @@ from data import (GROUPS, RELEASED, ROWS, TASKS, TINY, LabeledTask, atomic_write
                   model_fingerprint, model_folder, released_folder, template_fields)
 from supmer import REGULARIZERS, Method, knob, load_prompt, measure, score
 from t5 import InputError, load_t5, read_config, weight_files
-from train import TINY_VALUES, fetch_list, knob_parser, pick_device, read_run
+from train import TINY_VALUES, fetch_list, import_pyplot, knob_parser, pick_device, read_run
 
 OFFLINE = tuple(name for name in TASKS if TASKS[name].train.startswith("tasks/"))
 
@@ -779,18 +779,6 @@ def draw(written, settings, path):
     picture.savefig(image, dpi=120)
     pyplot.close(picture)
     atomic_write(path, lambda file: file.write(image.getvalue()))
-
-
-def import_pyplot():
-    """matplotlib.pyplot, without a screen. InputError if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("a picture needs matplotlib: pip install matplotlib, or --no-plot"
-                         ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
 
 
 # ---------------------------------------------------------------------------------- predicting

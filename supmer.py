@@ -40,7 +40,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.func import grad_and_value, vjp
 
-from data import RELEASED, atomic_write, collate
+from data import RELEASED, SOLO, atomic_write, collate
 from t5 import PAD, InputError, decode, embed_tokens, encode, next_token_logits
 
 
@@ -166,37 +166,46 @@ def second_derivative(function, theta):
     return gradient, rest, lambda u: pull_back(u, retain_graph=False, create_graph=False)[0]
 
 
-def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0):
+def _zeros(theta):
+    """For g, H and a loss: in float64, so that neither the micro-batches' order nor the number of
+    ranks shows in the sums."""
+    return [torch.zeros_like(x, dtype=torch.float64) for x in (theta, theta[0], theta[0, 0])]
+
+
+def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0, ranks=SOLO):
     """The gradient of the mean loss over n Examples with respect to theta (P, d), Eq. 1.
 
     With a partner and lambda > 0 its examples are mixed in, pair by pair (Eq. 4), and the gradient
-    runs through both; at lambda = 0 the partner is neither encoded nor attended to.
+    runs through both; at lambda = 0 the partner is neither encoded nor attended to. The ranks share
+    the micro-batches.
     -> gradient (P, d), the gate's H (d,) (mean of gate_input, unmixed), the loss.
     """
     if partner is not None and partner.words != examples.words:
         raise ValueError("only tasks with the same label words can be mixed")
-    g, H, loss = torch.zeros_like(theta), 0.0, 0.0
+    g, H, loss = _zeros(theta)
     partner = partner if lam else None
-    for _, batch, other in micro_batches(examples, method.micro_batch, theta.device, partner):
+    for _, batch, other in ranks.share(micro_batches(examples, method.micro_batch, theta.device,
+                                                     partner)):
         g_share, (loss_part, H_share) = first_derivative(lambda theta: loss_share(
             t5, theta, batch, other, lam, examples.words, len(examples.ids), method), theta)
         g, H, loss = g + g_share, H + H_share, loss + loss_part
-    return g, H, loss
+    return [total.to(theta.dtype) for total in ranks.all_sum(g, H, loss)]
 
 
-def gradient_and_hessian(t5, theta, examples, method):
+def gradient_and_hessian(t5, theta, examples, method, ranks=SOLO):
     """prompt_gradient() of a support set, and its loss's second derivative -> g, H, loss, hessian.
 
     hessian(u) is Hess_theta L u for u (P, d), to be called once. A micro-batch's graph is made
     again for it, so that memory does not grow with the number of examples, or, for the first
-    method.keep_graphs ones, kept from here, which saves a pass. Both are exact, and equal.
+    method.keep_graphs ones, kept from here, which saves a pass. Both are exact, and equal. The
+    ranks share the micro-batches.
     """
     def share(batch):
         return lambda theta: loss_share(t5, theta, batch, None, 0.0, examples.words,
                                         len(examples.ids), method)
 
-    g, H, loss, products = torch.zeros_like(theta), 0.0, 0.0, []
-    for _, batch, _ in micro_batches(examples, method.micro_batch, theta.device):
+    g, H, loss, products = *_zeros(theta), []
+    for _, batch, _ in ranks.share(micro_batches(examples, method.micro_batch, theta.device)):
         if len(products) < method.keep_graphs:
             g_share, (loss_part, H_share), product = second_derivative(share(batch), theta)
         else:
@@ -206,7 +215,11 @@ def gradient_and_hessian(t5, theta, examples, method):
                 return second_derivative(share(batch), theta)[2](u)
         g, H, loss = g + g_share, H + H_share, loss + loss_part
         products.append(product)
-    return g, H, loss, lambda u: sum(product(u) for product in products)
+
+    def hessian(u):
+        total = sum((product(u) for product in products), _zeros(theta)[0])
+        return ranks.all_sum(total)[0].to(theta.dtype)
+    return *[total.to(theta.dtype) for total in ranks.all_sum(g, H, loss)], hessian
 
 
 # ----------------------------------------------- curriculum task augmentation (Eq. 4 and Eq. 10)
@@ -354,18 +367,18 @@ class TaskGradient(NamedTuple):
     log: dict[str, float]
 
 
-def meta_gradient(t5, theta, phi, task, partner, lam, b, method):
+def meta_gradient(t5, theta, phi, task, partner, lam, b, method, ranks=SOLO):
     """The gradient of L_q(theta - a1 psi(grad L_s(theta); phi)) + lambda_reg L_reg (Eq. 8, 20).
 
     d theta = v - a1 Hess_s(theta) (dpsi/dg)^T v          (first_order: v alone, as in Eq. 3)
     d phi   =   - a1 (dpsi/dphi)^T v + lambda_reg dL_reg/dphi
 
-    task, partner: Tasks of one variant; lam, b: floats. -> TaskGradient
+    task, partner: Tasks of one variant; lam, b: floats. -> TaskGradient, the same on all ranks
     """
-    g, H, support_loss, hessian = gradient_and_hessian(t5, theta, task.support, method)
+    g, H, support_loss, hessian = gradient_and_hessian(t5, theta, task.support, method, ranks)
     adapted, pull_back = vjp(lambda theta, phi, g: inner_step(theta, phi, g, H, method),
                              theta, phi, g)
-    mixed = (task.query, method, partner.query, lam)
+    mixed = (task.query, method, partner.query, lam, ranks)
     v, _, query_loss = prompt_gradient(t5, adapted, *mixed)
     d_theta, through_psi, u = pull_back(v)                          # u = -a1 (dpsi/dg)^T v
     if method.first_order:
@@ -418,9 +431,11 @@ def init_state(theta, phi, method):
                                       eps=method.regularizer_eps))
 
 
-def meta_step(t5, state, pairs, method, seed):
+def meta_step(t5, state, pairs, method, seed, ranks=SOLO):
     """One step of Alg. 1 over n pairs (task, partner): the one function that changes the state.
 
+    The ranks share each set's micro-batches and add up g, v and Hess u, of which all else follows:
+    each has the whole meta-gradient and takes the same step.
     -> a dict for the log: s, b, the lambdas, and means over the tasks. Raises InputError, with the
     state as it was, when a loss or a gradient is not finite.
     """
@@ -429,7 +444,8 @@ def meta_step(t5, state, pairs, method, seed):
             if method.augmentation else 0.0 for i in range(len(pairs))]
     parts = []
     for (task, partner), lam in zip(pairs, lams, strict=True):
-        part = meta_gradient(t5, state.theta, state.phi, task, partner, lam, b, method)
+        part = meta_gradient(t5, state.theta, state.phi, task, partner, lam, b, method,
+                             ranks)
         finite = all(bool(x.isfinite().all()) for x in (part.d_theta, *part.d_phi.values()))
         if not (finite and all(map(math.isfinite, part.log.values()))):
             raise InputError(f"step {state.step}: loss or gradient of a {task.variant} task is not "

@@ -21,6 +21,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -1809,21 +1810,27 @@ def openwebtext_tar(path, parts):
 
 
 def test_documents_of_each_format_literally(tmp_path):
-    """.txt, .jsonl with either field, .jsonl.gz, a tar as OpenWebText's, and a folder of them, in
-    order."""
+    """.txt, .jsonl with either field, .jsonl.gz, tars as OpenWebText's and of plain texts, C4's
+    .json.gz, and a folder of them, in order."""
     (tmp_path / "a.txt").write_text("It rained.\nWe left.\n\n \nThe sun rose.")
     (tmp_path / "b.jsonl").write_text('{"text": "One.\\nTwo."}\n\n'
                                       '{"paragraphs": ["Three.", "Four."], "id": 7}\n')
     with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
         file.write('{"text": "Five."}')
     openwebtext_tar(tmp_path / "d.tar", [[b"Six.\n\nSeven.", b"Eight."], ["N\u00efne.".encode()]])
+    with tarfile.open(tmp_path / "e.tar.xz", "w:xz") as plain:
+        for name in ("a.txt", "LICENSE"):
+            plain.add(tmp_path / "a.txt", name)
+    with gzip.open(tmp_path / "f.json.gz", "wt") as file:                       # as C4's
+        file.write('{"text": "Ten.", "url": "x"}\n{"text": "Eleven."}\n')
     (tmp_path / "README.md").write_text("not a corpus")
     expected = [["It rained. We left."], ["The sun rose."], ["One.", "Two."], ["Three.", "Four."],
                 ["Five."],
-                ["Six.", "", "Seven."], ["Eight."], ["N\u00efne."]]
+                ["Six.", "", "Seven."], ["Eight."], ["N\u00efne."],
+                ["It rained.", "We left.", "", " ", "The sun rose."], ["Ten."], ["Eleven."]]
     assert [d for d in documents([tmp_path]) if d != [""]] == expected
     found = list(documents([tmp_path / "d.tar", tmp_path / "b.jsonl"]))
-    assert found == expected[5:] + expected[2:4]
+    assert found == expected[5:8] + expected[2:4]
 
 
 def test_reading_stops_after_max_bytes(tmp_path):
@@ -1832,6 +1839,25 @@ def test_reading_stops_after_max_bytes(tmp_path):
     (tmp_path / "a.txt").write_text("12345\n\n67890\n\nabc")
     found = [len(list(documents([tmp_path], max_bytes=limit))) for limit in (0, 1, 5, 6, 11, 99)]
     assert found == [0, 1, 1, 2, 3, 3]
+
+
+def test_no_document_is_held_beyond_a_limit(tmp_path, monkeypatch):
+    """A text that never ends comes in parts, which are counted and lose nothing; so does one line;
+    a JSON line is refused."""
+    monkeypatch.setattr(data, "LONGEST", 8)
+    (tmp_path / "a.txt").write_text("1234\n5678\n90\n\nabcdefghijkl\n\nok")
+    (tmp_path / "b.txt").write_text("0123456789abcdefgh")
+    with tarfile.open(tmp_path / "c.tar", "w") as plain:
+        plain.add(tmp_path / "b.txt", "b.txt")
+    counts = Counter()
+    found = [text for [text] in documents([tmp_path], counts=counts)]
+    parts = ["01234567", "89abcdef", "gh"]
+    assert [text for text in found if text] == ["1234 5678", "90", "abcdefgh", "ijkl", "ok",
+                                                *parts, *parts]
+    assert counts["long documents parted"] == 1 + 1 + 2 + 2
+    (tmp_path / "d.jsonl").write_text('{"text": ""}')
+    with pytest.raises(InputError, match="d.jsonl, line 1: 8 bytes or more"):
+        list(documents([tmp_path / "d.jsonl"]))
 
 
 def test_broken_utf8_is_replaced_and_counted(tmp_path):
@@ -1856,6 +1882,7 @@ def test_broken_utf8_is_replaced_and_counted(tmp_path):
     ("a.jsonl.gz", b"not gzip", "damaged or incomplete"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "ok"}' * 99)[:-9], "damaged or incomplete"),
     ("a.tar", b"not a tar", "damaged or incomplete"), ("a.csv", b"1,ok", "a.csv: no text there"),
+    ("a.parquet", b"PAR1", "a.parquet: parquet is not read; take the corpus's .tar"),
 ])
 def test_bad_corpus_files_are_refused_with_file_and_reason(tmp_path, name, content, says):
     """Each is an InputError of one line that names the file, and the line where there is one."""
@@ -2188,18 +2215,46 @@ def test_building_is_deterministic(planted, tmp_path):
         assert a == b, file
 
 
-def test_an_interrupted_build_leaves_nothing_half_made(planted, tmp_path):
-    """Stopped while embedding: no store and no temporary folder; the next build succeeds."""
-    def stopped(ids, mask):
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        build_again(planted, tmp_path, embed=stopped)
-    assert not list((tmp_path / "cache").iterdir())
-    assert build_again(planted, tmp_path).meta["counts"]["documents"] == 20
+def test_a_stopped_build_goes_on_where_it_was(planted, tmp_path, monkeypatch):
+    """Stopped in its second file, in the sample, and in its second part of assignments: each time
+    what was done is not done again, and the store is byte for byte an unbroken one's."""
+    monkeypatch.setattr(data, "CHUNK", 64)
+    lines = planted_paths(tmp_path, 10)[0].read_text().splitlines()
+    for name, part in (("a", lines[:5]), ("b", lines[5:])):     # of 200 sentences each
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+    model, read, embed = write_model(tmp_path / "m", [])[0], data.documents, by_topic(planted[0])
+    did, stop = Counter(), ("", 0)
+
+    def spy(key, function, *arguments):
+        did[key] += len(arguments[0])
+        return function(*arguments)
+
+    def progress(stage, done, total):
+        if stage == stop[0] and done > stop[1]:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(data, "documents", partial(spy, "files", read))
+
+    def build(cache):
+        return data.build_store(tmp_path / cache, [tmp_path / "a.jsonl", tmp_path / "b.jsonl"],
+                                planted[0], None, 3, 0, model=model, progress=progress,
+                                embed=partial(spy, "embedded", embed))
+    whole = build("whole")
+    assert dict(did) == {"files": 2, "embedded": 320 + 400}
+    did.clear()
+    for stop in (("reading text, bytes", 5000), ("embedding a sample", 0),
+                 ("assigning clusters", 64)):
+        with pytest.raises(KeyboardInterrupt):
+            build("broken")
+    stop = ("", 0)
+    broken = build("broken")
+    assert did["files"] == 3 and 320 + 400 < did["embedded"] < 2 * 320 + 400 + 64
+    for file in sorted(whole.folder.iterdir()):
+        assert file.read_bytes() == (broken.folder / file.name).read_bytes(), file
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == [whole.folder.name]
 
 
-@pytest.mark.parametrize("file", ["tokens.bin", "offsets.npy", "document.npy", "cluster.npy",
-                                  "centroids.npy", "meta.json"])
+@pytest.mark.parametrize("file", ["tokens.bin", "offsets.bin", "document.bin", "cluster.bin",
+                                  "order.bin", "centroids.npy", "meta.json"])
 def test_a_damaged_store_is_refused(planted, tmp_path, file):
     """Missing or cut short: an InputError that says what to do."""
     path = build_again(planted, tmp_path).folder / file
@@ -2252,6 +2307,111 @@ def test_atomic_write_is_all_or_nothing(tmp_path):
         data.atomic_write(path, lambda file: file.write(b"new"))
         assert reader.read() == b"old"      # replaced, not overwritten
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------------- data: the ranks
+
+def on_ranks(monkeypatch, world, work):
+    """work(ranks) on each of `world` ranks, threads here -> what each returns or raises. What
+    torch.distributed does between processes is done between the threads."""
+    slots, barrier, found = [None] * world, threading.Barrier(world), [None] * world
+    mine = threading.local()
+
+    def exchange(value):
+        slots[mine.rank] = value
+        barrier.wait(20)
+        values = list(slots)
+        barrier.wait(20)
+        return values
+
+    def gather(values, value):
+        values[:] = exchange(value)
+
+    def run(rank):
+        mine.rank = rank
+        try:
+            found[rank] = work(data.Ranks(rank, world))
+        except InputError as error:
+            found[rank] = error
+    monkeypatch.setattr(data, "distributed", SimpleNamespace(
+        all_reduce=lambda total: total.copy_(sum(x.clone() for x in exchange(total.clone()))),
+        all_gather_object=gather, barrier=exchange))
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_a_step_is_the_same_on_any_number_of_ranks(world, monkeypatch):
+    """theta, phi, s and the log of a step over two tasks, a micro-batch an example: in float64 to
+    1e-12 what one rank finds, bit by bit alike on all, and no micro-batch is computed twice; with
+    seven ranks, more than tasks and than a set has examples."""
+    t5, counted = random_t5(), Counter()
+    pairs = [(random_task(i), random_task(9 + i)) for i in range(2)]
+    method = Method(micro_batch=1, relative_step=0.1, exact_cosine=True)
+    share = supmer.loss_share
+
+    def step(ranks):
+        theta = supmer.init_prompt(t5, 3, 0).double()
+        state = supmer.init_state(theta, supmer.init_regularizer(8, torch.float64), method)
+        state.s = 0.3
+        log = supmer.meta_step(t5, state, pairs, method, 0, ranks)
+        return torch.cat([state.theta.flatten(), *(x.flatten() for x in state.phi.values())]), log
+
+    def count(*arguments):
+        counted[threading.current_thread() is threading.main_thread()] += 1
+        return share(*arguments)
+    monkeypatch.setattr(supmer, "loss_share", count)
+    alone, log = step(data.SOLO)
+    found = on_ranks(monkeypatch, world, step)
+    assert counted[True] == counted[False]
+    for learned, their_log in found:
+        assert torch.equal(learned, found[0][0]) and relative(learned, alone) < 1e-12
+        assert set(their_log) == set(log) and abs(their_log["s"] - log["s"]) < 1e-12
+
+
+def test_ranks_make_one_store(planted, tmp_path, monkeypatch):
+    """Three ranks share the embedding, each sentence once, and the store is byte for byte one
+    rank's; ranks with other corpora, or that see another store, are told so."""
+    monkeypatch.setattr(data, "CHUNK", 64)
+    alone, embedded = build_again(planted, tmp_path, "alone"), Counter()
+
+    def build(ranks, cache="together"):
+        def count(ids, mask):
+            embedded[ranks.rank] += len(ids)
+            return by_topic(planted[0])(ids, mask)
+        return build_again(planted, tmp_path, cache, embed=count, ranks=ranks)
+    stores = on_ranks(monkeypatch, 3, build)
+    for file in sorted(alone.folder.iterdir()):
+        assert file.read_bytes() == (stores[2].folder / file.name).read_bytes(), file
+    assert sum(embedded.values()) == 18 * 40 + 800 and min(embedded.values()) > 400
+    found = on_ranks(monkeypatch, 2, lambda ranks: build_again(planted, tmp_path, seed=ranks.rank,
+                                                              ranks=ranks))
+    assert all("the ranks have different corpora" in str(error) for error in found)
+    (tmp_path / "alone" / alone.folder.name / "order.bin").write_bytes(b"other")
+    found = on_ranks(monkeypatch, 2, lambda ranks: build(ranks, ("alone", "together")[ranks.rank]))
+    assert all("is not the same for all ranks: put cache/ on a disk" in str(e) for e in found)
+
+
+def test_a_second_process_waits_for_the_first_ones_store(planted, tmp_path):
+    """What another process is making is not touched: its id is told, and its store is taken. A lock
+    file whose process died is none."""
+    store, said = build_again(planted, tmp_path, "first"), []
+    building = tmp_path / "cache" / f".building-{store.folder.name}"
+    building.mkdir(parents=True)
+    (building / "lock").write_text("123456")                    # of a process that was killed
+    held = data.lock(building / "lock", lambda owner: pytest.fail("nobody has it"))
+
+    def progress(stage, done, total):
+        said.append(stage)
+        store.folder.rename(tmp_path / "cache" / store.folder.name)
+        held.close()
+    again = build_again(planted, tmp_path, progress=progress)
+    assert said == [f"waiting for process {os.getpid()}, which makes the same store"]
+    assert again.meta == store.meta and not building.exists()
 
 
 # --------------------------------------------------------------------------------- data: meta tasks
@@ -2478,13 +2638,31 @@ def test_mask_and_letters_survive_very_long_sentences(planted, tmp_path):
                 assert ids[-2] == mask or variant[:2] == "sp" and mask in ids[200:-200]
 
 
+def reclustered(store, cluster, K):
+    """A store with other clusters, of which it is not said where they came from."""
+    order, bounds = data.group_anchors(cluster[0], store.held_out, store.anchor, store.document,
+                                       store.first, K, chunk=1000)
+    return store._replace(cluster=cluster, centroids=np.zeros((3, K, 5), np.float32),
+                          order=np.stack([order] * 3), bounds=np.stack([bounds] * 3))
+
+
+def test_anchors_are_grouped_by_split_cluster_and_use(planted):
+    """Chunk by chunk, group_anchors is what its docstring says, done by sorting all at once."""
+    store, K = planted[1], 5
+    follows = np.append(store.document[1:] == store.document[:-1], False)
+    group = 2 * (K * store.held_out + store.cluster[0]) + ~follows
+    store = reclustered(store, store.cluster, K)
+    assert np.array_equal(store.order[0], np.argsort(group, kind="stable"))
+    assert np.array_equal(np.diff(store.bounds[0]), np.bincount(group, minlength=4 * K))
+
+
 def test_small_clusters_are_skipped(planted):
     """A cluster of 63 anchors is never drawn for tasks of 32 + 32, one of 64 is; their sentences
     still stand elsewhere."""
     tokenizer, store, _ = planted
     cluster, training = store.cluster.copy(), np.flatnonzero(~store.held_out)
     cluster[:, training[:63]], cluster[:, training[63:127]] = 5, 6
-    small = store._replace(cluster=cluster, centroids=np.zeros((3, 7, 5), np.float32))
+    small = reclustered(store, cluster, 7)
     index = TaskIndex(small, tokenizer, variants=("mc-cluster", "ss-cluster"))
     drawn = {c for step in range(150) for c in meta_task(index, 0, step, 0, stream=1).clusters}
     assert drawn == {0, 1, 2, 3, 4, 6}
@@ -2495,12 +2673,13 @@ def test_too_few_sentences_for_the_tasks_are_counted(planted):
     tokenizer, store, _ = planted
     held_out = sorted(set(store.document[store.held_out].tolist()))
     last = np.bincount([(7 * d + 39) % 5 for d in held_out], minlength=5)   # nothing follows them
-    says = f"sp-next: {20 + last.min()} validation sentences are lacking"
+    lacking = 20 + last.min()
+    says = f"sp-next: {lacking} validation sentences are lacking: of 100 usable ones {lacking} in"
     with pytest.raises(InputError, match=says):
         TaskIndex(store, tokenizer, support=50, query=50)
-    with pytest.raises(InputError, match="ss-cluster: 80 validation sentences are lacking"):
+    with pytest.raises(InputError, match="ss-cluster: 80 .* usable ones 20, 20, 20, 20 in the 4"):
         TaskIndex(store, tokenizer, support=50, query=50, variants=("ss-cluster",))
-    one = store._replace(cluster=np.zeros_like(store.cluster), centroids=store.centroids[:, :1])
+    one = reclustered(store, np.zeros_like(store.cluster), 1)
     with pytest.raises(InputError, match="ask for more clusters"):
         TaskIndex(one, tokenizer, variants=("mc-cluster",))
     index = TaskIndex(one, tokenizer, variants=("sp-next",))
@@ -2788,6 +2967,64 @@ def test_real_tasks_are_read_whole(name, first, tokenizer):
     examples, mask = data.task_examples(tokenizer, task, longest), tokenizer.token_to_id(MASK)
     assert all(ids.count(mask) == 1 and len(ids) <= task.max_tokens for ids in examples.ids)
     assert len(set(map(tuple, examples.words))) == len(task.words)
+
+
+def labeled_store(folder, rows, words=(), clusters=3):
+    """A .csv of (label, text), each text's first word its topic, T0.., as a labeled store."""
+    known = [f"T{i}" for i in range(5)] + [word for row in rows for word in " ".join(row).split()]
+    model, tokenizer = write_model(folder / "m", [*known, *words, *data.SENTIMENT[5], "It", "was",
+                                                  "?"])
+    with open(folder / "set.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("label", "text"), *rows])
+    return data.build_labeled(folder / "cache", folder / "set.csv", tokenizer, None, clusters, 0,
+                              model=model, words=words, embed=by_topic(tokenizer)), tokenizer
+
+
+def test_labeled_sets_become_meta_tasks(tmp_path):
+    """Table 3: a task is one cluster (here: one topic) of one set; labels are the set's own words
+    and what the file says of each text, balanced in both sets, which share no text."""
+    label = {}
+    for i in range(900):
+        label[f"T{i % 3} d{i}"] = ("good", "bad", "so-so")[i // 3 % 3]
+    store, tokenizer = labeled_store(tmp_path, [(word, text) for text, word in label.items()])
+    index = data.LabeledIndex({"set": store}, tokenizer, support=7, query=3)
+    for step in range(20):
+        split = ("train", "validation")[step % 2]
+        task = data.labeled_task(index, 0, step, 0, stream=1, split=split)
+        partner = data.labeled_task(index, 0, step, 0, stream=2, variant="set", avoid=task.clusters)
+        assert task.variant == "set" and partner.clusters != task.clusters
+        sources = []
+        for examples, n in ((task.support, 7), (task.query, 3)):
+            shown = [data.examples_as_text(tokenizer, examples, row) for row in range(n)]
+            for source, target in shown:
+                text = re.fullmatch(r"(T\d d\d+) It was <extra_id_0> \?</s>", source).group(1)
+                assert label[text] == target
+                sources.append(text)
+            counts = Counter(target for _, target in shown)
+            assert set(counts) == {"good", "bad", "so-so"} and max(counts.values()) <= n // 3 + 1
+        assert len(set(sources)) == 10 and len({text[:2] for text in sources}) == 1
+    again = data.labeled_task(data.LabeledIndex({"set": store}, tokenizer, support=7, query=3),
+                              0, 19, 0, stream=1, split="validation")
+    assert again.support.ids == task.support.ids and again.query.ids == task.query.ids
+    with pytest.raises(InputError, match="set: .* validation texts are lacking .* 40 of each"):
+        data.LabeledIndex({"set": store}, tokenizer, support=60, query=60)
+
+
+@pytest.mark.parametrize("labels, words, known", [
+    ("14523", (), ("terrible", "bad", "okay", "good", "great")), ("01", (), ("terrible", "great")),
+    ("01", ("no", "yes"), ("no", "yes")), (("no", "yes"), ("yes", "no"), ("yes", "no")),
+    ("012", (), None), (("no", "2"), ("no", "yes"), None), (("no",), (), None)])
+def test_words_of_labeled_sets(tmp_path, labels, words, known):
+    """Words stand for themselves; numbers are the words given, or sentiment's, lowest first."""
+    rows = [(labels[i % len(labels)], f"T{i % 3} d{i}") for i in range(60)]
+    if known is None:
+        with pytest.raises(InputError, match="set.csv has the labels"):
+            labeled_store(tmp_path, rows, words)
+        return
+    store, _ = labeled_store(tmp_path, rows, words)
+    place = {label: i for i, label in enumerate(known if labels[0] in known else sorted(labels))}
+    assert tuple(store.meta["made_of"]["options"]["words"]) == known
+    assert store.label.tolist() == [place[label] for label, _ in rows]
 
 
 # --------------------------------------------------------------------- data: where tasks come from
@@ -3175,15 +3412,16 @@ def test_an_evaluation_tells_what_it_fetches(place, hub, capsys):
             "model.safetensors, tokenizer.json\n") in capsys.readouterr().out
 
 
-def test_openwebtext_is_fetched_as_far_as_it_is_wanted(monkeypatch):
-    """As many of its 21 archives as hold the bytes, of the revision that has them."""
+def test_a_corpus_is_fetched_as_far_as_it_is_wanted(monkeypatch):
+    """As many of its files as hold the bytes; OpenWebText's of the revision that has tars."""
     asked = []
 
     def download(filename, **source):
         asked.append((source, filename))
         return filename
     monkeypatch.setattr(data, "hf_hub_download", download)
-    assert len(data.openwebtext_files(10**10)) == 6 and len(data.openwebtext_files(10**12)) == 21
+    counts = [len(data.fetch_corpus("openwebtext", size)) for size in (10**10, 10**12)]
+    assert counts == [6, 21] and len(data.fetch_corpus("c4", 10**9)) == 2
     assert asked[5] == ({"repo_id": "Skylion007/openwebtext", "repo_type": "dataset",
                          "revision": "f3808c30e817981b845ec549c43e82bb467d8144"},
                          "subsets/urlsf_subset05.tar")
@@ -4353,6 +4591,90 @@ def test_a_killed_run_goes_on_bit_by_bit(small_world):
     assert not list(folder.glob("broken/.*"))
 
 
+def test_a_rank_that_dies_ends_all_and_any_number_goes_on(small_world, tmp_path):
+    """Two processes share a step of one task; when one is killed the other says so and ends with
+    status 2. One process goes on, and in the end has, bit by bit, what one process has that was
+    never stopped: the number of ranks changes nothing."""
+    folder, options = small_world
+    options = [*options, "--steps", "8", "--tasks", "1", "--micro-batch", "1",
+               "--save-seconds", "0"]
+    run = make_run((folder, options), "shared")
+    train.write_run(run.folder, {
+        "training": asdict(run.training), "method": asdict(run.method), "made_of": run.made_of,
+        "finished": False, "ended": None})
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    ranks = [start(folder, "--resume", "shared", env=os.environ | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"})
+        for rank in range(2)]
+    wait_for_steps(folder / "shared", 2, ranks[0])
+    ranks[1].kill()
+    ranks[1].communicate()
+    out, said = ranks[0].communicate(timeout=60)
+    assert ranks[0].returncode == 2 and "Traceback" not in said
+    assert "error: rank 0: another rank ended" in said.splitlines()[-1]
+    done = json.loads((folder / "shared" / "log.jsonl").read_text().splitlines()[-1])["step"]
+    assert done < 8, "the kill came too late to show anything"
+    run = make_run((folder, options), "shared")
+    run.train()
+    alone = make_run((folder, options), "one rank")
+    alone.train()
+    first, second = (train.state_tensors(run.state) for run in (run, alone))
+    assert all(torch.equal(first[name], second[name]) for name in first) and run.state.step == 8
+    assert log_without_times(folder / "shared") == log_without_times(folder / "one rank")
+
+
+def test_a_run_belongs_to_one_process(small_world, monkeypatch, capsys):
+    """A second process on a run's folder is refused, with the id of the first."""
+    folder, options = small_world
+    code, _ = run_train(folder, monkeypatch, capsys, *options, "--steps", "1", "--run", "mine")
+    assert code == 0
+    train.write_run(folder / "mine", train.read_run(folder / "mine") | {"finished": False})
+    with data.lock(folder / "mine" / "lock", lambda owner: pytest.fail("nobody has it")):
+        code, said = run_train(folder, monkeypatch, capsys, "--resume", "mine")
+    assert code == 2 and f"mine: process {os.getpid()} is at work on this run" in said
+
+
+def test_labeled_sets_are_mixed_in(small_world, tmp_path, monkeypatch, capsys):
+    """Table 3: a third of the tasks is labeled and has a partner of its set; each set is validated
+    beside the variants; with --labeled-share 1 there is no corpus. Resumed bit by bit."""
+    folder, options = small_world
+    (tmp_path / "sets").mkdir()
+    rows = [(("yes", "no")[i % 2], sentence(i // 30, i % 30)) for i in range(1800)]
+    with open(tmp_path / "sets" / "topics.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("label", "text"), *rows])
+    options = [*options, "--labeled", tmp_path / "sets", "--labeled-clusters", "2"]
+    code, _ = run_train(folder, monkeypatch, capsys, *options, "--steps", "10", "--run", "mixed")
+    log = log_without_times(folder / "mixed")
+    variants = [variant for line in log for variant in line.get("variants", ())]
+    assert code == 0 and len(variants) == 20 and 2 <= variants.count("topics") <= 12
+    assert set(log[0]["validation"]["variants"]) == {*VARIANTS, "topics"}
+    (folder / "mixed" / "state.safetensors").unlink()
+    train.write_run(folder / "mixed", train.read_run(folder / "mixed") | {"finished": False})
+    assert run_train(folder, monkeypatch, capsys, "--resume", "mixed")[0] == 0
+    assert log_without_times(folder / "mixed") == log
+    code, _ = run_train(folder, monkeypatch, capsys, *options, "--labeled-share", "1", "--steps",
+                        "1", "--corpus", "nowhere", "--run", "labeled")
+    log = log_without_times(folder / "labeled")
+    assert code == 0 and [line["variants"] for line in log if "s" in line] == [["topics"] * 2]
+    assert "corpus" in json.loads((folder / "labeled" / "run.json").read_text())["made_of"]
+
+
+def test_a_log_becomes_a_picture(small_world, monkeypatch, capsys):
+    """--plot draws what is there, of a run that is still at work as well: its last line is torn."""
+    pytest.importorskip("matplotlib")
+    folder, _ = small_world
+    run = make_run(small_world, "drawn")
+    train.write_run(run.folder, {"training": {}, "method": {}, "finished": False, "ended": None})
+    run.step()
+    with open(run.folder / "log.jsonl", "a") as file:
+        file.write('{"step": 2, "s"')
+    assert train.main(["--plot", str(run.folder)]) == 0
+    assert str(run.folder / "log.png") in capsys.readouterr().out
+    assert (run.folder / "log.png").read_bytes().startswith(b"\x89PNG")
+
+
 def make_run(small_world, name, **changes):
     """A train.Run in this process, in a new folder."""
     folder, options = small_world
@@ -4362,7 +4684,7 @@ def make_run(small_world, name, **changes):
     )
     with contextlib.chdir(folder):
         t5 = T.load_t5("model")
-        index = train.open_index(
+        index, _, _ = train.open_indexes(
             training, Path("model"), data.load_tokenizer("model", t5.config), t5
         )
         (folder / name).mkdir(exist_ok=True)
@@ -4457,7 +4779,7 @@ def run_train(folder, monkeypatch, capsys, *argv):
         runpy.run_path(str(HERE / "train.py"), run_name="__main__")
     said = capsys.readouterr()
     assert "Traceback" not in said.err
-    return ended.value.code, said.err.strip().splitlines()[-1]
+    return ended.value.code, ("\n" + said.err.strip()).splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -4683,8 +5005,8 @@ def test_a_run_is_not_resumed_on_other_data(small_world):
     by name.
     """
     folder, _ = small_world
-    train.write_run(folder, {"training": {}, "method": {}, "finished": False, "ended": None,
-                            "made_of": {"corpus": "a", "model": "b"}})
+    train.write_run(folder, {"name": "supmer", "training": {}, "method": {}, "finished": False,
+                            "ended": None, "made_of": {"corpus": "a", "model": "b"}})
     train.check_origin(folder, {"corpus": "a", "model": "b"})
     with pytest.raises(InputError, match="made with another model than is there now"):
         train.check_origin(folder, {"corpus": "a", "model": "c"})

@@ -4,6 +4,8 @@
     python train.py --model t5-base         # the paper's setting: OpenWebText, 100,000 steps, a GPU
     python train.py --corpus my/texts       # your text; --help lists every number with its source
     python train.py --resume runs/tiny-1    # go on after Ctrl-C or a crash, bit by bit the same run
+    torchrun --nproc_per_node 4 train.py    # the same on 4 GPUs (or CPUs); all its options hold
+    python train.py --plot runs/tiny-1      # a run's log as a picture, also while it runs
     python train.py --method ppt            # what it is compared with; --ablation no-mgr: Table 4
 
 All of a run is in one folder, runs/<model>-<number>: run.json (what was asked for), log.jsonl (a
@@ -23,18 +25,23 @@ import sys
 import time
 import weakref
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import data
 from baselines import ABLATIONS, METHODS, STEPS, UNIFIED, examples_per_step
-from data import VARIANTS, TaskIndex, atomic_write, meta_task
+from data import (SOLO, VARIANTS, LabeledIndex, Ranks, TaskIndex, atomic_write, labeled_task,
+                  meta_task)
 from supmer import (Method, gradient_and_hessian, init_prompt, init_regularizer, init_state, knob,
                     load_prompt, meta_gradient, meta_step, prompt_gradient, prompt_metadata,
                     save_peft, save_prompt, validate_task)
@@ -46,9 +53,16 @@ class Training:
     """What a run needs beside the method's numbers: data, sizes, when to validate and save."""
     model: str = knob("tiny", "tiny, a short name such as flan-t5-xl, a hub id, or a T5's folder")
     corpus: tuple = knob(
-        ("openwebtext",), "openwebtext, embedded, or files and folders of .txt, .jsonl, .jsonl.gz")
+        ("openwebtext",), "openwebtext, c4, embedded, or files and folders of "
+        f"{', '.join(data.READERS)}")
     bytes: int = knob(10 ** 10, "text read at most (section 4.1: 10 GB)")
     clusters: int = knob(250, "K-means clusters of each format (Table 6)")
+    one_per_format: bool = knob(False, "three clusterings, one for each format, not one for all")
+    labeled: str = knob("", "a folder of labeled sets (label, text; .csv, .tsv, .jsonl), each of "
+                            "which is clustered into meta tasks (Table 3)")
+    labeled_share: float = knob(1 / 3, "of the tasks, if there are labeled sets (Table 3: 1 : 2); "
+                                       "1: no corpus is used")
+    labeled_clusters: int = knob(10, "K-means clusters of each labeled set (MetaPT's)")
     prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)")
     max_tokens: int = knob(412, "text tokens of an example (Table 6: 512 with the prompt)")
     method: str = knob("supmer", "supmer, or what it is compared with: ppt, unified-ppt, metapt")
@@ -135,9 +149,12 @@ def parse(argv):
                         help="stop so many minutes from now, as Ctrl-C does")
     parser.add_argument("--export-peft", type=Path, nargs=2, metavar=("RUN", "DIR"), help="only "
                         "write RUN's prompt as a folder for Hugging Face PEFT")
+    parser.add_argument("--plot", type=Path, metavar="RUN", help="only draw RUN's log as a PNG: "
+                        "losses, s, b, lambda, the gate, validation (needs matplotlib)")
     given = vars(parser.parse_args(argv))
     control = argparse.Namespace(**{name: given.pop(name) for name in (
-        "examples", "ablation", "run", "resume", "yes", "dry_run", "max_minutes", "export_peft")})
+        "examples", "ablation", "run", "resume", "yes", "dry_run", "max_minutes", "export_peft",
+        "plot")})
     if not control.max_minutes > 0:
         raise InputError(f"--max-minutes {control.max_minutes}: it must be more than 0")
     if control.resume:
@@ -197,15 +214,22 @@ def settings(chosen):
             raise InputError(f"{name} {value}: it must be {bound}, and below 1e30")
     if training.only not in ("", *data.FORMATS):
         raise InputError(f"--only {training.only}: choose {', '.join(data.FORMATS)}")
+    if training.labeled_share > 1:
+        raise InputError(f"--labeled-share {training.labeled_share}: it must be 1 at most")
+    if training.labeled and training.labeled_share == 1:
+        training = replace(training, corpus=())
     if training.dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype {training.dtype}: choose float32 or bfloat16")
     return training, method
 
 
 def pick_device(name):
-    """auto, cpu, cuda, cuda:1, ... -> torch.device. Raises InputError if it is not there."""
+    """auto, cpu, cuda, cuda:1, ... -> torch.device. Raises InputError if it is not there. Each of
+    torchrun's processes on a machine takes a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -213,6 +237,20 @@ def pick_device(name):
         raise InputError(f"--device {name} is not to be had here ({str(error).splitlines()[0]}): "
                          "try --device cpu") from None
     return device
+
+
+def join_ranks(device):
+    """The Ranks that torchrun started, or SOLO. Only the first one's stdout is kept."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return SOLO
+    rank, world, gpu = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device.type == "cuda"
+    if gpu:
+        torch.cuda.set_device(device)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo",
+                                   timeout=timedelta(minutes=30))
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    return Ranks(rank, world, distributed.new_group(backend="gloo", timeout=timedelta(days=7)))
 
 
 # --------------------------------------------------------------------- what a run needs, beforehand
@@ -340,7 +378,7 @@ def time_lines(t5, training, method):
     tokens = min(128, training.max_tokens)
     seconds, per_token = seconds_needed(t5, training, method, tokens)
     hours = seconds * method.max_steps / 3600
-    web = training.corpus == ("openwebtext",)
+    web = [name for name in training.corpus if name in data.CORPORA]
     text = training.bytes if web else min(training.bytes, sum(
         file.stat().st_size for file in data.corpus_files(corpus_paths(training))))
     clustering = per_token * text / 4 / 3600
@@ -350,9 +388,11 @@ def time_lines(t5, training, method):
              f"          {clustering:,.1f} hours before that, to embed and cluster "
              f"{text / 1e9:.3g} GB of text once (4 bytes a token); validation is not counted",
              f"disk:     {text / 2e9:.3g} GB for the corpus's tokens in cache/"]
-    if web:
-        lines.append(f"download: OpenWebText, about {training.bytes / 3e9:.1f} GB of archives "
-                     f"for {text / 1e9:.3g} GB of text, if not cached yet")
+    for name in web:
+        count = data.corpus_count(name, training.bytes)
+        lines.append(f"download: {count} files of {name}, about "
+                     f"{count * data.CORPORA[name].archive / 1e9:.1f} GB of archives for "
+                     f"{text / 1e9:.3g} GB of text, if not cached yet")
     return lines, hours + clustering
 
 
@@ -490,18 +530,21 @@ class Log:
 
 # ------------------------------------------------------------------------------------- validation
 
-def validate(t5, state, tasks, method):
+def validate(t5, state, tasks, method, ranks=SOLO):
     """Adapt to each held-out task and measure its query set, before and after -> dict of means.
 
     "loss" is the loss after adaptation, which decides what is kept; "variants" has the figures of
-    each variant ("correct" as a share).
+    each variant ("correct" as a share, "ways" its label words). The ranks share the tasks.
     """
-    found, size = defaultdict(list), len(tasks[0].query.ids)
-    for task in tqdm(tasks, desc="validation", unit="task", leave=False, disable=None):
+    own, found, size = {}, defaultdict(list), len(tasks[0].query.ids)
+    for place, task in ranks.share(enumerate(bar(tasks, ranks, desc="validation", unit="task"))):
         result = validate_task(t5, state.theta, state.phi, task, method)
-        flat = {f"{key}_{when}": result[when][key] / (size if key == "correct" else 1)
-                for when in ("before", "after") for key in result[when]}
-        found[task.variant].append(flat | {"step_size": result["step_size"]})
+        own[place] = {f"{key}_{when}": result[when][key] / (size if key == "correct" else 1)
+                      for when in ("before", "after") for key in result[when]}
+        own[place] |= {"step_size": result["step_size"], "ways": len(task.query.words)}
+    results = {place: result for part in ranks.gather(own) for place, result in part.items()}
+    for place, task in enumerate(tasks):
+        found[task.variant].append(results[place])
 
     def means(results):
         return {key: sum(result[key] for result in results) / len(results) for key in results[0]}
@@ -519,139 +562,205 @@ def table(first, last, step):
         cells = [" -> ".join(f"{100 * v[f'correct_{when}']:5.1f} {v[f'word_loss_{when}']:6.3f}"
                              for when in ("before", "after"))
                  for v in (first["variants"][variant], last["variants"][variant])]
-        chance = f"(chance {100 / len(data.WORDS[variant]):.0f})"
+        chance = f"(chance {100 / last['variants'][variant]['ways']:.0f})"
         lines.append(f"{variant:11}{chance:>12}  {cells[0]}    {cells[1]}")
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------- the run
 
+def bar(items, ranks, **how):
+    """A progress bar over items, of the first rank alone."""
+    return tqdm(items, leave=False, dynamic_ncols=True, disable=True if ranks.rank else None, **how)
+
+
 def corpus_paths(training):
-    """The corpus option's own files and folders; "embedded" is tiny/'s."""
-    return [data.TINY / "corpus.jsonl.gz" if path == "embedded" else Path(path)
-            for path in training.corpus]
+    """The corpus option's files and folders; what is on the hub is fetched."""
+    return [path for name in training.corpus for path in (
+        data.fetch_corpus(name, training.bytes) if name in data.CORPORA else
+        [data.TINY / "corpus.jsonl.gz" if name == "embedded" else Path(name)])]
 
 
-def open_index(training, model_folder, tokenizer, t5):
-    """The corpus as a store (found in cache/, or made with a bar for each stage) -> TaskIndex."""
-    paths = data.openwebtext_files(training.bytes) if training.corpus == ("openwebtext",) \
-        else corpus_paths(training)
-    with tqdm(leave=False, dynamic_ncols=True, disable=None) as bar:
+def make_store(what, make, ranks):
+    """make(progress) -> a store (found in cache/, or made with a bar for each stage), of which is
+    told what is in it and how fast its stages were."""
+    spent, began, last = {}, {}, time.perf_counter()
+    with bar(None, ranks) as shown:
         def progress(stage, done, total):
-            bar.set_description(stage, refresh=False)
-            bar.total, bar.n = total, done
-            bar.refresh()
-        store = data.build_store(Path("cache"), paths, tokenizer, t5, training.clusters,
-                                 training.seed, model=model_folder, max_bytes=training.bytes,
-                                 progress=progress)
-    counts = ", ".join(f"{count:,} {name}" for name, count in store.meta["counts"].items())
-    print(f"corpus: {counts}\n        kept in {store.folder}")
-    return TaskIndex(store, tokenizer, support=training.support, query=training.query,
-                     variants=[v for v in VARIANTS if v.startswith(training.only)],
-                     max_tokens=training.max_tokens,
-                     recast=UNIFIED if training.method == "unified-ppt" else {})
+            nonlocal last
+            now = time.perf_counter()
+            began.setdefault(stage, done)
+            spent[stage] = done - began[stage], spent.get(stage, (0, 0))[1] + now - last
+            last = now
+            shown.set_description(stage, refresh=False)
+            shown.total, shown.n = total, done
+            shown.refresh()
+        store = make(progress)
+    counts = store.meta["counts"]
+    print(f"{what}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}\n"
+          f"        kept in {store.folder}")
+    for stage, (done, seconds) in spent.items():
+        if not done:            # it waited for another process that made the store
+            continue
+        share = 1 if stage.endswith("bytes") else counts["bytes"] / counts["sentences"]
+        print(f"        {stage}: {seconds:.1f} s, {done * share / seconds / 1e6:.3g} MB of text/s")
+    return store
+
+
+def open_indexes(training, model_folder, tokenizer, t5, ranks=SOLO):
+    """The corpus -> TaskIndex, or None; the labeled sets -> LabeledIndex, or None; made_of, what
+    both are made of."""
+    sizes, made_of = {"support": training.support, "query": training.query,
+                      "max_tokens": training.max_tokens}, {}
+    index, labeled, how = None, None, {"model": model_folder, "ranks": ranks}
+    if training.labeled:
+        files = [path for path in sorted(Path(training.labeled).glob("*"))
+                 if path.suffix in data.ROWS and path.suffix]
+        if not files:
+            raise InputError(f"--labeled {training.labeled}: no .csv, .tsv, .jsonl or .txt there")
+        stores = {path.stem: make_store(path.name, lambda progress: data.build_labeled(
+            Path("cache"), path, tokenizer, t5, training.labeled_clusters, training.seed,
+            progress=progress, **how), ranks) for path in files}
+        labeled = LabeledIndex(stores, tokenizer, **sizes)
+        for name, store in stores.items():
+            made_of |= store.meta["made_of"] | {f"labeled {name}": store.folder.name}
+    if training.corpus:
+        paths = corpus_paths(training)
+        store = make_store("corpus", lambda progress: data.build_store(
+            Path("cache"), paths, tokenizer, t5, training.clusters, training.seed,
+            max_bytes=training.bytes, one_per_format=training.one_per_format, progress=progress,
+            **how), ranks)
+        index = TaskIndex(store, tokenizer, **sizes,
+                          variants=[v for v in VARIANTS if v.startswith(training.only)],
+                          recast=UNIFIED if training.method == "unified-ppt" else {})
+        made_of |= store.meta["made_of"]
+    return index, labeled, made_of
 
 
 class Run:
-    """A run's folder and what it holds: the log, the state, the best prompt."""
+    """A run's folder and what it holds: the log, the state, the best prompt. Ranks share its work,
+    and the first one writes."""
 
-    def __init__(self, folder, name, training, method, t5, index):
+    def __init__(self, folder, name, training, method, t5, index, labeled=None, made_of=None,
+                 ranks=SOLO):
         """Take up the folder's saved state, or make and validate that of step 0."""
-        self.folder, self.name, self.training, self.method = folder, name, training, method
-        self.t5, self.index, self.best = t5, index, float("inf")
+        self.folder, self.training, self.method, self.ranks = folder, training, method, ranks
+        self.name, self.t5, self.best, self.kept = name, t5, float("inf"), 0
         self.advance = STEPS.get(training.method, meta_step)
+        self.made_of = made_of or index.store.meta["made_of"]
+        self.sources = [(draw, source) for draw, source in (
+            (meta_task, index), (labeled_task, labeled)) if source]
         theta = init_prompt(t5, training.prompt_length, training.seed)
         phi = init_regularizer(t5.config.d_model, device=theta.device)
         self.state = init_state(theta, phi, method)
-        for torn in folder.glob(".*.tmp"):                          # a write that a kill cut off
+        for torn in folder.glob(".*.tmp") if not ranks.rank else ():    # a kill cut it off
             torn.unlink()
-        self.held_out = [meta_task(index, training.seed, 0, i, variant=variant, stream=3,
-                                   split="validation")
-                         for variant in index.variants for i in range(training.validation_tasks)]
-        resumed = (folder / "state.safetensors").exists()
+        self.held_out = [draw(source, training.seed, 0, i, variant=variant, stream=3,
+                              split="validation") for draw, source in self.sources
+                         for variant in source.variants for i in range(training.validation_tasks)]
+        resumed = ranks.gather((folder / "state.safetensors").exists())[0]
         if resumed:
             self.best = load_state(folder, self.state)
-        self.log = Log(folder, self.state.step if resumed else -1)
+            self.kept = int(prompt_metadata(folder / "prompt.safetensors")["step"])
+        self.log = None if ranks.rank else Log(folder, self.state.step if resumed else -1)
         if not resumed:
             self.validate()
-            save_state(folder, self.state, self.best)
+            self.save()
+
+    def write(self, entry):
+        """A line of the log."""
+        if not self.ranks.rank:
+            self.log.write(entry)
+
+    def save(self):
+        """What to resume from."""
+        if not self.ranks.rank:
+            save_state(self.folder, self.state, self.best)
 
     def batch(self):
         """The step's n (task, partner) pairs, of one variant each: made from (seed, step) alone."""
-        where, pairs = (self.index, self.training.seed, self.state.step), []
+        where, pairs = (self.training.seed, self.state.step), []
         for i in range(self.training.tasks):
-            task = meta_task(*where, i, stream=1)
-            pairs.append((task, meta_task(*where, i, variant=task.variant, stream=2,
-                                          avoid=task.clusters)))
+            chance = np.random.default_rng((*where, i, 4)).random()
+            draw, source = self.sources[-1 if chance < self.training.labeled_share else 0]
+            task = draw(source, *where, i, stream=1)
+            pairs.append((task, draw(source, *where, i, variant=task.variant, stream=2,
+                                     avoid=task.clusters)))
         return pairs
 
     def validate(self):
         """Measure the held-out tasks, log it, keep theta and phi if their loss is the lowest."""
-        result = validate(self.t5, self.state, self.held_out, self.method)
+        result = validate(self.t5, self.state, self.held_out, self.method, self.ranks)
         if not math.isfinite(result["loss"] + result["loss_before"]):
             raise InputError(f"step {self.state.step}: the validation loss is {result['loss']}; "
                              "try a smaller inner_rate, relative_step or prompt_rate")
-        self.log.write({"step": self.state.step, "validation": result})
+        self.write({"step": self.state.step, "validation": result})
         if self.training.method in STEPS:       # not learned for an inner step: without one
             result["loss"] = result["loss_before"]
-        elif result["loss_before"] - result["loss"] < 1e-4 * result["loss_before"]:
+        elif not self.ranks.rank and \
+                result["loss_before"] - result["loss"] < 1e-4 * result["loss_before"]:
             tqdm.write(f"step {self.state.step}: the inner step lowers the held-out loss by less "
                        f"than 1e-4 of it; it moves the prompt by {result['step_size']:.1e} of its "
                        "length. See --relative-step and --inner-rate.")
         if result["loss"] < self.best:
-            self.best, per_step = result["loss"], examples_per_step(self.training, self.method)
+            self.best, self.kept = result["loss"], self.state.step
+            if self.ranks.rank:
+                return
+            per_step = examples_per_step(self.training, self.method)
             phi = self.state.phi if self.method.regularizer else None
             save_prompt(self.folder / "prompt.safetensors", self.state.theta, phi, {
                 "model": self.training.model, "corpus": " ".join(self.training.corpus),
                 "method": self.name, "examples": str(per_step * self.method.max_steps),
                 "step": str(self.state.step), "steps": str(self.method.max_steps),
                 "seed": str(self.training.seed), "validation_loss": f"{self.best:.6f}",
-                "model_sha256": self.index.store.meta["made_of"]["model"]})
+                "model_sha256": self.made_of["model"]})
 
     def out_of_patience(self):
         """Whether the lowest validation loss is `patience` validations old."""
-        kept = int(prompt_metadata(self.folder / "prompt.safetensors")["step"])
         limit = self.training.patience * self.training.validate_every
-        return 0 < limit <= self.state.step - kept
+        return 0 < limit <= self.state.step - self.kept
 
     def step(self):
         """One step of the method, logged -> its log entry."""
         began, pairs = time.perf_counter(), self.batch()
-        entry = self.advance(self.t5, self.state, pairs, self.method, self.training.seed)
+        entry = self.advance(self.t5, self.state, pairs, self.method, self.training.seed,
+                             self.ranks)
         seconds = time.perf_counter() - began
         tokens = sum(len(ids) for pair in pairs for task in pair
                      for ids in (*task.support.ids, *task.query.ids))
         entry |= {"time": {"seconds": seconds, "tokens_per_second": tokens / seconds}}
         variants = [task.variant for task, _ in pairs]
-        self.log.write({"step": self.state.step, "variants": variants, **entry})
+        self.write({"step": self.state.step, "variants": variants, **entry})
         return entry
 
     def train(self):
-        """Step until max_steps, the end of patience, or SIGINT, SIGTERM or SIGALRM: end the step,
-        save -> the signal, or None."""
+        """Step until max_steps, the end of patience or, on any rank, SIGINT, SIGTERM or SIGALRM:
+        end the step, save -> the signal, or None."""
         caught, saved, last = [], time.monotonic(), self.method.max_steps
         ended = self.out_of_patience()
         before = {number: signal.signal(number, lambda number, frame: caught.append(number))
                   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
-        with tqdm(total=last, initial=self.state.step, unit="step", dynamic_ncols=True,
-                  disable=None) as bar:
-            while self.state.step < last and not caught and not ended:
+        stopped = []                                # what was caught on any rank
+        with bar(None, self.ranks, total=last, initial=self.state.step, unit="step") as shown:
+            while self.state.step < last and not stopped and not ended:
                 entry = self.step()
-                shown = {"loss": entry["query_loss"], **{k: entry[k] for k in "sb" if k in entry}}
-                bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()},
-                                tokens_s=f"{entry['time']['tokens_per_second']:.0f}")
-                bar.update()
+                figures = {"loss": entry["query_loss"], **{k: entry[k] for k in "sb" if k in entry}}
+                shown.set_postfix({name: f"{value:.2f}" for name, value in figures.items()},
+                                  tokens_s=f"{entry['time']['tokens_per_second']:.0f}")
+                shown.update()
                 step = self.state.step
                 if step == last or step % self.training.validate_every == 0:
                     self.validate()
                     ended = self.out_of_patience()
+                stopped = sum(self.ranks.gather(caught), [])
                 late = time.monotonic() - saved > self.training.save_seconds
-                if step == last or ended or caught or late:
-                    save_state(self.folder, self.state, self.best)
+                if step == last or ended or stopped or late:
+                    self.save()
                     saved = time.monotonic()
+        self.ranks.gather(None)                     # none ends before the first one has saved
         for number, handler in before.items():
             signal.signal(number, handler)
-        return caught[0] if caught and self.state.step < last and not ended else None
+        return stopped[0] if stopped and self.state.step < last and not ended else None
 
 
 def export_peft(source, folder):
@@ -667,6 +776,47 @@ def export_peft(source, folder):
     save_peft(folder, theta, config, **base)
     return (f"{folder}: {len(theta)} vectors for peft.PeftModel.from_pretrained on {base['model']};"
             " psi is left out, PEFT's format has no place for it")
+
+
+def import_pyplot():
+    """matplotlib.pyplot, without a screen. InputError if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("a picture needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+PANELS = {"loss": ("support_loss", "query_loss"), "mean cosine (Fig. 5)": ("s",),
+          "curriculum": ("b", "lambda"), "gate": ("gate_mean",)}
+
+
+def plot(folder):
+    """Draw a run's log, finished or not, as log.png beside it -> the picture's path."""
+    pyplot, path = import_pyplot(), folder / "log.png"
+    read_run(folder)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines(True)
+             if line.endswith("\n")]               # the last one may still be on its way
+    picture, axes = pyplot.subplots(1, 5, figsize=(20, 4), layout="constrained")
+    steps = [line for line in lines if "s" in line]
+    for axis, (title, names) in zip(axes, PANELS.items()):
+        for name in names:
+            axis.plot([line["step"] for line in steps], [np.mean(line[name]) for line in steps],
+                      linewidth=0.8, label=name)
+        axis.set_title(title)
+    validations = [line for line in lines if "validation" in line]
+    for name in ("loss_before", "loss"):
+        axes[-1].plot([line["step"] for line in validations],
+                      [line["validation"][name] for line in validations], "o-", label=name)
+    axes[-1].set_title("validation")
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.legend()
+    atomic_write(path, lambda file: picture.savefig(file, format="png", dpi=100))
+    pyplot.close(picture)
+    return path
 
 
 def prepare(training, method, device, control):
@@ -692,7 +842,7 @@ def prepare(training, method, device, control):
         load_t5(data.model_folder(training.model), getattr(torch, training.dtype), device)
     lines, hours = time_lines(t5, training, method)
     print("\n".join(lines))
-    long = hours > 1 or training.corpus == ("openwebtext",)
+    long = hours > 1 or not data.CORPORA.keys().isdisjoint(training.corpus)
     if long and device.type == "cpu" and not (control.yes or control.dry_run):
         raise InputError("there is no GPU here: add --yes to start all the same, "
                          "or begin with the embedded model: python train.py")
@@ -704,13 +854,17 @@ def main(argv):
     if control.export_peft:
         print(export_peft(*control.export_peft))
         return 0
+    if control.plot:
+        print(plot(control.plot))
+        return 0
     if control.resume and read_run(control.resume)["finished"]:
         raise InputError(f"{control.resume} is finished already: start a new run")
     # --max-minutes is a Ctrl-C to come: it ends what is before the first step, then only steps.
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, min(60 * control.max_minutes, 1e9))
     device = pick_device(training.device)
-    if control.dry_run or training.model != "tiny" and not control.resume:
+    ranks = join_ranks(device)
+    if control.dry_run or training.model != "tiny" and not (control.resume or ranks.rank):
         prepare(training, method, device, control)
     if control.dry_run:
         return 0
@@ -720,21 +874,31 @@ def main(argv):
     model_folder = data.model_folder(training.model)
     t5 = load_t5(model_folder, getattr(torch, training.dtype), device)
     tokenizer = data.load_tokenizer(model_folder, t5.config)
-    index = open_index(training, model_folder, tokenizer, t5)
-    made_of = index.store.meta["made_of"]
-    if control.resume:
-        check_origin(control.resume, made_of)
-    name = read_run(control.resume)["name"] if control.resume else \
-        control.ablation or training.method
-    folder = control.resume or new_run(name, training, method, made_of, control.run)
+    index, labeled, made_of = open_indexes(training, model_folder, tokenizer, t5, ranks)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"memory: {peak:,.0f} MB at most so far")
+    folder = control.resume
+    name = read_run(folder)["name"] if folder else control.ablation or training.method
+
+    def in_use(owner):
+        raise InputError(f"{folder}: process {owner} is at work on this run; wait for it, or end "
+                         "it")
+    if folder:
+        check_origin(folder, made_of)
+    elif ranks.rank == 0:
+        folder = new_run(name, training, method, made_of, control.run)
+    folder = ranks.gather(folder)[0]
     print(f"run:    {folder}")
-    run = Run(folder, name, training, method, t5, index)
-    interrupted = run.train()
+    with nullcontext() if ranks.rank else data.lock(folder / "lock", in_use):
+        run = Run(folder, name, training, method, t5, index, labeled, made_of, ranks)
+        interrupted = run.train()
     signal.setitimer(signal.ITIMER_REAL, 0)
     if interrupted:
         print(f"stopped after step {run.state.step}, nothing is lost; "
               f"go on with: python train.py --resume {folder}")
         return 0 if interrupted == signal.SIGALRM else 128 + interrupted
+    if ranks.rank:
+        return 0
     write_run(folder, read_run(folder) | {"finished": True, "ended": time.time()})
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     validations = [line for line in lines if "validation" in line]
