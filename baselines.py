@@ -348,7 +348,7 @@ METHODS = {
     "ppt": {"regularizer": False},
     "unified-ppt": {"regularizer": False},
     "metapt": {"inner_rate": 0.08, "prompt_rate": 0.025, "patience": 6, "regularizer": False,
-               "augmentation": False},
+               "augmentation": False, "labeled_share": 1.0},     # C.2
 }
 ABLATIONS = {   # Table 4
     "only-sp": {"only": "sp"}, "only-mc": {"only": "mc"}, "only-ss": {"only": "ss"},

@@ -84,6 +84,7 @@ class Settings:
                          f"makes, and is called for if there is none: {', '.join(PRETRAINED)}")
     predict: str = knob("", "only label this file's texts with one tuned --prompt; to --out or "
                         "stdout, with probabilities")
+    labeled: str = knob("", "folder of labeled sentiment sets, for metapt; see train.py --labeled")
     prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)")
     shots: tuple = knob((16,), "examples per label to tune on, as many to validate on (4.1)")
     seeds: tuple = knob((10, 20, 30, 40, 50), "of the examples, batches and random prompts (C.1)")
@@ -163,16 +164,19 @@ def newest_run(model):
     return folders[-1]
 
 
-def pretrained_run(model, name, minutes):
+def pretrained_run(name, settings):
     """The newest finished run of a method or ablation; without one train.py makes it, or goes on
     with it. KeyboardInterrupt if that was stopped, InputError if it cannot be."""
-    folders, finished = runs_of(model, name)
+    folders, finished = runs_of(settings.model, name)
     if not finished:
-        argv = ["--resume", folders[-1]] if folders else ["--model", model, PRETRAINED[name], name]
-        argv += STUDY_RUN if model == "tiny" and not folders else ()
+        argv = ["--model", settings.model, PRETRAINED[name], name]
+        argv += STUDY_RUN if settings.model == "tiny" else ()
+        argv += ["--labeled", settings.labeled] if name == "metapt" else []
+        argv = ["--resume", folders[-1]] if folders else argv
+        argv += ["--max-minutes", str(settings.max_minutes)] if settings.max_minutes else []
         print(f"{name} has no finished run: {shlex.join(['python', 'train.py', *argv])}")
-        train.main([*argv, *(["--max-minutes", str(minutes)] if minutes else [])])
-        folders, finished = runs_of(model, name)
+        train.main(argv)
+        folders, finished = runs_of(settings.model, name)
     if not finished:
         raise KeyboardInterrupt
     return folders[-1]
@@ -194,7 +198,7 @@ def open_candidate(name, t5, settings):
         start, length = BASELINES[name].start, BASELINES[name].length or P
         return Candidate(name, name, [partial(start, seed=seed, length=length)
                                       for seed in settings.seeds], None, {})
-    path = Path(pretrained_run(model, name, settings.max_minutes) if name in PRETRAINED else name)
+    path = Path(pretrained_run(name, settings) if name in PRETRAINED else name)
     if name == "released":
         path = TINY if model == "tiny" else released_folder(t5.config)
     if not path.exists():

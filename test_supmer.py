@@ -4600,8 +4600,8 @@ def test_a_rank_that_dies_ends_all_and_any_number_goes_on(small_world, tmp_path)
                "--save-seconds", "0"]
     run = make_run((folder, options), "shared")
     train.write_run(run.folder, {
-        "training": asdict(run.training), "method": asdict(run.method), "made_of": run.made_of,
-        "finished": False, "ended": None})
+        "name": "supmer", "training": asdict(run.training), "method": asdict(run.method),
+        "made_of": run.made_of, "finished": False, "ended": None})
     with socket.create_server(("localhost", 0)) as free:
         port = str(free.getsockname()[1])
     ranks = [start(folder, "--resume", "shared", env=os.environ | {
@@ -5521,6 +5521,9 @@ def test_plain_pretraining_lowers_the_loss(small_world, method):
     assert losses[-1] < 0.9 * losses[0] and state.step == 40
 
 
+METAPT = ["--method", "metapt", "--labeled", "sets"]
+
+
 def test_every_method_draws_as_many_examples():
     """SUPMER's step of n tasks draws n (support + query) examples and the partners' n query: 384
     with the paper's sizes, 38.4 million in its 100,000 steps; PPT, Unified-PPT and MetaPT, of 256 a
@@ -5528,7 +5531,7 @@ def test_every_method_draws_as_many_examples():
     base = ["--model", "t5-base"]
     for argv, steps, per_step in (
             ([], 100_000, 384), (["--method", "ppt"], 150_000, 256),
-            (["--method", "unified-ppt"], 150_000, 256), (["--method", "metapt"], 150_000, 256),
+            (["--method", "unified-ppt"], 150_000, 256), (METAPT, 150_000, 256),
             (["--ablation", "no-ta"], 100_000, 256),
             (["--examples", "3840"], 10, 384), (["--method", "ppt", "--examples", "3840"], 15, 256),
             (["--method", "ppt", "--steps", "7"], 7, 256)):
@@ -5548,10 +5551,11 @@ def test_the_recipes_are_the_papers():
     def differs(*argv):
         found, _ = recipe(*argv)
         return {key: value for key, value in found.items() if value != usual[key]}
-    metapt = differs("--method", "metapt")
+    metapt = differs(*METAPT)
     assert metapt.items() >= {
         "method": "metapt", "inner_rate": 0.08, "prompt_rate": 0.025, "patience": 6,
-        "regularizer": False, "augmentation": False, "max_steps": 150_000}.items()
+        "regularizer": False, "augmentation": False, "max_steps": 150_000, "corpus": (),
+        "labeled_share": 1.0}.items() and usual["labeled_clusters"] == 10
     assert differs("--method", "ppt") == {"method": "ppt", "regularizer": False,
                                           "max_steps": 150_000}
     assert {name: differs("--ablation", name) for name in baselines.ABLATIONS} == {
@@ -5565,6 +5569,7 @@ def test_the_recipes_are_the_papers():
     (["--ablation", "no-mgr", "--method", "ppt"], "leave those options away"),
     (["--ablation", "only-sp", "--only", "mc"], "leave those options away"),
     (["--ablation", "no-psi"], "no-mgr"), (["--method", "pt"], "unified-ppt"),
+    (["--method", "metapt"], "give --labeled FOLDER"),
     (["--examples", "100", "--steps", "3"], "without --steps"),
     (["--examples", "0"], "more than 0")])
 def test_contradicting_methods_are_refused(argv, says):
@@ -5653,7 +5658,7 @@ def test_a_study_makes_the_runs_that_are_missing(place, monkeypatch, capsys):
 
     def made(argv):
         called.append(argv)
-        name = "ppt" if "--resume" in argv else argv[-1]
+        name = "ppt" if "--resume" in argv else argv[3]
         if name == "metapt":
             raise InputError("no labeled data here")
         if name != "supmer":
@@ -5662,7 +5667,8 @@ def test_a_study_makes_the_runs_that_are_missing(place, monkeypatch, capsys):
     study = [word for word in SMALL if word not in ("--rates", "0.1", "0.3")]
     study += ["--study", "comparison", "--rates", "0.1", "--prompt"]
     evaluation.main([*study, "ppt", "metapt", "vocab"])
-    assert called == [["--resume", "runs/old"], ["--model", "small", "--method", "metapt"]]
+    assert called == [["--resume", "runs/old"],
+                      ["--model", "small", "--method", "metapt", "--labeled", ""]]
     written = json.loads(Path("runs/eval/small-comparison.json").read_text())
     assert written["prompts"]["metapt"] == {"not_run": "no labeled data here"}
     assert "| metapt | not run |" in capsys.readouterr().out

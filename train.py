@@ -216,6 +216,8 @@ def settings(chosen):
         raise InputError(f"--only {training.only}: choose {', '.join(data.FORMATS)}")
     if training.labeled_share > 1:
         raise InputError(f"--labeled-share {training.labeled_share}: it must be 1 at most")
+    if training.method == "metapt" and not training.labeled:
+        raise InputError("--method metapt learns from labeled sentiment: give --labeled FOLDER")
     if training.labeled and training.labeled_share == 1:
         training = replace(training, corpus=())
     if training.dtype not in ("float32", "bfloat16"):
