@@ -290,7 +290,7 @@ BASELINES = {
     "random": PROMPT._replace(start=normal_prompt),
     "vocab": PROMPT._replace(start=vocabulary_prompt),
     "prefix-tuning": Baseline(prefix_tuning_start, fold_prefix, with_prefix, pose,
-                              (3e-4, 1e-3, 3e-3), PREFIX_LENGTH),      # the paper gives none (ours)
+                              (1e-4, 3e-4, 1e-3), PREFIX_LENGTH),      # the paper gives none (ours)
     "p-tuning-v2": Baseline(p_tuning_v2_start, keep_all, with_prefix, pose, (3e-3, 1e-2, 3e-2),
                             PREFIX_LENGTH),
     "ft": Baseline(ft_start, keep_all, with_weights, pose, (1e-5, 2e-5, 3e-5)),         # C.1
