@@ -600,22 +600,23 @@ def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, prog
             new.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock(new / "lock", lambda owner: progress(
                 f"waiting for process {owner}, which makes the same store", 0, None)))
-            if folder.exists():     # made meanwhile
+            for torn in new.glob(".*.tmp"):     # a write that a kill cut off
+                torn.unlink()
+            if folder.exists():                 # made meanwhile
                 shutil.rmtree(new, ignore_errors=True)
         ranks.wait()
         if not ranks.gather(folder.exists())[0]:
             embed = embed or (lambda ids, mask: embed_sentences(t5, ids, mask))
             budget = BATCH_TOKENS[t5.weights["shared.weight"].device.type if t5 else "cpu"]
-            try:
-                if ranks.rank == 0:
+            if ranks.rank == 0:
+                try:
                     counts = _write_text(new, files, read, tokenizer, progress)
                     _hold_out(new, options["clusters"], counts)
-                ranks.wait()
-                _cluster(new, options["clusters"], seeds, embed, budget, progress, ranks)
-            except InputError:      # it would come again: what is here is of no use
-                if ranks.rank == 0:
+                except InputError:      # it would come again: nothing here is of use
                     shutil.rmtree(new)
-                raise
+                    raise
+            ranks.wait()
+            _cluster(new, options["clusters"], seeds, embed, budget, progress, ranks)
             if ranks.rank == 0:
                 _group(new, options["clusters"], len(seeds), progress)
                 text = json.dumps({"made_of": made_of, "counts": counts}, indent=1)
@@ -656,7 +657,12 @@ def _hold_out(folder, clusters, counts):
     for part in range(16):          # a sixteenth of the keys at a time, to be sorted
         rows = np.flatnonzero(keys % 16 == part)
         anchor[rows[np.unique(keys[rows], return_index=True)[1]]] = True
-    for name, values in (("held_out", chosen[_column(folder, "document")]), ("anchor", anchor)):
+    held_out = chosen[_column(folder, "document")]
+    different = int((anchor & ~held_out).sum())
+    if different < clusters:
+        raise InputError(f"{different} different training sentences cannot make {clusters}"
+                         " clusters: give more text, or fewer clusters")
+    for name, values in (("held_out", held_out), ("anchor", anchor)):
         atomic_write(folder / f"{name}.bin", lambda file: file.write(values))
 
 
@@ -781,9 +787,6 @@ def _cluster(folder, clusters, seeds, embed, budget, progress, ranks):
     n = len(anchor)
     if not ranks.gather((folder / "centroids.npy").exists())[0]:
         training = np.flatnonzero(anchor & ~held_out)
-        if len(training) < clusters:
-            raise InputError(f"{len(training)} different training sentences cannot make {clusters}"
-                             " clusters: give more text, or fewer clusters")
         size, points, done = min(len(training), SAMPLE * clusters), None, 0
         sample = np.random.default_rng((seeds[0], 0, 0, 2)).choice(training, size, replace=False)
         progress("embedding a sample", 0, size)

@@ -555,6 +555,8 @@ def make_store(what, make, ranks):
         def progress(stage, done, total):
             nonlocal last
             now = time.perf_counter()
+            if stage not in began and shown.disable:
+                print(f"{what}: {stage} ...")
             began.setdefault(stage, done)
             spent[stage] = done - began[stage], spent.get(stage, (0, 0))[1] + now - last
             last = now
