@@ -402,8 +402,8 @@ class Ranks:
         try:
             function(*arguments)
         except RuntimeError as error:
-            raise InputError(f"rank {self.rank}: another rank ended or hangs ({_reason(error)}): "
-                             "see what it said") from None
+            raise InputError(f"rank {self.rank}: another rank ended or hangs, see what it said "
+                             f"({_reason(error).split('. ')[0]})") from None
 
 
 SOLO = Ranks()
