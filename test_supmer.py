@@ -3954,7 +3954,8 @@ def test_learns_a_planted_task():
             / 200
         )
 
-    assert accuracy(start) < 0.6 and accuracy(thetas[best]) > 0.85 and best > 0
+    # 0.77 to 0.89 with the order of batches, or a last bit; 0.7 is chance and 5 standard errors
+    assert accuracy(start) < 0.6 and accuracy(thetas[best]) > 0.7 and best > 0
 
 
 # ------------------------------------------------------------ the test set is not seen while tuning
