@@ -62,7 +62,33 @@ class T5(NamedTuple):
 
 def linear(x, weight):
     """x (..., in) times weight (out, in), in the weight's dtype -> (..., out). T5 has no biases."""
-    return F.linear(x.to(weight.dtype), weight)
+    x = x.to(weight.dtype)
+    if weight.dtype == torch.float32 and weight.device.type == "cpu" and ONEDNN:
+        return OneDNNLinear.apply(x, weight)
+    return F.linear(x, weight)
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """F.linear with a frozen float32 weight on a CPU by oneDNN, whose float32 is exact as well.
+
+    F.linear calls MKL, which leaves an AMD core idle: bench.py prints both rates. The weight stays
+    as it is, there are no packed copies. Its own derivative is one more such product.
+    """
+
+    @staticmethod
+    def forward(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.weight = inputs[1]
+
+    @staticmethod
+    def backward(ctx, g):
+        return OneDNNLinear.apply(g, ctx.weight.T), None
+
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def rms_norm(x, weight, eps):
