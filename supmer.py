@@ -28,7 +28,9 @@ float32; float64 passes through untouched, for proofs.
 
 import json
 import math
+import weakref
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -39,9 +41,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.func import grad_and_value, vjp
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import RELEASED, atomic_write, collate
-from t5 import PAD, InputError, decode, embed_tokens, encode, next_token_logits
+from data import RELEASED, Batch, atomic_write, collate
+from t5 import (PAD, T5, InputError, decode, embed_tokens, encode, expected_shapes,
+                next_token_logits)
 
 
 def knob(default, source):
@@ -73,9 +77,11 @@ class Method:
         False, "s from grad L_query(theta), one pass more, instead of v (Alg. 1, line 13)")
     words_only: bool = knob(
         False, "loss over the label words, not the whole vocabulary (LM-BFF, PERFECT)")
-    micro_batch: int = knob(8, "examples encoded together: memory and speed, not the result (ours)")
-    keep_graphs: int = knob(
-        0, "micro-batches of a support set whose graphs are kept for the Hessian, not made again: "
+    micro_tokens: int = knob(
+        2048, "encoder positions (prompt, text and padding) that are computed together, or one "
+        "example: memory and speed, not the result (ours)")
+    keep_gib: float = knob(
+        0.0, "GiB for graphs of a support set that are kept for the Hessian, not made again: "
         "memory and speed, not the result (ours)")
 
 
@@ -133,17 +139,20 @@ def loss_share(t5, theta, batch, other, lam, words, n, method):
     return -(Y * word_log_probs(t5, H, mask, words, method.words_only)).sum() / n, features
 
 
-def micro_batches(examples, size, device, partner=None):
-    """Batches of up to `size` examples of similar length -> (rows, batch, partner's or None).
+def micro_batches(examples, theta, method, partner=None):
+    """Batches of examples of similar length -> (rows, batch, partner's or None).
 
-    Row r of the partner stays with row r of the examples, whatever the sorting.
+    Each has at most method.micro_tokens positions, theta's (P, d) and padding included, or is one
+    example. Row r of the partner stays with row r of the examples, whatever the sorting.
     """
     both = zip(examples.ids, (partner or examples).ids, strict=True)
-    lengths = [max(len(ids), len(other)) for ids, other in both]
+    lengths = [len(theta) + max(len(ids), len(other)) for ids, other in both]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for start in range(0, len(order), size):
-        rows = order[start:start + size]
-        yield rows, collate(examples, rows, device), partner and collate(partner, rows, device)
+    while order:                # lengths rise: the last example of a batch sets its width
+        fit = [n for n, row in enumerate(order, 1) if n * lengths[row] <= method.micro_tokens]
+        rows, order = order[:len(fit) or 1], order[len(fit) or 1:]
+        yield (rows, collate(examples, rows, theta.device),
+               partner and collate(partner, rows, theta.device))
 
 
 def first_derivative(function, theta):
@@ -177,7 +186,7 @@ def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0):
         raise ValueError("only tasks with the same label words can be mixed")
     g, H, loss = torch.zeros_like(theta), 0.0, 0.0
     partner = partner if lam else None
-    for _, batch, other in micro_batches(examples, method.micro_batch, theta.device, partner):
+    for _, batch, other in micro_batches(examples, theta, method, partner):
         g_share, (loss_part, H_share) = first_derivative(lambda theta: loss_share(
             t5, theta, batch, other, lam, examples.words, len(examples.ids), method), theta)
         g, H, loss = g + g_share, H + H_share, loss + loss_part
@@ -188,16 +197,21 @@ def gradient_and_hessian(t5, theta, examples, method):
     """prompt_gradient() of a support set, and its loss's second derivative -> g, H, loss, hessian.
 
     hessian(u) is Hess_theta L u for u (P, d), to be called once. A micro-batch's graph is made
-    again for it, so that memory does not grow with the number of examples, or, for the first
-    method.keep_graphs ones, kept from here, which saves a pass. Both are exact, and equal.
+    again for it, so that memory does not grow with the number of examples, or, while they fit
+    into method.keep_gib, kept from here, which saves a pass. Both are exact, and equal.
     """
+    left, words = method.keep_gib * 2 ** 30, tuple(map(tuple, examples.words))
+
     def share(batch):
         return lambda theta: loss_share(t5, theta, batch, None, 0.0, examples.words,
                                         len(examples.ids), method)
 
     g, H, loss, products = torch.zeros_like(theta), 0.0, 0.0, []
-    for _, batch, _ in micro_batches(examples, method.micro_batch, theta.device):
-        if len(products) < method.keep_graphs:
+    for _, batch, _ in micro_batches(examples, theta, method):
+        size = left and graph_bytes(t5.config, t5.weights["shared.weight"].dtype, theta.dtype,
+                                    len(theta), *batch.ids.shape, batch.slots.shape[1], words)
+        if 0 < size <= left:
+            left -= size
             g_share, (loss_part, H_share), product = second_derivative(share(batch), theta)
         else:
             g_share, (loss_part, H_share) = first_derivative(share(batch), theta)
@@ -207,6 +221,59 @@ def gradient_and_hessian(t5, theta, examples, method):
         g, H, loss = g + g_share, H + H_share, loss + loss_part
         products.append(product)
     return g, H, loss, lambda u: sum(product(u) for product in products)
+
+
+class LiveBytes(TorchDispatchMode):
+    """While it is on: the bytes of all tensors that operations have made and that are still used.
+
+    On meta tensors, which have a shape and no data, that tells a computation's memory without
+    computing it. known: tensors that are not to be counted. peak: the most bytes at one time.
+    """
+
+    def __init__(self, known):
+        super().__init__()
+        self.bytes, self.peak = 0, 0
+        self.known = {x.untyped_storage()._cdata for x in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:            # a view shares its base's
+                    self.known.add(storage._cdata)
+                    self.bytes += storage.nbytes()
+                    self.peak = max(self.peak, self.bytes)
+                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return made
+
+    def _freed(self, key, size):
+        self.known.discard(key)
+        self.bytes -= size
+
+
+def stand_in(config, dtype, device):
+    """A T5 of a shape, with constant weights; on the device "meta" with none."""
+    weights = {name: torch.full(shape, 0.01, dtype=dtype, device=device)
+               for name, shape in expected_shapes(config).items()}
+    return T5(config, {"lm_head.weight": weights["shared.weight"], **weights})
+
+
+@cache
+def graph_bytes(config, dtype, wide, P, B, T, V, words):
+    """What second_derivative() keeps of B texts of T tokens, V vectors in each, in bytes.
+
+    Counted operation by operation, once for a shape. dtype: T5's; wide: theta's.
+    """
+    t5, theta = stand_in(config, dtype, "meta"), torch.empty(P, config.d_model, dtype=wide,
+                                                             device="meta")
+    batch = Batch(*(torch.empty(B, *shape, dtype=kind, device="meta") for shape, kind in (
+        ((T,), torch.long), ((T,), torch.bool), ((V,), torch.long),
+        ((V, config.d_model), torch.float32), ((len(words),), torch.float32))))
+    with LiveBytes([*t5.weights.values(), theta]) as live:
+        kept = second_derivative(lambda theta: loss_share(
+            t5, theta, batch, None, 0.0, words, B, Method()), theta)
+        return live.bytes * bool(kept)
 
 
 # ----------------------------------------------- curriculum task augmentation (Eq. 4 and Eq. 10)
@@ -461,7 +528,7 @@ def meta_step(t5, state, pairs, method, seed):
 def score(t5, theta, examples, method):
     """log p of every label word for n examples, in their order -> (n, K)."""
     scores = theta.new_empty(len(examples.ids), len(examples.words))
-    for rows, batch, _ in micro_batches(examples, method.micro_batch, theta.device):
+    for rows, batch, _ in micro_batches(examples, theta, method):
         H, mask = encode_with_prompt(t5, theta, batch)
         scores[rows] = word_log_probs(t5, H, mask, examples.words).to(scores)
     return scores

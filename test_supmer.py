@@ -4581,7 +4581,7 @@ def test_memory_that_is_not_there_is_told_with_what_would_do(monkeypatch):
 def test_memory_does_not_grow_with_the_support_set():
     """Counted operation by operation: four times the support examples take the same peak, up to
     1 %, when graphs are made again; kept, they take at least twice as much."""
-    t5 = train.stand_in(V11._replace(d_model=64, d_ff=96), "float32", "meta")
+    t5 = train.stand_in(V11._replace(d_model=64, d_ff=96), torch.float32, "meta")
     theta = torch.empty(20, 64, device="meta")
 
     def peak(examples, keep):
@@ -4609,7 +4609,7 @@ def test_the_memory_estimate_is_what_a_step_takes(model, rows, tokens):
     tidy = {"MALLOC_MMAP_THRESHOLD_": "65536"}
     grown = peak_of(f"""
 import supmer, train
-t5 = train.stand_in(train.model_shape({model!r}), "float32", "cpu")
+t5 = train.stand_in(train.model_shape({model!r}), torch.float32, "cpu")
 task = train.stand_in_task(t5.config.d_model, {rows}, {tokens})
 method = supmer.Method(micro_batch={rows})""", """
 theta, phi = supmer.init_prompt(t5, 100, 0), supmer.init_regularizer(t5.config.d_model)

@@ -20,7 +20,6 @@ import shlex
 import signal
 import sys
 import time
-import weakref
 from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -28,15 +27,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import data
 from data import VARIANTS, TaskIndex, atomic_write, meta_task
-from supmer import (Method, gradient_and_hessian, init_prompt, init_regularizer, init_state, knob,
-                    load_prompt, meta_gradient, meta_step, prompt_gradient, prompt_metadata,
-                    save_peft, save_prompt, validate_task)
-from t5 import T5, InputError, T5Config, expected_shapes, load_t5
+from supmer import (LiveBytes, Method, gradient_and_hessian, init_prompt, init_regularizer,
+                    init_state, knob, load_prompt, meta_gradient, meta_step, prompt_gradient,
+                    prompt_metadata, save_peft, save_prompt, stand_in, validate_task)
+from t5 import InputError, T5Config, load_t5
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def settings(chosen):
     training, method = (cls(**{entry.name: chosen[entry.name] for entry in fields(cls)
                                if entry.name in chosen}) for cls in (Training, Method))
     may_be_zero = ("seed", "relative_step", "gate_weight", "prompt_rate", "regularizer_rate",
-                   "save_seconds", "keep_graphs")
+                   "save_seconds", "keep_gib")
     for entry in (*fields(Training), *fields(Method)):
         value = getattr(training if hasattr(training, entry.name) else method, entry.name)
         name, number = "--" + entry.name.replace("_", "-"), type(entry.default) in (int, float)
@@ -189,42 +187,6 @@ def pick_device(name):
 
 # --------------------------------------------------------------------- what a run needs, beforehand
 
-class LiveBytes(TorchDispatchMode):
-    """While it is on: the bytes of all tensors that operations have made and that are still used.
-
-    On meta tensors, which have a shape and no data, that tells a computation's memory without
-    computing it. known: tensors that are not to be counted. peak: the most bytes at one time.
-    """
-
-    def __init__(self, known):
-        super().__init__()
-        self.bytes, self.peak = 0, 0
-        self.known = {x.untyped_storage()._cdata for x in known}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:            # a view shares its base's
-                    self.known.add(storage._cdata)
-                    self.bytes += storage.nbytes()
-                    self.peak = max(self.peak, self.bytes)
-                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        return made
-
-    def _freed(self, key, size):
-        self.known.discard(key)
-        self.bytes -= size
-
-
-def stand_in(config, dtype, device):
-    """A T5 of a shape, with constant weights; on the device "meta" with none."""
-    weights = {name: torch.full(shape, 0.01, dtype=getattr(torch, dtype), device=device)
-               for name, shape in expected_shapes(config).items()}
-    return T5(config, {"lm_head.weight": weights["shared.weight"], **weights})
-
-
 def stand_in_task(d, rows, tokens):
     """A task of `rows` texts of `tokens` tokens, for a T5 of width d."""
     examples = data.Examples([[3] * tokens] * rows, [[]] * rows, torch.zeros(rows, 0, d),
@@ -244,51 +206,53 @@ def model_shape(name):
 def memory_needed(config, training, method):
     """The most bytes that meta-training will hold, part by part -> dict.
 
-    "micro-batch" is counted, operation by operation, for the longest texts: the Hessian-vector
-    product of one micro-batch, or the gradient of a mixed one. LIBRARIES is what CPU libraries
-    take beside the tensors. The C library's allocator can keep more than is in use: where it does,
-    MALLOC_MMAP_THRESHOLD_=65536 in the environment gives it back.
+    "micro-batch" is counted, operation by operation, for the longest texts, and for texts that
+    just fill it: the Hessian-vector product of one, or the gradient of a mixed one. LIBRARIES is
+    what CPU libraries take beside the tensors. The C library's allocator can keep more than is in
+    use: where it does, MALLOC_MMAP_THRESHOLD_=65536 in the environment gives it back.
     """
-    t5, d, rows = stand_in(config, training.dtype, "meta"), config.d_model, method.micro_batch
-    theta = torch.empty(training.prompt_length, d, device="meta")
-    task = stand_in_task(d, rows, training.max_tokens)
-    with LiveBytes([*t5.weights.values(), theta]) as live:
-        prompt_gradient(t5, theta, task.query, method, task.query, 0.5)
-        gradient_and_hessian(t5, theta, task.support, replace(method, keep_graphs=0))[3](theta)
-    parts, graphs = {}, min(method.keep_graphs, math.ceil(training.support / rows))
-    if graphs:
-        with LiveBytes([*t5.weights.values(), theta]) as kept:
-            *_, hessian = gradient_and_hessian(t5, theta, task.support,
-                                               replace(method, keep_graphs=1))
-        parts = {f"{graphs} kept graphs": graphs * kept.bytes}
+    t5, d = stand_in(config, getattr(torch, training.dtype), "meta"), config.d_model
+    P, longest, peaks = training.prompt_length, training.max_tokens, []
+    theta, rows = torch.empty(P, d, device="meta"), method.micro_tokens // (P + longest)
+    again = replace(method, keep_gib=0.)
+    for rows, tokens in ((rows or 1, longest), (rows + 1, method.micro_tokens // (rows + 1) - P)):
+        if tokens > 0:
+            task = stand_in_task(d, rows, tokens)
+            with LiveBytes([*t5.weights.values(), theta]) as live:
+                prompt_gradient(t5, theta, task.query, method, task.query, 0.5)
+                gradient_and_hessian(t5, theta, task.support, again)[3](theta)
+            peaks.append(live.peak)
     phi = init_regularizer(config.d_model, device="meta")
     learned = sum(x.nbytes for x in (theta, *phi.values()))
     return {"weights": sum({id(w): w.nbytes for w in t5.weights.values()}.values()),
-            "micro-batch": live.peak, **parts,
+            "micro-batch": max(peaks), "kept graphs, at most": int(method.keep_gib * 2 ** 30),
             "theta, phi, Adam's moments, each task's gradients": (4 + training.tasks) * learned,
             "program": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + LIBRARIES}
 
 
 def memory_lines(config, training, method, device):
     """memory_needed() as text, and what would fit, "" where it does, if the device has less."""
-    parts, gib, rows = memory_needed(config, training, method), 2 ** 30, method.micro_batch
+    parts, gib = memory_needed(config, training, method), 2 ** 30
+    size = max(method.micro_tokens, training.prompt_length + training.max_tokens)
     total = sum(parts.values())
     there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else \
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fits = int(rows * (there - total + parts["micro-batch"]) / parts["micro-batch"])
-    advice = f"--micro-batch {fits}" if fits > 0 else "--dtype bfloat16 or a smaller model"
-    return (f"memory:   {total / gib:.1f} GiB with micro-batches of {rows}: " +
-            ", ".join(f"{size / gib:.2f} {name}" for name, size in parts.items()),
-            f"{training.model} needs {total / gib:.1f} GiB with micro-batches of {rows}, {device} "
-            f"has {there / gib:.1f}: try {advice}" if total > there else "")
+    fits = int(size * (there - total + parts["micro-batch"]) / parts["micro-batch"])
+    advice = f"--micro-tokens {fits}" if fits >= training.prompt_length + training.max_tokens \
+        else "--dtype bfloat16 or a smaller model"
+    return (f"memory:   {total / gib:.1f} GiB with micro-batches of {size} positions: " +
+            ", ".join(f"{part / gib:.2f} {name}" for name, part in parts.items() if part),
+            f"{training.model} needs {total / gib:.1f} GiB with micro-batches of {size} positions, "
+            f"{device} has {there / gib:.1f}: try {advice}" if total > there else "")
 
 
 def seconds_needed(t5, training, method, tokens):
     """Measured on a micro-batch of texts of so many tokens -> seconds of a meta-step, seconds to
-    embed one token. A set of n examples takes n / micro_batch as long."""
+    embed one token. A set of n micro-batches takes n times as long."""
     theta, phi = init_prompt(t5, training.prompt_length, 0), init_regularizer(t5.config.d_model)
     phi = {name: x.to(theta.device) for name, x in phi.items()}
-    short, task = (stand_in_task(t5.config.d_model, n, tokens) for n in (1, method.micro_batch))
+    rows = max(1, method.micro_tokens // (training.prompt_length + tokens))
+    short, task = (stand_in_task(t5.config.d_model, n, tokens) for n in (1, rows))
     ids = torch.full((32, 25), 3, device=theta.device)              # sentences of 25 tokens
 
     def measured(function, *arguments):
@@ -302,7 +266,7 @@ def seconds_needed(t5, training, method, tokens):
         return measured(meta_gradient, t5, theta, phi, task, task, 0.5, 0.5, method)
 
     step(short)                                                     # the first time is a slow one
-    sets = training.tasks * (training.support + training.query) / (2 * method.micro_batch)
+    sets = training.tasks * (training.support + training.query) / (2 * rows)
     return (step(task) * sets,
             measured(data.embed_sentences, t5, ids, ids > 0) / ids.numel())
 
@@ -640,8 +604,9 @@ def prepare(training, method, device, control):
     if too_much:
         print(f"time:     cannot be measured here: {too_much}")
         return
-    t5 = stand_in(config, training.dtype, device) if not data.is_local(training.model) else \
-        load_t5(data.model_folder(training.model), getattr(torch, training.dtype), device)
+    how = getattr(torch, training.dtype), device
+    t5 = load_t5(data.model_folder(training.model), *how) if data.is_local(training.model) else \
+        stand_in(config, *how)
     lines, hours = time_lines(t5, training, method)
     print("\n".join(lines))
     long = hours > 1 or training.corpus == ("openwebtext",)
