@@ -22,7 +22,7 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,8 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import t5 as T
 from kmeans import kmeans
-from supmer import (Method, cosine, gradient_and_hessian, init_prompt, init_regularizer, init_state,
-                    inner_step, gate_input, meta_gradient, meta_step, mix, prompt_gradient, stand_in)
+from supmer import (Method, gate_input, gradient_and_hessian, init_prompt, init_regularizer,
+                    inner_step, meta_gradient, mix, prompt_gradient, stand_in)
 from train import pick_device
 
 RATE, LAM = 50.0, 0.3               # an inner rate at which the second-order part is not noise
@@ -57,7 +57,7 @@ class Sizes:
     tasks: int = 1
     micro_tokens: int = 512
     batch: int = 32                 # few-shot examples, of a quarter of the tokens
-    sentences: int = 96             # of 25 tokens on average, embedded with twice the layers
+    sentences: int = 96             # of 25 tokens on average, embedded by twice the layers
     points: int = 50_000
     clusters: int = 250
     documents: int = 100            # of tiny/'s corpus, tokenized
@@ -72,11 +72,15 @@ QUICK = Sizes(layers=2, d=512, ff=2048, heads=8, support=4, query=4, shortest=32
 
 # ---------------------------------------------------------------- what all contenders are given
 
-def random_t5(s, layers=None):
-    """A T5 v1.0 with random weights of a size at which activations stay of order 1."""
-    layers, generator = layers or s.layers, torch.Generator().manual_seed(0)
-    config = T.T5Config(s.d, 64, s.ff, layers, layers, s.heads, 32128, False, True, True, 32, 128,
-                        1e-6)
+def shape(s):
+    """A T5Config of v1.0."""
+    return T.T5Config(s.d, 64, s.ff, s.layers, s.layers, s.heads, 32128, False, True, True, 32,
+                      128, 1e-6)
+
+
+def random_t5(s):
+    """A T5 with random weights of a size at which activations stay of order 1."""
+    config, generator = shape(s), torch.Generator().manual_seed(0)
     weights = {name: torch.ones(shape) if "norm" in name else
                torch.randn(shape, generator=generator) * (0.7 * shape[-1] ** -0.5)
                for name, shape in T.expected_shapes(config).items()}
@@ -187,7 +191,7 @@ def sentences(s):
 
 def our_embedding(s):
     """The batches of the corpus's own pass over its sentences."""
-    t5, (tokens, offsets) = random_t5(s, 2 * s.layers), sentences(s)
+    t5, (tokens, offsets) = random_t5(s), sentences(s)
     return lambda: [H for _, H in data._embedded(
         tokens, offsets, np.arange(s.sentences),
         lambda ids, mask: data.embed_sentences(t5, ids, mask), data.BATCH_TOKENS[s.device[:4]])]
@@ -195,7 +199,7 @@ def our_embedding(s):
 
 def hf_embedding(s):
     """Sorted by length, 32 at a time."""
-    model, (tokens, offsets) = hf_model(random_t5(s, 2 * s.layers)).encoder, sentences(s)
+    model, (tokens, offsets) = hf_model(random_t5(s)).encoder, sentences(s)
     texts = sorted((torch.from_numpy(part.astype(np.int64))
                     for part in np.split(tokens, offsets[1:-1])), key=len)
 
@@ -289,3 +293,217 @@ def our_tokens(s):
 def tokenizers_tokens(s):
     tokenizer, texts = texts_to_tokenize(s)
     return lambda: [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+# ------------------------------------------------------------------------------------- measuring
+
+NEEDS = {"hf": ["transformers"], "peft": ["transformers", "peft"], "sklearn": ["sklearn"],
+         "faiss": ["faiss"]}
+
+
+def groups(s):
+    """Who is measured beside whom: lists of {label: (contender, its sizes)}; "once": repeated 1."""
+    half, deep = replace(s, dtype="bfloat16"), replace(s, layers=2 * s.layers)
+    small = replace(s, layers=2)
+    return [
+        {"exact, recomputed": (our_step, s), "exact, graphs kept": (our_step_kept, s),
+         "first order": (our_first_order, s), "transformers, create_graph": (hf_step, s),
+         "transformers, first order, padded": (hf_released, s)},
+        {"bf16 exact, graphs kept": (our_step_kept, half),
+         "bf16 transformers, create_graph": (hf_step, half)},
+        {"twice the layers (once)": (our_step, deep),
+         "transformers, twice the layers (once)": (hf_step, deep),
+         "four times the support (once)": (our_step, replace(s, support=4 * s.support))},
+        {"embedding": (our_embedding, deep), "transformers' encoder": (hf_embedding, deep)},
+        {"few-shot step": (our_tuning, s), "PEFT's few-shot step": (peft_tuning, s)},
+        {"k-means": (our_kmeans, s), "scikit-learn": (sklearn_kmeans, s),
+         "faiss": (faiss_kmeans, s)},
+        {"tokens to ids": (our_tokens, s), "tokenizers": (tokenizers_tokens, s)},
+        {"2 layers": (our_step, small), "2 layers, 2 x tasks": (our_step, replace(small, tasks=2)),
+         "2 layers, 2 x support": (our_step, replace(small, support=2 * s.support)),
+         "2 layers, 2 x text": (our_step, replace(small, shortest=2 * s.shortest,
+                                                  longest=2 * s.longest)),
+         "2 layers, 2 x prompt": (our_step, replace(small, prompt=2 * s.prompt))}]
+
+
+EXACT, KEPT, HF, GROWN = ("exact, recomputed", "exact, graphs kept", "transformers, create_graph",
+                          "2 layers, 2 x ")
+# label, against, what is compared, at most (at the full sizes)
+RATIOS = [
+    (EXACT, "first order", "seconds", 1.9), (KEPT, "first order", "seconds", 1.55),
+    (EXACT, HF, "seconds", 0.55), (KEPT, HF, "seconds", 0.45), (EXACT, HF, "MB", 0.40),
+    ("twice the layers (once)", "transformers, twice the layers (once)", "MB", 0.25),
+    ("four times the support (once)", EXACT, "MB", 1.1),
+    (EXACT, "transformers, first order, padded", "seconds", 0.35),
+    ("bf16 exact, graphs kept", "bf16 transformers, create_graph", "seconds", 0.9),
+    ("bf16 exact, graphs kept", "bf16 transformers, create_graph", "MB", 0.9),
+    ("embedding", "transformers' encoder", "seconds", 0.40),
+    ("k-means", "scikit-learn", "seconds", 0.55), ("k-means", "faiss", "seconds", 0.70),
+    ("tokens to ids", "tokenizers", "seconds", 1.1),
+    ("few-shot step", "PEFT's few-shot step", "seconds", 0.6),
+    *((GROWN + what, "2 layers", "half the seconds", 1.1)
+      for what in ("tasks", "support", "text", "prompt"))]
+
+
+def peak_bytes(device, reset=False):
+    """The most memory that this process held since the last reset."""
+    if device.startswith("cuda"):
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if reset and sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def serve(pipe, contender, s, threads):
+    """A contender's process: each time it is asked, run and tell (seconds, peak MB, its value)."""
+    torch.set_num_threads(threads)
+    run = contender(s)
+    loaded = peak_bytes(s.device, reset=True)
+    pipe.send(None)
+    while pipe.recv():
+        began = time.perf_counter()
+        value = run()
+        if s.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        pipe.send((seconds, (peak_bytes(s.device) - loaded) / 2 ** 20,
+                   value if isinstance(value, float) else None))
+
+
+def measure_group(group, repetitions, threads):
+    """Let the contenders of a group take turns -> {label: [(seconds, MB, value)]}; [] not run."""
+    context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
+    for label, (contender, s) in group.items():
+        if all(map(find_spec, NEEDS.get(contender.__name__.split("_")[0], []))):
+            pipes[label], there = context.Pipe()
+            processes.append(context.Process(target=serve, daemon=True,
+                                             args=(there, contender, s, threads)))
+            processes[-1].start()
+            there.close()                               # so that its death ends a recv() here
+            pipes[label].recv()
+    found = {label: [] for label in group}
+    for repetition in range(repetitions):
+        for label, pipe in pipes.items():
+            if repetition == 0 or "(once)" not in label:
+                pipe.send(True)
+                found[label].append(pipe.recv())
+    for pipe, process in zip(pipes.values(), processes):
+        pipe.send(False)
+        process.join()
+    return found
+
+
+def summary(runs):
+    """[(seconds, MB, value)] -> median seconds, their spread (largest - smallest) / median, peak MB,
+    the last value."""
+    seconds = [run[0] for run in runs]
+    middle = statistics.median(seconds)
+    return middle, (max(seconds) - min(seconds)) / middle, max(run[1] for run in runs), runs[-1][2]
+
+
+def ratios(found):
+    """{label: [(seconds, MB, value)]} -> [(label, against, what, ratio or None, at most)]."""
+    rows = []
+    for label, against, what, most in RATIOS:
+        ratio = None
+        if found.get(label) and found.get(against):
+            a, b = (summary(found[name])[2 if what == "MB" else 0] for name in (label, against))
+            ratio = a / b / (2 if what.startswith("half") else 1)
+        rows.append((label, against, what, ratio, most))
+    return rows
+
+
+def product_rates(s):
+    """This machine's 1e9 operations a second in products of (1024, 768) and (3072, 768), the
+    better of 9 runs in the middle -> by F.linear, by t5.linear."""
+    x, w = (torch.randn(n, 768, device=s.device, dtype=getattr(torch, s.dtype))
+            for n in (1024, 3072))
+    times = {F.linear: [], T.linear: []}
+    for _ in range(9):
+        for function, taken in times.items():
+            began = time.perf_counter()
+            function(x, w)[0, 0].item()
+            taken.append(time.perf_counter() - began)
+    return [2e-9 * 1024 * 768 * 3072 / statistics.median(taken) for taken in times.values()]
+
+
+def operations(s):
+    """Those of an exact step's products, counted on meta tensors."""
+    (task, partner), = random_pairs(replace(s, tasks=1))
+    t5 = stand_in(shape(s), torch.float32, "meta")
+    theta, method = torch.empty(s.prompt, s.d, device="meta"), Method(micro_tokens=s.micro_tokens)
+    with FlopCounterMode(display=False) as counter:
+        prompt_gradient(t5, theta, task.query, method, partner.query, LAM)
+        gradient_and_hessian(t5, theta, task.support, method)[3](theta)
+    return counter.get_total_flops()
+
+
+def machine(threads, s):
+    """One line: processor, threads, versions."""
+    name = torch.cuda.get_device_name() if s.device.startswith("cuda") else next(
+        (line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines()
+         if line.startswith("model name")), platform.processor()) \
+        if sys.platform == "linux" else platform.processor()
+    return f"{name}, {threads} threads, torch {torch.__version__}"
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small shape, 3 repetitions")
+    parser.add_argument("--repeat", type=int, help="repetitions of each contender [5; quick: 3]")
+    parser.add_argument("--threads", type=int, default=1, help="of each process [1]")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
+    parser.add_argument("--json", type=Path, help="write all that was measured to this file")
+    given = parser.parse_args(argv)
+    repetitions = given.repeat if given.repeat is not None else 3 if given.quick else 5
+    if repetitions < 1 or given.threads < 1:
+        raise T.InputError("--repeat and --threads must be 1 or more")
+    if given.json and not given.json.absolute().parent.is_dir():
+        raise T.InputError(f"--json {given.json}: there is no such folder")
+    s = replace(QUICK if given.quick else Sizes(), dtype=given.dtype,
+                device=str(pick_device(given.device)))
+    os.environ["OMP_NUM_THREADS"] = str(given.threads)      # of scikit-learn's and faiss's, too
+    torch.set_num_threads(given.threads)
+    print(machine(given.threads, s))
+    print("sizes:", ", ".join(f"{name} {value}" for name, value in asdict(s).items()))
+    rates, found = product_rates(s), {}
+    print(f"products of matrices: F.linear {rates[0]:.0f}, t5.linear {rates[1]:.0f} GFLOP/s\n\n"
+          f"{'median of ' + str(repetitions):40}{'seconds':>10}{'spread':>8}{'peak MB':>9}")
+    for group in groups(s):
+        found |= measure_group(group, repetitions, given.threads)
+        for label in group:
+            if found[label]:
+                seconds, spread, mb, value = summary(found[label])
+                print(f"{label:40}{seconds:10.3f}{spread:8.0%}{mb:9.0f}"
+                      + (f"  inertia {value:.7g}" if value else ""), flush=True)
+            else:
+                print(f"{label:40}   not run")
+    print("\n| what | against | of | ratio | at most |\n| --- | --- | --- | --- | --- |")
+    rows = ratios(found)
+    for label, against, what, ratio, most in rows:
+        print(f"| {label} | {against} | {what} | "
+              f"{'not run' if ratio is None else f'{ratio:.2f}'} | {most} |")
+    share = operations(s) * 1e-9 / summary(found[EXACT])[0] / max(rates)
+    print(f"\nThe exact step reaches {share:.0%} of the better rate above in what its products need.")
+    if given.json:
+        values = {"machine": machine(given.threads, s), "sizes": asdict(s), "gflops": rates,
+                  "share": share, "runs": found, "ratios": rows}
+        data.atomic_write(given.json, lambda file: file.write(json.dumps(values, indent=1).encode()))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (T.InputError, OSError, EOFError) as error:      # EOFError: a contender's process died
+        print(f"error: {error or 'a contender ended, see above'}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

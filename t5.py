@@ -63,7 +63,7 @@ class T5(NamedTuple):
 def linear(x, weight):
     """x (..., in) times weight (out, in), in the weight's dtype -> (..., out). T5 has no biases."""
     x = x.to(weight.dtype)
-    if weight.dtype == torch.float32 and weight.device.type == "cpu" and ONEDNN:
+    if ONEDNN and weight.dtype == torch.float32 and weight.is_cpu and weight.numel() > 2 ** 18:
         return OneDNNLinear.apply(x, weight)
     return F.linear(x, weight)
 
