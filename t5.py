@@ -69,10 +69,10 @@ def linear(x, weight):
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """F.linear with a frozen float32 weight on a CPU by oneDNN, whose float32 is exact as well.
+    """F.linear with a frozen float32 weight on a CPU, by oneDNN: equal up to rounding.
 
-    F.linear calls MKL, which leaves an AMD core idle: bench.py prints both rates. The weight stays
-    as it is, there are no packed copies. Its own derivative is one more such product.
+    F.linear calls MKL, which is slower on AMD's processors; bench.py prints both rates. There are
+    no packed copies of the weight. Small ones lose more to autograd.Function than they gain.
     """
 
     @staticmethod
