@@ -62,7 +62,34 @@ class T5(NamedTuple):
 
 def linear(x, weight):
     """x (..., in) times weight (out, in), in the weight's dtype -> (..., out). T5 has no biases."""
-    return F.linear(x.to(weight.dtype), weight)
+    x = x.to(weight.dtype)
+    if ONEDNN and weight.dtype == torch.float32 and weight.is_cpu and weight.numel() > 2 ** 18 \
+            and not weight.requires_grad:
+        return OneDNNLinear.apply(x, weight)
+    return F.linear(x, weight)
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """F.linear with a frozen float32 weight on a CPU, by oneDNN: equal up to rounding.
+
+    F.linear calls MKL, which is slower on AMD's processors; bench.py prints both rates. There are
+    no packed copies of the weight. Small ones lose more to autograd.Function than they gain.
+    """
+
+    @staticmethod
+    def forward(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.weight = inputs[1]
+
+    @staticmethod
+    def backward(ctx, g):
+        return OneDNNLinear.apply(g, ctx.weight.T), None
+
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def rms_norm(x, weight, eps):

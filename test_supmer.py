@@ -45,6 +45,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import bench
 import data
 import baselines
 import eval as evaluation
@@ -522,6 +523,26 @@ def test_float64_prompt_in_front_of_any_weights(config):
     t5, (x, mask, ids) = model(config, torch.float32), batch(config)
     H = T.encode(t5, x, mask)
     assert H.dtype == T.decode(t5, ids, H, mask).dtype == torch.float64
+
+
+def test_onednn_is_the_plain_linear(monkeypatch):
+    """float32 on a CPU: the product by oneDNN, its gradient and its Hessian-vector product under
+    torch.func are F.linear's to 1e-5. It is not asked for float64, nor for small weights."""
+    g = torch.Generator().manual_seed(0)
+    x, u, w = (torch.randn(*shape, generator=g) for shape in ((2, 5, 640), (2, 5, 640), (512, 640)))
+    w, asked = w / 25, []
+
+    def results():
+        gradient = torch.func.grad(lambda x: T.linear(x, w).sin().sum())
+        return T.linear(x, w), gradient(x), torch.func.vjp(gradient, x)[1](u)[0]
+    ours = results()
+    monkeypatch.setattr(T.OneDNNLinear, "apply", lambda *inputs: asked.append(inputs))
+    T.linear(x.double(), w.double()), T.linear(x, w[:9])
+    assert not asked
+    T.linear(x, w)
+    assert len(asked) == T.ONEDNN
+    monkeypatch.setattr(T, "ONEDNN", False)
+    assert all(relative(a, b) < 1e-5 for a, b in zip(ours, results()))
 
 
 @BOTH
@@ -1132,7 +1153,7 @@ def world():
         partner=random_task(2),
         lam=0.3,
         b=0.4,
-        method=Method(inner_rate=20.0, micro_batch=2, gate_weight=0.7),
+        method=Method(inner_rate=20.0, micro_tokens=24, gate_weight=0.7),
     )
 
 
@@ -1237,7 +1258,7 @@ def test_meta_gradient_equals_finite_differences(world, differences):
 
 def test_meta_gradient_through_a_relative_step(world):
     """With relative_step the rate depends on theta, phi and g, and the gradient knows it."""
-    method = Method(relative_step=0.3, micro_batch=3, gate_weight=0.7)
+    method = Method(relative_step=0.3, micro_tokens=36, gate_weight=0.7)
     found = computed(world, method)
     for name, reference in finite_differences(world, method, directions=2).items():
         assert disagreement(found[name], reference) < 1e-6, name
@@ -1284,6 +1305,21 @@ def _careless(mix):
     return careless
 
 
+def test_micro_batches_by_hand():
+    """Behind a prompt of 2, texts of 3, 9, 4 and 5 tokens are 5, 11, 6 and 7 positions: sorted, two
+    fit into 13 (2 x 6), the third (7) does not, nor beside the last (2 x 11). One example may be
+    more than the budget; a partner's row stays with its own and counts where it is longer."""
+    texts = data.Examples([[3] * n for n in (3, 9, 4, 5)], [[]] * 4, torch.zeros(4, 0, 8),
+                          torch.zeros(4, dtype=torch.long), WORDS)
+    partner = texts._replace(ids=[[4] * n for n in (9, 1, 1, 1)])
+
+    def rows(tokens, partner=None):
+        found = supmer.micro_batches(texts, torch.zeros(2, 8), Method(micro_tokens=tokens), partner)
+        return [rows for rows, _, _ in found]
+    assert rows(13) == [[0, 2], [3], [1]] and rows(1) == [[0], [2], [3], [1]]
+    assert rows(44) == [[0, 2, 3, 1]] and rows(14, partner) == [[2, 3], [0], [1]]
+
+
 @pytest.mark.parametrize(
     "change", ["micro-batch", "one graph kept", "all graphs kept", "order", "padding"]
 )
@@ -1297,10 +1333,11 @@ def test_meta_gradient_does_not_depend_on_how_it_is_computed(world, monkeypatch,
         world.method,
     )
     if change == "micro-batch":
-        method = replace(method, micro_batch=64)
+        method = replace(method, micro_tokens=640)
     elif "kept" in change:
-        assert len(w.task.support.ids) > method.micro_batch
-        method = replace(method, keep_graphs=1 if "one" in change else 99)
+        first, *more = supmer.micro_batches(w.task.support, w.theta, method)
+        assert first and more
+        method = replace(method, keep_graphs=1 if "one" in change else 9)
     elif change == "order":
 
         def reordered(e, order):
@@ -1543,7 +1580,7 @@ def test_meta_step_is_adam_on_the_mean_with_clip_and_linear_decay():
     """The step equals Adam by hand: mean over tasks, norm clipped at 1, rate (1 - step/max_steps)
     b1; s is the mean cosine.
     """
-    method = Method(inner_rate=5.0, max_steps=10, micro_batch=4, clip=0.01)
+    method = Method(inner_rate=5.0, max_steps=10, micro_tokens=40, clip=0.01)
     t5, state = small_state(method)
     state.step, state.s = 4, 0.2
     theta, phi = state.theta.clone(), {name: value.clone() for name, value in state.phi.items()}
@@ -1602,7 +1639,7 @@ def test_meta_step_stops_on_numbers_that_are_not_finite():
 def test_meta_training_lowers_the_loss_after_adaptation():
     """Forty steps on one planted task: the query loss falls, and the inner step lowers it further.
     """
-    method = Method(relative_step=0.05, prompt_rate=0.2, max_steps=40, micro_batch=16)
+    method = Method(relative_step=0.05, prompt_rate=0.2, max_steps=40)
     t5, state = small_state(method)
     planted = random_examples(9, 3, longest=6)
     task = data.Task(
@@ -2357,7 +2394,7 @@ def test_a_step_is_the_same_on_any_number_of_ranks(world, monkeypatch):
     seven ranks, more than tasks and than a set has examples."""
     t5, counted = random_t5(), Counter()
     pairs = [(random_task(i), random_task(9 + i)) for i in range(2)]
-    method = Method(micro_batch=1, relative_step=0.1, exact_cosine=True)
+    method = Method(micro_tokens=1, relative_step=0.1, exact_cosine=True)
     share = supmer.loss_share
 
     def step(ranks):
@@ -4661,7 +4698,7 @@ def test_a_rank_that_dies_ends_all_and_any_number_goes_on(small_world, tmp_path)
     status 2. One process goes on, and in the end has, bit by bit, what one process has that was
     never stopped: the number of ranks changes nothing."""
     folder, options = small_world
-    options = [*options, "--steps", "8", "--tasks", "1", "--micro-batch", "1",
+    options = [*options, "--steps", "8", "--tasks", "1", "--micro-tokens", "1",
                "--save-seconds", "0"]
     run = make_run((folder, options), "shared")
     train.write_run(run.folder, {
@@ -4903,7 +4940,7 @@ def test_an_official_model_without_a_gpu_says_what_it_would_cost_and_stops(
     with pytest.raises(InputError, match="no GPU here: add --yes"):
         train.main(["--model", "t5-small", "--bytes", "1000000000"])
     said = capsys.readouterr().out
-    assert re.search(r"memory: +[\d.]+ GiB with micro-batches of 8: [\d.]+ weights, [\d.]+ micro-b"
+    assert re.search(r"memory: +[\d.]+ GiB with micro-batches of 2048 positions: [\d.]+ weights, "
                      r".*\ndownload: 242 MB of t5-small\n", said)
     assert re.search(r"[\d.]+ s a step, [\d,.]+ hours for 100,000 steps", said)
     assert "OpenWebText, about 0.3 GB of archives for 1 GB of text" in said
@@ -4953,7 +4990,7 @@ def test_flan_t5_xl_fits_24_gigabytes():
     """In bfloat16, two examples at a time, exact second order, texts of 412 tokens: by the
     estimate, which a test below holds against what is measured."""
     training, method, _, _ = train.parse(
-        ["--model", "flan-t5-xl", "--dtype", "bfloat16", "--micro-batch", "2"])
+        ["--model", "flan-t5-xl", "--dtype", "bfloat16", "--micro-tokens", "1024"])
     parts = train.memory_needed(train.model_shape("flan-t5-xl"), training, method)
     assert parts["weights"] == pytest.approx(2 * 2.85e9, rel=0.01)
     assert parts["micro-batch"] > 5e9 and sum(parts.values()) < 24e9
@@ -4962,41 +4999,54 @@ def test_flan_t5_xl_fits_24_gigabytes():
 def test_memory_that_is_not_there_is_told_with_what_would_do(monkeypatch):
     """Before anything is allocated: a run that needs more than the device has is refused, with the
     micro-batch that would fit, or with the advice to take less of a model."""
-    training, method, _, control = train.parse(["--model", "m", "--micro-batch", "6"])
+    training, method, _, control = train.parse(["--model", "m", "--micro-tokens", "3072"])
     parts = {"weights": 8 << 30, "micro-batch": 12 << 30, "program": 1 << 30}
     has = {"SC_PAGE_SIZE": 2 ** 20, "SC_PHYS_PAGES": 16 << 10}
     monkeypatch.setattr(train, "memory_needed", lambda *_: parts)
     monkeypatch.setattr(train, "model_shape", lambda _: None)
     monkeypatch.setattr(train, "fetch_list", None)                      # it does not come so far
     monkeypatch.setattr(train.os, "sysconf", has.get)
-    for there, advice in ((16, "--micro-batch 3"), (11, "--micro-batch 1"),
+    for there, advice in ((16, "--micro-tokens 1792"), (11, "--micro-tokens 512"),
                           (10, "--dtype bfloat16 or a smaller model")):
         has["SC_PHYS_PAGES"] = there << 10
         with pytest.raises(InputError) as caught:
             train.prepare(training, method, torch.device("cpu"), control)
-        assert str(caught.value) == (f"m needs 21.0 GiB with micro-batches of 6, cpu has {there}.0:"
-                                     f" try {advice}")
+        assert str(caught.value) == ("m needs 21.0 GiB with micro-batches of 3072 positions, "
+                                     f"cpu has {there}.0: try {advice}")
     has["SC_PHYS_PAGES"] = 21 << 10
     assert train.memory_lines(None, training, method, torch.device("cpu")) == (
-        "memory:   21.0 GiB with micro-batches of 6: 8.00 weights, 12.00 micro-batch, 1.00 program",
-        "")
+        "memory:   21.0 GiB with micro-batches of 3072 positions: 8.00 weights, 12.00 micro-batch, "
+        "1.00 program", "")
 
 
 def test_memory_does_not_grow_with_the_support_set():
     """Counted operation by operation: four times the support examples take the same peak, up to
-    1 %, when graphs are made again; kept, they take at least twice as much."""
-    t5 = train.stand_in(V11._replace(d_model=64, d_ff=96), "float32", "meta")
+    1 %, when graphs are made again; kept, they take at least twice as much. A budget of two and a
+    half graphs keeps two, whose bytes are what was counted for it, up to 2 %; one of half a graph is
+    refused."""
+    t5 = train.stand_in(V11._replace(d_model=64, d_ff=96), torch.float32, "meta")
     theta = torch.empty(20, 64, device="meta")
 
-    def peak(examples, keep):
+    def peak_and_kept(examples, graphs):
         support = train.stand_in_task(64, examples, 60).support
         with train.LiveBytes([*t5.weights.values(), theta]) as live:
             *_, hessian = supmer.gradient_and_hessian(t5, theta, support,
-                                                      Method(micro_batch=2, keep_graphs=keep))
+                                                      Method(micro_tokens=160, keep_graphs=graphs))
+            kept = live.bytes
             hessian(theta)
-        return live.peak
-    assert peak(8, 0) == pytest.approx(peak(2, 0), rel=0.01)
-    assert peak(8, 99) > 2 * peak(8, 0)
+        return live.peak, kept
+    again, kept = peak_and_kept(8, 0)[0], peak_and_kept(8, 4)[0]
+    assert again == pytest.approx(peak_and_kept(2, 0)[0], rel=0.01) and kept > 2 * again
+    training, method = train.settings({"prompt_length": 20, "max_tokens": 60, "micro_tokens": 160})
+    graph = train.micro_batch_bytes(t5.config, training, method)[1]
+    for graphs in (2.5, 0.5):
+        budget = replace(training, keep_gib=graphs * graph / 2 ** 30)
+        if graphs < 1:
+            with pytest.raises(InputError, match="a graph takes"):
+                train.graphs_that_fit(t5.config, budget, method)
+        else:
+            count = train.graphs_that_fit(t5.config, budget, method).keep_graphs
+            assert count == 2 and peak_and_kept(8, 2)[1] == pytest.approx(2 * graph, rel=0.02)
 
 
 @pytest.mark.parametrize("model, rows, tokens", [("t5-small", 3, 60), ("t5-base", 1, 90)])
@@ -5004,8 +5054,9 @@ def test_the_memory_estimate_is_what_a_step_takes(model, rows, tokens):
     """t5-base's shape, for which nothing was calibrated (and t5-small's, for which LIBRARIES was):
     an exact second-order meta-gradient in a fresh process takes within 15 % of what memory_needed
     says for one task, the weights aside. The allocator gives back what it does not use."""
-    training, method, _, _ = train.parse(["--model", model, "--micro-batch", str(rows),
-                                          "--max-tokens", str(tokens), "--tasks", "1"])
+    training, method, _, _ = train.parse([
+        "--model", model, "--micro-tokens", str(rows * (100 + tokens)), "--max-tokens", str(tokens),
+        "--tasks", "1"])
     config = train.model_shape(model)
     parts = train.memory_needed(config, training, method)
     assert parts["weights"] == 4 * sum(map(math.prod, T.expected_shapes(config).values()))
@@ -5013,9 +5064,9 @@ def test_the_memory_estimate_is_what_a_step_takes(model, rows, tokens):
     tidy = {"MALLOC_MMAP_THRESHOLD_": "65536"}
     grown = peak_of(f"""
 import supmer, train
-t5 = train.stand_in(train.model_shape({model!r}), "float32", "cpu")
+t5 = train.stand_in(train.model_shape({model!r}), torch.float32, "cpu")
 task = train.stand_in_task(t5.config.d_model, {rows}, {tokens})
-method = supmer.Method(micro_batch={rows})""", """
+method = supmer.Method(micro_tokens={rows * (100 + tokens)})""", """
 theta, phi = supmer.init_prompt(t5, 100, 0), supmer.init_regularizer(t5.config.d_model)
 supmer.meta_gradient(t5, theta, phi, task, task, 0.5, 0.5, method)""", **tidy)
     assert grown * 2 ** 20 == pytest.approx(said, rel=0.15)
@@ -5445,7 +5496,7 @@ def test_the_folded_mlp_is_p_tuning_v2():
     column = (2 * 2 + 1) * 16 + 2 * 4 + 1           # decoder's block, value, head 2, entry 1
     last = kept["decoder.block.0.layer.0.SelfAttention.prefix"]
     assert torch.allclose(last[1, 2, 3, 1], hidden @ mlp["W2"][:, column] + mlp["b2"][column])
-    method = supmer.Method(micro_batch=4)
+    method = supmer.Method(micro_tokens=40)
     g, _, _ = baselines.tuning_gradient(t5, baselines.BASELINES["prefix-tuning"], mlp, examples,
                                         method)
     g_direct, _, _ = baselines.tuning_gradient(t5, baselines.BASELINES["p-tuning-v2"], kept,
@@ -5467,7 +5518,7 @@ def test_ft_differentiates_every_weight(tied):
     parameters = {key: x.double() for key, x in one.start(t5, 0, 0).items()}
     assert len(parameters) == len(t5.weights) - tied
     g, _, loss = baselines.tuning_gradient(t5, one, parameters, examples,
-                                           supmer.Method(micro_batch=4))
+                                           supmer.Method(micro_tokens=40))
     leaves = {key: x.clone().requires_grad_() for key, x in parameters.items()}
     scores = supmer.word_log_probs(*(lambda made, theta: (made, *supmer.encode_with_prompt(
         made, theta, data.collate(examples, range(6)))))(*one.model(t5, leaves)), examples.words)
@@ -5483,8 +5534,8 @@ def test_prompts_gradient_is_the_kernels():
     t5, examples = small_t5(), small_examples(10)
     theta = baselines.normal_prompt(t5, 1, 3)["theta"]
     g, H, loss = baselines.tuning_gradient(t5, baselines.BASELINES["random"], {"theta": theta},
-                                           examples, supmer.Method(micro_batch=4))
-    expected = supmer.prompt_gradient(t5, theta, examples, supmer.Method(micro_batch=4))
+                                           examples, supmer.Method(micro_tokens=40))
+    expected = supmer.prompt_gradient(t5, theta, examples, supmer.Method(micro_tokens=40))
     assert all(torch.equal(one, other) for one, other in zip((g["theta"], H, loss), expected))
 
 
@@ -5763,6 +5814,52 @@ def test_what_time_did_not_allow_is_not_run(place, monkeypatch, capsys):
     printed = capsys.readouterr().out
     row = next(line for line in printed.splitlines() if line.startswith("| vocab |"))
     assert row.count("not run") == 1 and "the same command goes on" in printed
+
+
+# ------------------------------------------------------------------------ bench.py compares fairly
+
+@needs_transformers
+@pytest.mark.parametrize("first_order", [False, True])
+def test_benchs_transformers_compute_the_same_gradient(first_order):
+    """Autograd with create_graph through transformers' T5 gives our meta-gradient to 1e-5 (its
+    norms are float32), padded or not, so that what bench.py times is the same; the other order's
+    differs a hundred times as much."""
+    s = bench.Sizes(**bench.WARM, dtype="float64")
+    t5, (pair,) = bench.random_t5(s), bench.random_pairs(s)
+    theta, phi = supmer.init_prompt(t5, 2, 0).double(), supmer.init_regularizer(64, torch.float64)
+    method = Method(inner_rate=1000.0, micro_tokens=40, gate_weight=0.0, first_order=first_order)
+    theirs = [bench.hf_meta_gradient(bench.hf_model(t5), theta, phi, *pair, 0.3, method, padded)
+              for padded in (0, 40)]
+    ours = supmer.meta_gradient(t5, theta, phi, *pair, 0.3, 0.5, method)
+    for d_theta, d_phi in theirs:
+        assert relative(ours.d_theta, d_theta) < 1e-5
+        assert relative(ours.d_phi["A"], d_phi["A"]) < 1e-5
+    other = replace(method, first_order=not first_order)
+    assert relative(supmer.meta_gradient(t5, theta, phi, *pair, 0.3, 0.5, other).d_theta,
+                    theirs[0][0]) > 1e-3
+
+
+def test_benchs_ratios_by_hand():
+    """Medians are compared, peaks for memory; twice the work for twice the time is 1; what was not
+    run has no ratio."""
+    found = {"exact, recomputed": [(9.0, 10.0, None), (2.0, 30.0, None), (3.0, 20.0, None)],
+             "first order": [(2.0, 5.0, None)], "transformers, create_graph": [],
+             "1 layer": [(2.0, 1.0, None)], "1 layer, 2 x tasks": [(4.0, 1.0, None)]}
+    assert bench.summary(found["exact, recomputed"]) == (3.0, pytest.approx(7 / 3), 30.0, None)
+    ratios = {row[:3]: row[3] for row in bench.ratios(found)}
+    assert ratios.pop(("exact, recomputed", "first order", "seconds")) == 1.5
+    assert ratios.pop(("1 layer, 2 x tasks", "1 layer", "half the seconds")) == 1.0
+    assert ratios and set(ratios.values()) == {None}
+    names = {name for group in bench.groups(bench.QUICK) for name in group}
+    assert all({row[0], row[1]} <= names for row in bench.RATIOS)
+
+
+@pytest.mark.parametrize("argv, says", [(["--repeat", "0"], "1 or more"),
+                                        (["--json", "no/such/file"], "no such folder")])
+def test_benchs_mistakes(argv, says):
+    """Told in one line before anything is measured."""
+    with pytest.raises(InputError, match=says):
+        bench.main(argv)
 
 
 # ------------------------------------------------------------ the embedded T5: meta-training learns

@@ -919,7 +919,7 @@ def anchor_gate(t5, folder, home, work, count=20):
             for i in range(count):
                 task = meta_task(index, SEED, 0, i, variant=variant, split="validation", stream=5)
                 for part in (task.support, task.query):
-                    scores = score(t5, torch.zeros(0, D), part, Method(micro_batch=32))
+                    scores = score(t5, torch.zeros(0, D), part, Method())
                     right += measure(scores, part.labels)["correct"]
                     total += len(part.ids)
             found.append(f"{variant} {100 * right / total:.1f}")

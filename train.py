@@ -75,6 +75,7 @@ class Training:
     patience: int = knob(0, "stop after so many validations without a lower loss; 0: never")
     validation_tasks: int = knob(20, "fixed held-out tasks of each variant (ours)")
     save_seconds: float = knob(60.0, "seconds between saved states (ours)")
+    keep_gib: float = knob(0.0, "GiB for as many keep_graphs as fit; 0: as that says (ours)")
     dtype: str = knob("float32", "of the frozen T5: float32 or bfloat16 (theta and phi: float32)")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
 
@@ -202,7 +203,7 @@ def settings(chosen):
     training, method = (cls(**{entry.name: chosen[entry.name] for entry in fields(cls)
                                if entry.name in chosen}) for cls in (Training, Method))
     may_be_zero = ("seed", "relative_step", "gate_weight", "prompt_rate", "regularizer_rate",
-                   "save_seconds", "keep_graphs", "patience")
+                   "save_seconds", "keep_graphs", "keep_gib", "patience")
     for entry in (*fields(Training), *fields(Method)):
         value = getattr(training if hasattr(training, entry.name) else method, entry.name)
         name, number = "--" + entry.name.replace("_", "-"), type(entry.default) in (int, float)
@@ -288,7 +289,7 @@ class LiveBytes(TorchDispatchMode):
 
 def stand_in(config, dtype, device):
     """A T5 of a shape, with constant weights; on the device "meta" with none."""
-    weights = {name: torch.full(shape, 0.01, dtype=getattr(torch, dtype), device=device)
+    weights = {name: torch.full(shape, 0.01, dtype=dtype, device=device)
                for name, shape in expected_shapes(config).items()}
     return T5(config, {"lm_head.weight": weights["shared.weight"], **weights})
 
@@ -309,54 +310,77 @@ def model_shape(name):
                     not gated, 32, 128, 1e-6)
 
 
+def micro_batch_bytes(config, training, method):
+    """The most bytes of a micro-batch, and of a graph that is kept of one for the Hessian.
+
+    Counted operation by operation, for the longest texts and for texts that just fill one: the
+    Hessian-vector product, or the gradient of a mixed one.
+    """
+    t5 = stand_in(config, getattr(torch, training.dtype), "meta")
+    P, longest, peaks, graphs = training.prompt_length, training.max_tokens, [], []
+    theta = torch.empty(P, config.d_model, device="meta")
+    rows = max(1, method.micro_tokens // (P + longest))
+    for rows, tokens in ((rows, longest), (rows + 1, method.micro_tokens // (rows + 1) - P)):
+        if tokens > 0:
+            task = stand_in_task(config.d_model, rows, tokens)
+            with LiveBytes([*t5.weights.values(), theta]) as live:
+                prompt_gradient(t5, theta, task.query, method, task.query, 0.5)
+                *_, hessian = gradient_and_hessian(t5, theta, task.support,
+                                                   replace(method, keep_graphs=1))
+                graphs.append(live.bytes)
+                hessian(theta)
+            peaks.append(live.peak)
+    return max(peaks), max(graphs)
+
+
+def graphs_that_fit(config, training, method):
+    """The Method with the keep_graphs that --keep-gib has room for. InputError if that is none."""
+    if not training.keep_gib:
+        return method
+    _, graph = micro_batch_bytes(config, training, method)
+    if training.keep_gib * 2 ** 30 < graph:
+        raise InputError(f"--keep-gib {training.keep_gib}: a graph takes {graph / 2 ** 30:.2g} GiB")
+    return replace(method, keep_graphs=int(training.keep_gib * 2 ** 30 / graph))
+
+
 def memory_needed(config, training, method):
     """The most bytes that meta-training will hold, part by part -> dict.
 
-    "micro-batch" is counted, operation by operation, for the longest texts: the Hessian-vector
-    product of one micro-batch, or the gradient of a mixed one. LIBRARIES is what CPU libraries
-    take beside the tensors. The C library's allocator can keep more than is in use: where it does,
-    MALLOC_MMAP_THRESHOLD_=65536 in the environment gives it back.
+    LIBRARIES is what CPU libraries take beside the tensors. The C library's allocator can keep more
+    than is in use: where it does, MALLOC_MMAP_THRESHOLD_=65536 in the environment gives it back.
     """
-    t5, d, rows = stand_in(config, training.dtype, "meta"), config.d_model, method.micro_batch
-    theta = torch.empty(training.prompt_length, d, device="meta")
-    task = stand_in_task(d, rows, training.max_tokens)
-    with LiveBytes([*t5.weights.values(), theta]) as live:
-        prompt_gradient(t5, theta, task.query, method, task.query, 0.5)
-        gradient_and_hessian(t5, theta, task.support, replace(method, keep_graphs=0))[3](theta)
-    parts, graphs = {}, min(method.keep_graphs, math.ceil(training.support / rows))
-    if graphs:
-        with LiveBytes([*t5.weights.values(), theta]) as kept:
-            *_, hessian = gradient_and_hessian(t5, theta, task.support,
-                                               replace(method, keep_graphs=1))
-        parts = {f"{graphs} kept graphs": graphs * kept.bytes}
-    phi = init_regularizer(config.d_model, device="meta")
-    learned = sum(x.nbytes for x in (theta, *phi.values()))
-    return {"weights": sum({id(w): w.nbytes for w in t5.weights.values()}.values()),
-            "micro-batch": live.peak, **parts,
+    weights = {name: math.prod(shape) for name, shape in expected_shapes(config).items()}
+    peak, graph = micro_batch_bytes(config, training, method)
+    learned = 4 * config.d_model * (training.prompt_length + 2 * config.d_model + 2)
+    return {"weights": sum(weights.values()) * getattr(torch, training.dtype).itemsize,
+            "micro-batch": peak, f"{method.keep_graphs} kept graphs": method.keep_graphs * graph,
             "theta, phi, Adam's moments, each task's gradients": (4 + training.tasks) * learned,
             "program": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + LIBRARIES}
 
 
 def memory_lines(config, training, method, device):
     """memory_needed() as text, and what would fit, "" where it does, if the device has less."""
-    parts, gib, rows = memory_needed(config, training, method), 2 ** 30, method.micro_batch
+    parts, gib = memory_needed(config, training, method), 2 ** 30
+    size = max(method.micro_tokens, training.prompt_length + training.max_tokens)
     total = sum(parts.values())
     there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else \
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fits = int(rows * (there - total + parts["micro-batch"]) / parts["micro-batch"])
-    advice = f"--micro-batch {fits}" if fits > 0 else "--dtype bfloat16 or a smaller model"
-    return (f"memory:   {total / gib:.1f} GiB with micro-batches of {rows}: " +
-            ", ".join(f"{size / gib:.2f} {name}" for name, size in parts.items()),
-            f"{training.model} needs {total / gib:.1f} GiB with micro-batches of {rows}, {device} "
-            f"has {there / gib:.1f}: try {advice}" if total > there else "")
+    fits = int(size * (there - total + parts["micro-batch"]) / parts["micro-batch"])
+    advice = f"--micro-tokens {fits}" if fits >= training.prompt_length + training.max_tokens \
+        else "--dtype bfloat16 or a smaller model"
+    return (f"memory:   {total / gib:.1f} GiB with micro-batches of {size} positions: " +
+            ", ".join(f"{part / gib:.2f} {name}" for name, part in parts.items() if part),
+            f"{training.model} needs {total / gib:.1f} GiB with micro-batches of {size} positions, "
+            f"{device} has {there / gib:.1f}: try {advice}" if total > there else "")
 
 
 def seconds_needed(t5, training, method, tokens):
     """Measured on a micro-batch of texts of so many tokens -> seconds of a meta-step, seconds to
-    embed one token. A set of n examples takes n / micro_batch as long."""
+    embed one token. A set of n micro-batches takes n times as long."""
     theta, phi = init_prompt(t5, training.prompt_length, 0), init_regularizer(t5.config.d_model)
     phi = {name: x.to(theta.device) for name, x in phi.items()}
-    short, task = (stand_in_task(t5.config.d_model, n, tokens) for n in (1, method.micro_batch))
+    rows = max(1, method.micro_tokens // (training.prompt_length + tokens))
+    short, task = (stand_in_task(t5.config.d_model, n, tokens) for n in (1, rows))
     ids = torch.full((32, 25), 3, device=theta.device)              # sentences of 25 tokens
 
     def measured(function, *arguments):
@@ -370,7 +394,7 @@ def seconds_needed(t5, training, method, tokens):
         return measured(meta_gradient, t5, theta, phi, task, task, 0.5, 0.5, method)
 
     step(short)                                                     # the first time is a slow one
-    sets = training.tasks * (training.support + training.query) / (2 * method.micro_batch)
+    sets = training.tasks * (training.support + training.query) / (2 * rows)
     return (step(task) * sets,
             measured(data.embed_sentences, t5, ids, ids > 0) / ids.numel())
 
@@ -845,8 +869,9 @@ def prepare(training, method, device, control):
     if too_much:
         print(f"time:     cannot be measured here: {too_much}")
         return
-    t5 = stand_in(config, training.dtype, device) if not data.is_local(training.model) else \
-        load_t5(data.model_folder(training.model), getattr(torch, training.dtype), device)
+    how = getattr(torch, training.dtype), device
+    t5 = load_t5(data.model_folder(training.model), *how) if data.is_local(training.model) else \
+        stand_in(config, *how)
     lines, hours = time_lines(t5, training, method)
     print("\n".join(lines))
     long = hours > 1 or not data.CORPORA.keys().isdisjoint(training.corpus)
@@ -870,6 +895,7 @@ def main(argv):
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, min(60 * control.max_minutes, 1e9))
     device = pick_device(training.device)
+    method = graphs_that_fit(model_shape(training.model), training, method)
     ranks = join_ranks(device)
     if control.dry_run or training.model != "tiny" and not (control.resume or ranks.rank):
         prepare(training, method, device, control)

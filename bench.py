@@ -1,0 +1,514 @@
+"""How fast the method runs, and in how much memory, beside the usual libraries in one run.
+
+    python bench.py             # t5-base's width, 6 + 6 layers, one thread: 25 minutes on one core
+    python bench.py --quick     # a small shape, in under 3 minutes; its ratios are rough
+    python bench.py --json result.json --threads 2 --dtype bfloat16 --device cuda
+
+It prints the machine and the sizes; this machine's rate at matrix products, and which part of it a
+step reaches; one line for each contender (median seconds of all repetitions, their spread, peak
+memory above what was there once model and data were loaded); the ratios between them beside what
+they should be at most; and how an exact step's cost grows. Each contender runs in a process of
+its own, and they take turns, so that a noisy machine is unfair to none. What is not installed
+(transformers, peft, scikit-learn, faiss) is "not run". Weights and token ids are random; the
+tokenizer reads tiny/'s corpus. --dtype is of all contenders that are not named "bf16".
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import t5 as T
+from kmeans import kmeans
+from supmer import (Method, gate_input, gradient_and_hessian, init_prompt, init_regularizer,
+                    inner_step, meta_gradient, mix, prompt_gradient)
+from train import pick_device, stand_in
+
+RATE, LAM = 50.0, 0.3               # an inner rate at which the second-order part is not noise
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a contender is given. A row is a support, a query or a partner's query example."""
+    layers: int = 6                 # of the encoder, and of the decoder
+    d: int = 768
+    ff: int = 3072
+    heads: int = 12
+    support: int = 8
+    query: int = 8
+    shortest: int = 64              # tokens of a text, uniform between the two
+    longest: int = 192
+    padded: int = 412               # to which the released code pads
+    prompt: int = 100
+    tasks: int = 1
+    micro_tokens: int = 512
+    batch: int = 32                 # few-shot examples, of a quarter of the tokens
+    sentences: int = 96             # of 25 tokens on average, embedded by twice the layers
+    points: int = 50_000
+    clusters: int = 250
+    documents: int = 100            # of tiny/'s corpus, tokenized
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+WARM = dict(layers=1, d=64, ff=64, heads=1, support=2, query=2, shortest=12, longest=20, padded=22,
+            prompt=2, batch=2, sentences=4, points=100, clusters=4, documents=1)
+QUICK = Sizes(layers=2, d=512, ff=2048, heads=8, support=4, query=4, shortest=32, longest=96,
+              padded=206, prompt=50, micro_tokens=256, batch=16, points=10_000, clusters=64,
+              documents=20)
+
+
+# ---------------------------------------------------------------- what all contenders are given
+
+def shape(s):
+    """A T5Config of v1.0."""
+    return T.T5Config(s.d, 64, s.ff, s.layers, s.layers, s.heads, 32128, False, True, True, 32,
+                      128, 1e-6)
+
+
+def random_t5(s):
+    """A T5 with random weights of a size at which activations stay of order 1."""
+    config, generator = shape(s), torch.Generator().manual_seed(0)
+    weights = {name: torch.ones(shape) if "norm" in name else
+               torch.randn(shape, generator=generator) * (0.7 * shape[-1] ** -0.5)
+               for name, shape in T.expected_shapes(config).items()}
+    weights = {name: w.to(s.device, getattr(torch, s.dtype)) for name, w in weights.items()}
+    return T.T5(config, {"lm_head.weight": weights["shared.weight"], **weights})
+
+
+def random_examples(n, seed, s, share=1.0):
+    """n texts of s.shortest .. s.longest tokens, times share, with two label words of T5's."""
+    rng = np.random.default_rng(seed)
+    lengths = (rng.integers(s.shortest, s.longest + 1, n) * share).astype(int)
+    ids = [rng.integers(3, 32_000, length).tolist() for length in lengths]
+    return data.Examples(ids, [[]] * n, torch.zeros(n, 0, s.d), torch.arange(n) % 2,
+                         [[32099, 4273], [32099, 150]])
+
+
+def random_pairs(s):
+    """s.tasks pairs (task, partner)."""
+    sets = [[random_examples(n, (i, j), s) for j, n in enumerate((s.support, s.query, s.query))]
+            for i in range(s.tasks)]
+    return [(data.Task("sp-cluster", (0,), a, b), data.Task("sp-cluster", (0,), a, c))
+            for a, b, c in sets]
+
+
+def hf_model(t5):
+    """transformers' T5, frozen, with eager attention and these weights."""
+    from transformers import T5Config, T5ForConditionalGeneration
+    c, table = t5.config, t5.weights["shared.weight"]
+    model = T5ForConditionalGeneration(T5Config(
+        d_model=c.d_model, d_kv=c.d_kv, d_ff=c.d_ff, num_layers=c.num_layers,
+        num_decoder_layers=c.num_decoder_layers, num_heads=c.num_heads, vocab_size=c.vocab_size,
+        relative_attention_num_buckets=c.num_buckets, dropout_rate=0.0, decoder_start_token_id=0,
+        relative_attention_max_distance=c.max_distance, tie_word_embeddings=c.tied,
+        feed_forward_proj="gated-gelu" if c.gated else "relu", attn_implementation="eager"))
+    model.load_state_dict(t5.weights, strict=False)
+    return model.to(table.device, table.dtype).eval().requires_grad_(False)
+
+
+def hf_meta_gradient(model, theta, phi, task, partner, lam, method, padded=0):
+    """meta_gradient without L_reg by autograd through transformers: create_graph, the whole batch
+    at once, padded to its longest text, or to `padded` tokens -> d theta, d phi."""
+    theta = theta.detach().requires_grad_()
+    phi = {name: x.detach().requires_grad_() for name, x in phi.items()}
+
+    def states(theta, examples):
+        batch = data.collate(examples, range(len(examples.ids)), theta.device)
+        ids, mask = (F.pad(x, (0, max(0, padded - x.shape[1]))) for x in (batch.ids, batch.mask))
+        text = model.get_input_embeddings()(ids)
+        x = torch.cat([theta.to(text.dtype).expand(len(ids), -1, -1), text], 1)
+        mask = F.pad(mask, (len(theta), 0), value=True)
+        return model.encoder(inputs_embeds=x, attention_mask=mask)[0], mask, \
+            batch.targets.to(theta.dtype)
+
+    def loss(examples, H, mask, Y):
+        start = torch.tensor([[T.PAD, examples.words[0][0]]], device=H.device).expand(len(H), -1)
+        logits = model(encoder_outputs=(H.to(model.dtype),), attention_mask=mask,
+                       decoder_input_ids=start).logits[:, 1]
+        log_p = torch.log_softmax(logits.to(theta.dtype), -1)[:, [w[1] for w in examples.words]]
+        return -(Y * log_p).sum() / len(Y)
+
+    support = states(theta, task.support)
+    g, = torch.autograd.grad(loss(task.support, *support), theta,
+                             create_graph=not method.first_order)
+    H = gate_input(support[0], support[1]).mean(0).detach().to(theta.dtype)
+    adapted = inner_step(theta, phi, g, H, method)
+    mixed = mix(*states(adapted, task.query), *states(adapted, partner.query), lam)
+    d_theta, *d_phi = torch.autograd.grad(loss(task.query, *mixed), [theta, *phi.values()])
+    return d_theta, dict(zip(phi, d_phi))
+
+
+# ---------------------------------------------- the contenders: sizes -> a function to measure
+
+def our_step(s, **how):
+    """An exact step by this repository (or first order, or with graphs kept)."""
+    t5, pairs = random_t5(s), random_pairs(s)
+    method = Method(inner_rate=RATE, micro_tokens=s.micro_tokens, **how)
+    theta = init_prompt(t5, s.prompt, 0)
+    phi = init_regularizer(s.d, device=theta.device)
+    return lambda: [meta_gradient(t5, theta, phi, *pair, LAM, 0.5, method) for pair in pairs]
+
+
+def our_step_kept(s):
+    return our_step(s, keep_graphs=1000)
+
+
+def our_first_order(s):
+    return our_step(s, first_order=True)
+
+
+def hf_step(s, padded=0, first_order=False):
+    """The same step by transformers and autograd."""
+    t5, pairs = random_t5(s), random_pairs(s)
+    model, theta = hf_model(t5), init_prompt(t5, s.prompt, 0)
+    phi = init_regularizer(s.d, device=theta.device)
+    method = Method(inner_rate=RATE, first_order=first_order)
+    return lambda: [hf_meta_gradient(model, theta, phi, *pair, LAM, method, padded)
+                    for pair in pairs]
+
+
+def hf_released(s):
+    return hf_step(s, padded=s.padded, first_order=True)
+
+
+def sentences(s):
+    lengths = np.random.default_rng(5).poisson(25, s.sentences).clip(3)
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    return np.random.default_rng(6).integers(3, 32_000, offsets[-1]).astype(np.uint16), offsets
+
+
+def our_embedding(s):
+    """The batches of the corpus's own pass over its sentences."""
+    t5, (tokens, offsets) = random_t5(s), sentences(s)
+    return lambda: [H for _, H in data._embedded(
+        tokens, offsets, np.arange(s.sentences),
+        lambda ids, mask: data.embed_sentences(t5, ids, mask), data.BATCH_TOKENS[s.device[:4]])]
+
+
+def hf_embedding(s):
+    """Sorted by length, 32 at a time."""
+    model, (tokens, offsets) = hf_model(random_t5(s)).encoder, sentences(s)
+    texts = sorted((torch.from_numpy(part.astype(np.int64))
+                    for part in np.split(tokens, offsets[1:-1])), key=len)
+
+    @torch.no_grad()
+    def run():
+        for start in range(0, len(texts), 32):
+            batch = texts[start:start + 32]
+            ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(model.device)
+            mask = (ids > 0)[..., None]
+            (model(input_ids=ids, attention_mask=mask[..., 0])[0] * mask).sum(1) / mask.sum(1)
+    return run
+
+
+def our_tuning(s):
+    """A step of few-shot prompt tuning: gradient, clip, AdamW."""
+    t5, examples = random_t5(s), random_examples(s.batch, 7, s, 0.25)
+    theta, method = init_prompt(t5, s.prompt, 0), Method()
+    optimizer = torch.optim.AdamW([theta], 0.1)
+
+    def run():
+        theta.grad, _, _ = prompt_gradient(t5, theta, examples, method)
+        torch.nn.utils.clip_grad_norm_([theta], 1.0)
+        optimizer.step()
+    return run
+
+
+def peft_tuning(s):
+    """The same by PEFT: the batch as one, padded to its longest text."""
+    from peft import PromptTuningConfig, get_peft_model
+    examples = random_examples(s.batch, 7, s, 0.25)
+    model = get_peft_model(hf_model(random_t5(s)), PromptTuningConfig(
+        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=s.prompt))
+    batch = data.collate(examples, range(s.batch), s.device)
+    labels = torch.tensor(examples.words, device=s.device)[examples.labels]
+    parameters = [x for x in model.parameters() if x.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 0.1)
+
+    def run():
+        model(input_ids=batch.ids, attention_mask=batch.mask.long(), labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return run
+
+
+def cloud(s):
+    """Points around s.clusters centers, and the points to start from."""
+    rng = np.random.default_rng(8)
+    centers = rng.standard_normal((s.clusters, s.d), dtype=np.float32)
+    points = centers[rng.integers(0, s.clusters, s.points)]
+    points += 2 * rng.standard_normal(points.shape, dtype=np.float32)
+    return points, points[:s.clusters].copy()
+
+
+def our_kmeans(s):
+    """10 of Lloyd's iterations -> the inertia; the other two take the same start."""
+    points, start = (torch.from_numpy(x).to(s.device) for x in cloud(s))
+    return lambda: kmeans(points, s.clusters, 0, 10, centroids=start).inertia[-1]
+
+
+def sklearn_kmeans(s):
+    from sklearn.cluster import KMeans
+    points, start = cloud(s)
+    return lambda: KMeans(s.clusters, init=start, n_init=1, max_iter=10, tol=0).fit(points).inertia_
+
+
+def faiss_kmeans(s):
+    import faiss
+    points, start = cloud(s)
+    faiss.omp_set_num_threads(torch.get_num_threads())
+
+    def run():
+        found = faiss.Kmeans(s.d, s.clusters, niter=10, max_points_per_centroid=s.points)
+        found.train(points, init_centroids=start)
+        return float(found.index.search(points, 1)[0].astype(np.float64).sum())
+    return run
+
+
+def texts_to_tokenize(s):
+    documents = data.documents([data.TINY / "corpus.jsonl.gz"])
+    tokenizer = data.load_tokenizer(data.TINY, T.read_config(data.TINY))
+    return tokenizer, [sentence for _, document in zip(range(s.documents), documents)
+                       for paragraph in document for sentence in data.split_sentences(paragraph)]
+
+
+def our_tokens(s):
+    tokenizer, texts = texts_to_tokenize(s)
+    return lambda: data.tokenize(tokenizer, texts)
+
+
+def tokenizers_tokens(s):
+    tokenizer, texts = texts_to_tokenize(s)
+    return lambda: [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+# ------------------------------------------------------------------------------------- measuring
+
+NEEDS = {"hf": ["transformers"], "peft": ["transformers", "peft"], "sklearn": ["sklearn"],
+         "faiss": ["faiss"]}
+
+
+def groups(s):
+    """Who is measured beside whom: lists of {label: (contender, its sizes)}; "once": repeated 1."""
+    half, deep = replace(s, dtype="bfloat16"), replace(s, layers=2 * s.layers)
+    small = replace(s, layers=1)
+    return [
+        {"exact, recomputed": (our_step, s), "exact, graphs kept": (our_step_kept, s),
+         "first order": (our_first_order, s), "transformers, create_graph": (hf_step, s),
+         "transformers, first order, padded": (hf_released, s)},
+        {"bf16 exact, graphs kept": (our_step_kept, half),
+         "bf16 transformers, create_graph": (hf_step, half)},
+        {"twice the layers (once)": (our_step, deep),
+         "transformers, twice the layers (once)": (hf_step, deep),
+         "four times the support (once)": (our_step, replace(s, support=4 * s.support))},
+        {"embedding": (our_embedding, deep), "transformers' encoder": (hf_embedding, deep)},
+        {"few-shot step": (our_tuning, s), "PEFT's few-shot step": (peft_tuning, s)},
+        {"k-means": (our_kmeans, s), "scikit-learn": (sklearn_kmeans, s),
+         "faiss": (faiss_kmeans, s)},
+        {"tokens to ids": (our_tokens, s), "tokenizers": (tokenizers_tokens, s)},
+        {"1 layer": (our_step, small), "1 layer, 2 x tasks": (our_step, replace(small, tasks=2)),
+         "1 layer, 2 x support": (our_step, replace(small, support=2 * s.support)),
+         "1 layer, 2 x text": (our_step, replace(small, shortest=2 * s.shortest,
+                                                  longest=2 * s.longest)),
+         "1 layer, 2 x prompt": (our_step, replace(small, prompt=2 * s.prompt))}]
+
+
+EXACT, KEPT, HF, GROWN = ("exact, recomputed", "exact, graphs kept", "transformers, create_graph",
+                          "1 layer, 2 x ")
+# label, against, what is compared, at most (at the full sizes)
+RATIOS = [
+    (EXACT, "first order", "seconds", 1.9), (KEPT, "first order", "seconds", 1.55),
+    (EXACT, HF, "seconds", 0.55), (KEPT, HF, "seconds", 0.45), (EXACT, HF, "MB", 0.40),
+    ("twice the layers (once)", "transformers, twice the layers (once)", "MB", 0.25),
+    ("four times the support (once)", EXACT, "MB", 1.1),
+    (EXACT, "transformers, first order, padded", "seconds", 0.35),
+    ("bf16 exact, graphs kept", "bf16 transformers, create_graph", "seconds", 0.9),
+    ("bf16 exact, graphs kept", "bf16 transformers, create_graph", "MB", 0.9),
+    ("embedding", "transformers' encoder", "seconds", 0.40),
+    ("k-means", "scikit-learn", "seconds", 0.55), ("k-means", "faiss", "seconds", 0.70),
+    ("tokens to ids", "tokenizers", "seconds", 1.1),
+    ("few-shot step", "PEFT's few-shot step", "seconds", 0.6),
+    *((GROWN + what, "1 layer", "half the seconds", 1.1)
+      for what in ("tasks", "support", "text", "prompt"))]
+
+
+def peak_bytes(device, reset=False):
+    """The most memory that this process held since the last reset."""
+    if device.startswith("cuda"):
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if reset and sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def serve(pipe, contender, s, threads):
+    """A contender's process: each time it is asked, run and tell (seconds, peak MB, its value)."""
+    torch.set_num_threads(threads)
+    contender(replace(s, **WARM))()             # libraries load parts of themselves at first use
+    run = contender(s)
+    loaded = peak_bytes(s.device, reset=True)
+    pipe.send(None)
+    while pipe.recv():
+        began = time.perf_counter()
+        value = run()
+        if s.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        pipe.send((seconds, (peak_bytes(s.device) - loaded) / 2 ** 20,
+                   value if isinstance(value, float) else None))
+
+
+def measure_group(group, repetitions, threads):
+    """Let the contenders of a group take turns -> {label: [(seconds, MB, value)]}; [] not run."""
+    context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
+    for label, (contender, s) in group.items():
+        if all(map(find_spec, NEEDS.get(contender.__name__.split("_")[0], []))):
+            pipes[label], there = context.Pipe()
+            processes.append(context.Process(target=serve, daemon=True,
+                                             args=(there, contender, s, threads)))
+            processes[-1].start()
+            there.close()                               # so that its death ends a recv() here
+            pipes[label].recv()
+    found = {label: [] for label in group}
+    for repetition in range(repetitions):
+        for label, pipe in pipes.items():
+            if repetition == 0 or "(once)" not in label:
+                pipe.send(True)
+                found[label].append(pipe.recv())
+    for pipe, process in zip(pipes.values(), processes):
+        pipe.send(False)
+        process.join()
+    return found
+
+
+def summary(runs):
+    """[(seconds, MB, value)] -> median seconds, their spread (largest - smallest) / median, the
+    most MB, the last value."""
+    seconds = [run[0] for run in runs]
+    middle = statistics.median(seconds)
+    return middle, (max(seconds) - min(seconds)) / middle, max(run[1] for run in runs), runs[-1][2]
+
+
+def ratios(found):
+    """{label: [(seconds, MB, value)]} -> [(label, against, what, ratio or None, at most)]."""
+    rows = []
+    for label, against, what, most in RATIOS:
+        ratio = None
+        if found.get(label) and found.get(against):
+            a, b = (summary(found[name])[2 if what == "MB" else 0] for name in (label, against))
+            ratio = a / b / (2 if what.startswith("half") else 1)
+        rows.append((label, against, what, ratio, most))
+    return rows
+
+
+def product_rates(s):
+    """This machine's 1e9 operations a second in products of (1024, 768) and (3072, 768), the
+    better of 9 runs in the middle -> by F.linear, by t5.linear."""
+    x, w = (torch.randn(n, 768, device=s.device, dtype=getattr(torch, s.dtype))
+            for n in (1024, 3072))
+    times = {F.linear: [], T.linear: []}
+    for _ in range(9):
+        for function, taken in times.items():
+            began = time.perf_counter()
+            function(x, w)[0, 0].item()
+            taken.append(time.perf_counter() - began)
+    return [2e-9 * 1024 * 768 * 3072 / statistics.median(taken) for taken in times.values()]
+
+
+def operations(s):
+    """Those of an exact step's products, counted on meta tensors."""
+    (task, partner), = random_pairs(replace(s, tasks=1))
+    t5 = stand_in(shape(s), torch.float32, "meta")
+    theta, method = torch.empty(s.prompt, s.d, device="meta"), Method(micro_tokens=s.micro_tokens)
+    with FlopCounterMode(display=False) as counter:
+        prompt_gradient(t5, theta, task.query, method, partner.query, LAM)
+        gradient_and_hessian(t5, theta, task.support, method)[3](theta)
+    return counter.get_total_flops()
+
+
+def machine(threads, s):
+    """One line: processor, threads, versions."""
+    name = torch.cuda.get_device_name() if s.device.startswith("cuda") else next(
+        (line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines()
+         if line.startswith("model name")), platform.processor()) \
+        if sys.platform == "linux" else platform.processor()
+    return f"{name}, {threads} threads, torch {torch.__version__}"
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small shape, 3 repetitions")
+    parser.add_argument("--repeat", type=int, help="repetitions of each contender [5; quick: 3]")
+    parser.add_argument("--threads", type=int, default=1, help="of each process [1]")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
+    parser.add_argument("--json", type=Path, help="write all that was measured to this file")
+    given = parser.parse_args(argv)
+    repetitions = given.repeat if given.repeat is not None else 3 if given.quick else 5
+    if repetitions < 1 or given.threads < 1:
+        raise T.InputError("--repeat and --threads must be 1 or more")
+    if given.json and not given.json.absolute().parent.is_dir():
+        raise T.InputError(f"--json {given.json}: there is no such folder")
+    s = replace(QUICK if given.quick else Sizes(), dtype=given.dtype,
+                device=str(pick_device(given.device)))
+    os.environ["OMP_NUM_THREADS"] = str(given.threads)      # of scikit-learn's and faiss's, too
+    torch.set_num_threads(given.threads)
+    print(machine(given.threads, s))
+    print("sizes:", ", ".join(f"{name} {value}" for name, value in asdict(s).items()))
+    rates, found = product_rates(s), {}
+    print(f"products of matrices: F.linear {rates[0]:.0f}, t5.linear {rates[1]:.0f} GFLOP/s\n\n"
+          f"{'median of ' + str(repetitions):40}{'seconds':>10}{'spread':>8}{'peak MB':>9}")
+    for group in groups(s):
+        found |= measure_group(group, repetitions, given.threads)
+        for label in group:
+            if found[label]:
+                seconds, spread, mb, value = summary(found[label])
+                print(f"{label:40}{seconds:10.3f}{spread:8.0%}{mb:9.0f}"
+                      + (f"  inertia {value:.7g}" if value else ""), flush=True)
+            else:
+                print(f"{label:40}   not run")
+    print("\n| what | against | of | ratio | at most |\n| --- | --- | --- | --- | --- |")
+    rows = ratios(found)
+    for label, against, what, ratio, most in rows:
+        print(f"| {label} | {against} | {what} | "
+              f"{'not run' if ratio is None else f'{ratio:.2f}'} | {most} |")
+    share = operations(s) * 1e-9 / summary(found[EXACT])[0] / max(rates)
+    print(f"\nThe exact step's products alone would take {share:.0%} of its time at that rate.")
+    if given.json:
+        values = {"machine": machine(given.threads, s), "sizes": asdict(s), "gflops": rates,
+                  "share": share, "runs": found, "ratios": rows}
+        text = json.dumps(values, indent=1)
+        data.atomic_write(given.json, lambda file: file.write(text.encode()))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (T.InputError, OSError, EOFError) as error:      # EOFError: a contender's process died
+        print(f"error: {error or 'a contender ended, see above'}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
