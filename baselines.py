@@ -80,8 +80,8 @@ def tuning_gradient(t5, baseline, parameters, examples, method):
     supmer.prompt_gradient's; no gradient of what is not among the parameters is computed.
     """
     total, H, loss = {name: torch.zeros_like(x) for name, x in parameters.items()}, 0.0, 0.0
-    device = next(iter(parameters.values())).device
-    for _, batch, _ in micro_batches(examples, method.micro_batch, device):
+    _, theta = baseline.model(t5, baseline.fold(t5, parameters))
+    for _, batch, _ in micro_batches(examples, theta, method):
         share, (loss_part, H_part) = first_derivative(lambda parameters: loss_share(
             *baseline.model(t5, baseline.fold(t5, parameters)), batch, None, 0.0, examples.words,
             len(examples.ids), method), parameters)
