@@ -4943,7 +4943,7 @@ def test_an_official_model_without_a_gpu_says_what_it_would_cost_and_stops(
     assert re.search(r"memory: +[\d.]+ GiB with micro-batches of 2048 positions: [\d.]+ weights, "
                      r".*\ndownload: 242 MB of t5-small\n", said)
     assert re.search(r"[\d.]+ s a step, [\d,.]+ hours for 100,000 steps", said)
-    assert "OpenWebText, about 0.3 GB of archives for 1 GB of text" in said
+    assert "1 file(s) of openwebtext, about 0.6 GB of archives for 1 GB of text" in said
     monkeypatch.setattr(train, "time_lines", lambda *_: (["time: 7 s a step"], 194.0))
     with contextlib.chdir(small_world[0]):
         for model in ("t5-small", "model"):

@@ -416,7 +416,7 @@ def time_lines(t5, training, method):
              f"disk:     {text / 2e9:.3g} GB for the corpus's tokens in cache/"]
     for name in web:
         count = data.corpus_count(name, training.bytes)
-        lines.append(f"download: {count} files of {name}, about "
+        lines.append(f"download: {count} file(s) of {name}, about "
                      f"{count * data.CORPORA[name].archive / 1e9:.1f} GB of archives for "
                      f"{text / 1e9:.3g} GB of text, if not cached yet")
     return lines, hours + clustering
