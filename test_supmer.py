@@ -5062,7 +5062,7 @@ def test_the_memory_estimate_is_what_a_step_takes(model, rows, tokens):
     said = sum(parts.values()) - parts["weights"] - parts["program"] + train.LIBRARIES
     tidy = {"MALLOC_MMAP_THRESHOLD_": "65536"}
     grown = peak_of(f"""
-import supmer, train
+import supmer, torch, train
 t5 = train.stand_in(train.model_shape({model!r}), torch.float32, "cpu")
 task = train.stand_in_task(t5.config.d_model, {rows}, {tokens})
 method = supmer.Method(micro_tokens={rows * (100 + tokens)})""", """
@@ -5529,13 +5529,14 @@ def test_ft_differentiates_every_weight(tied):
 
 
 def test_prompts_gradient_is_the_kernels():
-    """For a prompt, tuning_gradient is supmer.prompt_gradient, bit by bit."""
+    """For a prompt, tuning_gradient is supmer.prompt_gradient, up to the rounding of its sum."""
     t5, examples = small_t5(), small_examples(10)
     theta = baselines.normal_prompt(t5, 1, 3)["theta"]
     g, H, loss = baselines.tuning_gradient(t5, baselines.BASELINES["random"], {"theta": theta},
                                            examples, supmer.Method(micro_tokens=40))
     expected = supmer.prompt_gradient(t5, theta, examples, supmer.Method(micro_tokens=40))
-    assert all(torch.equal(one, other) for one, other in zip((g["theta"], H, loss), expected))
+    for one, other in zip((g["theta"], H, loss), expected):
+        assert relative(one, other) < 1e-6
 
 
 def test_inputs_of_each_kind_literally(place, monkeypatch):
