@@ -3,7 +3,7 @@
     python kmeans.py      # the inertia of each iteration on five planted clusters, in two seconds
 
 Minimizes the inertia, the sum over all points of |x_i - c_a(i)|^2 (Eq. 16 of SUPMER, arXiv
-2303.12314). Beyond the points, memory holds one chunk's distances to all centroids, never all.
+2303.12314). Memory holds the points twice, and one chunk's distances to all centroids, never all.
 Points and centroids are float32 or float64; sums over points are float64, in the points' order, so
 the chunk's size shows only in the rounding of the matrix product (on CUDA that order is free: two
 runs are equal to the last float64 bits). n points of width d, K clusters, c points in a chunk.
@@ -22,25 +22,22 @@ class Clustering(NamedTuple):
     inertia: list[float]        # of the start, then after each update of the centroids
 
 
-def nearest(points, centroids, chunk=2048):
+def nearest(points, centroids, chunk=1024):
     """Points (n, d), centroids (K, d) -> index of the nearest one (n,) long, squared distance (n,).
 
-    |x - c|^2 = |x|^2 - 2 x.c + |c|^2, one matrix product a chunk. The origin is the centroids'
-    mean, because a component shared by all points would cost the digits in which they differ.
-    Ties go to the lower index. The default chunk fits a CPU's cache; a GPU likes larger ones.
+    |x - c|^2 = |x|^2 - 2 x.c + |c|^2, one matrix product a chunk. The origin should lie among the
+    points: a component shared by all would cost the digits in which they differ. Ties go to the
+    lower index. The default chunk fits a CPU's cache; a GPU likes larger ones.
     """
-    origin = centroids.mean(0)
-    centroids = centroids - origin
     squares, parts = centroids.square().sum(1), []
-    for x in points.split(chunk):
-        x = x - origin                                                         # (c, d)
+    for x in points.split(chunk):                                              # (c, d)
         smallest, index = torch.addmm(squares, x, centroids.T, alpha=-2).min(1)    # of (c, K)
         distances = smallest + torch.linalg.vector_norm(x, dim=1).square()
         parts.append((index, distances.clamp(min=0)))                          # rounding: below 0
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
-def plus_plus(points, k, seed, chunk=2048):
+def plus_plus(points, k, seed, chunk=1024):
     """k-means++ (Arthur & Vassilvitskii 2007): k of the points (n, d) to start from -> (K, d).
 
     The first is uniform; each next one is drawn with probability in proportion to its squared
@@ -75,7 +72,7 @@ def fill_empty(assignments, distances, k):
     return assignments
 
 
-def kmeans(points, k, seed, iterations=50, chunk=2048, centroids=None):
+def kmeans(points, k, seed, iterations=50, chunk=1024, centroids=None):
     """Cluster points (n, d) from k-means++, or from centroids (k, d), until nothing changes.
 
     Up to `iterations` times: assign each point to its nearest centroid, fill empty clusters, move
@@ -90,17 +87,18 @@ def kmeans(points, k, seed, iterations=50, chunk=2048, centroids=None):
     centroids = plus_plus(points, k, seed, chunk) if centroids is None else centroids
     if centroids.shape != (k, points.shape[1]) or not centroids.isfinite().all():
         raise ValueError(f"centroids must be {k} finite rows of width {points.shape[1]}")
-    inertia, previous = [], None
+    origin, inertia, previous = points.mean(0), [], None
+    points, centroids = points - origin, centroids.double() - origin
     while True:
-        assignments, distances = nearest(points, centroids, chunk)
+        assignments, distances = nearest(points, centroids.to(points.dtype), chunk)
         inertia.append(distances.double().sum().item())                        # Eq. 16
         filled = fill_empty(assignments, distances, k)
         if len(inertia) > iterations or previous is not None and torch.equal(filled, previous):
-            return Clustering(centroids, assignments, inertia)
+            return Clustering((centroids + origin).to(points.dtype), assignments, inertia)
         previous, sums = filled, torch.zeros_like(centroids, dtype=torch.float64)
         for x, index in zip(points.split(chunk), filled.split(chunk)):
             sums.index_add_(0, index, x.double())
-        centroids = (sums / torch.bincount(filled)[:, None]).to(points.dtype)  # no cluster is empty
+        centroids = sums / torch.bincount(filled)[:, None]                     # none is empty
 
 
 if __name__ == "__main__":
