@@ -1,6 +1,6 @@
 """Every method that SUPMER is compared with (appendix B, C), on the same T5, data and protocol.
 
-    python baselines.py     # tunable parameters of each method on t5-base, one few-shot input
+    python baselines.py     # tunable parameters of each method on t5-base
 
 What they learn from a downstream task's few examples:
     prompt          P vectors in front of the text, all else frozen     Lester et al. 2021
@@ -27,10 +27,10 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
-from data import (MASK, SOLO, TASKS, TINY, WORDS, compile_template, examples_as_text, fill_template,
-                  load_tokenizer, load_train, task_examples, template_fields, tokenize)
+from data import (MASK, SOLO, WORDS, compile_template, fill_template, task_examples,
+                  template_fields, tokenize)
 from supmer import first_derivative, init_prompt, loss_share, micro_batches, prompt_gradient
-from t5 import T5, InputError, T5Config, expected_shapes, linear, read_config, rms_norm
+from t5 import T5, InputError, T5Config, expected_shapes, linear, rms_norm
 
 PREFIX_LENGTH = 20          # of both prefix methods; the paper gives none (ours)
 PREFIX_WIDTH = 512          # m, the reparametrizing MLP's hidden width, as Li & Liang's (4.3)
@@ -46,7 +46,6 @@ class Baseline(NamedTuple):
     pose: Callable          # (tokenizer, name, task, rows, shown, seed) -> [Examples]: see pose()
     rates: tuple = ()       # AdamW's, to be chosen from on validation; (): nothing is tuned
     length: int = 0         # P, where it is not a setting
-    scaled: bool = False    # the rates follow the embedding table's scale where a setting says so
 
 
 # ------------------------------------------------------------------------- what all of them share
@@ -76,18 +75,19 @@ def nothing(t5, seed, length):
 def tuning_gradient(t5, baseline, parameters, examples, method):
     """Gradient of the mean loss over n Examples with respect to every parameter (Eq. 1).
 
-    -> {name: tensor} like parameters, the gate's H (d,), the loss. For a prompt that is
+    -> {name: tensor} like parameters, the gate's H (d,). For a prompt that is
     supmer.prompt_gradient's; no gradient of what is not among the parameters is computed.
     """
-    total, H, loss = {name: torch.zeros_like(x) for name, x in parameters.items()}, 0.0, 0.0
+    total, H = {name: torch.zeros_like(x) for name, x in parameters.items()}, 0.0
     _, theta = baseline.model(t5, baseline.fold(t5, parameters))
     for _, batch, _ in micro_batches(examples, theta, method):
-        share, (loss_part, H_part) = first_derivative(lambda parameters: loss_share(
+        share, (_, H_part) = first_derivative(lambda parameters: loss_share(
             *baseline.model(t5, baseline.fold(t5, parameters)), batch, None, 0.0, examples.words,
             len(examples.ids), method), parameters)
-        total = {name: x + share[name] for name, x in total.items()}
-        H, loss = H + H_part, loss + loss_part
-    return total, H, loss
+        for name, x in share.items():
+            total[name] += x
+        H = H + H_part
+    return total, H
 
 
 # ------------------------------------------------------------ prompt tuning (Lester et al. 2021)
@@ -128,8 +128,9 @@ def prefix_names(t5):
 def p_tuning_v2_start(t5, seed, length):
     """P-Tuning-v2 (Liu et al. 2022): P keys and values of each layer's self-attention, directly.
 
-    They start as those of rows of the embedding table ("real words", Li & Liang, 7.4). 2 P h k
-    numbers a layer: 737,280 at t5-base with P = 20.
+    They start as each layer's keys and values of rows of the embedding table (near to Li & Liang's
+    start from the model's activations on real words, without running it). Cross-attention gets
+    none. 2 P h k numbers a layer: 737,280 at t5-base with P = 20.
     """
     c, w, rows, parameters = t5.config, t5.weights, init_prompt(t5, length, seed), {}
     for name in prefix_names(t5):
@@ -189,8 +190,8 @@ def with_weights(t5, kept):
 
 
 def ft_memory(config):
-    """Bytes that one process of FT holds beside a step's activations: the frozen weights, and the
-    tuned ones, their gradient, Adam's two moments and the best so far."""
+    """Bytes that one process of FT holds beside the frozen weights and a step's activations: the
+    tuned weights, a set's and a micro-batch's gradient, Adam's two moments, the best so far."""
     return 6 * 4 * sum(map(math.prod, expected_shapes(config).values()))
 
 
@@ -283,7 +284,7 @@ def pose_instructed(tokenizer, name, task, rows, shown, seed, orders=0):
     return posed
 
 
-PROMPT = Baseline(None, keep_all, with_prompt, pose, (0.1, 0.2, 0.3), scaled=True)     # C.1
+PROMPT = Baseline(None, keep_all, with_prompt, pose, (0.1, 0.2, 0.3))      # C.1
 BASELINES = {
     "learned": PROMPT,                                  # begins with a given_prompt
     "unified": PROMPT._replace(pose=pose_unified),
@@ -305,9 +306,10 @@ BASELINES = {
 def ppt_step(t5, state, pairs, method, seed, ranks=SOLO):
     """PPT (Gu et al. 2022): one step of the plain loss on the tasks that SUPMER would adapt to.
 
-    As supmer.meta_step, of which partners, phi and the seed are not used. The
-    batch is all support and query examples of the n tasks, 256 with the paper's sizes; the rate is
-    prompt_rate / sqrt(t) in step t from 1 on ("inverse square root", C.2). -> the log's loss.
+    As supmer.meta_step, of which partners, phi and the seed are not used. The batch is all support
+    and query examples of the n tasks, 256 with the paper's sizes; the rate in step t, from 1 on, is
+    prompt_rate / sqrt(t) ("inverse square root", C.2), without Gu et al.'s weight decay. -> a dict
+    for the log.
     """
     sets = [examples for task, _ in pairs for examples in (task.support, task.query)]
     n = sum(len(examples.ids) for examples in sets)
@@ -338,11 +340,15 @@ UNIFIED = {variant: (as_choice("{0} . {1}", WORDS[variant]), LETTERS[:len(WORDS[
 def examples_per_step(training, method):
     """Examples that a step of a train.Training and a Method draws: SUPMER and what leaves a part of
     it out n (support + query), and the partners' query sets where tasks are mixed."""
-    return training.tasks * (training.support + training.query * (1 + (
-        method.augmentation and training.method not in STEPS)))
+    return training.tasks * (training.support + training.query * (1 + mixes(training, method)))
 
 
-STEPS = {"ppt": ppt_step, "unified-ppt": ppt_step}      # the others take supmer.meta_step
+def mixes(training, method):
+    """Whether a partner task is mixed in."""
+    return method.augmentation and training.method not in PLAIN
+
+
+PLAIN = ("ppt", "unified-ppt")          # take ppt_step, the others supmer.meta_step
 METHODS = {
     "supmer": {},
     "ppt": {"regularizer": False},
@@ -357,12 +363,24 @@ ABLATIONS = {   # Table 4
 }
 
 
+def name_of(training, method):
+    """What a train.Training and a Method make: their method, or an ablation, or "variant", SUPMER
+    with other parts left out."""
+    parts = {"only": training.only, "augmentation": method.augmentation,
+             "curriculum": method.curriculum, "regularizer": method.regularizer}
+    left_out = {key: x for key, x in parts.items() if x not in ("", True)}
+    if training.method != "supmer" or not left_out and not method.first_order:
+        return training.method
+    return next((name for name, preset in ABLATIONS.items()
+                 if preset == left_out and not method.first_order), "variant")
+
+
 def parameters_at(config, length):
     """{method: how many numbers it tunes} on a T5Config, prompts of `length` vectors."""
     ones = {name: torch.ones(()).expand(shape) for name, shape in expected_shapes(config).items()}
     t5 = T5(config, {"lm_head.weight": ones["shared.weight"], **ones})     # takes no memory
     counted = {name: count(one.start(t5, 0, one.length or length))
-               for name, one in BASELINES.items() if one.start and one.start is not ft_start}
+               for name, one in BASELINES.items() if one.start not in (None, nothing, ft_start)}
     return counted | {"ft": sum(map(math.prod, expected_shapes(config).values()))}
 
 
@@ -370,8 +388,3 @@ if __name__ == "__main__":
     base = T5Config(768, 64, 3072, 12, 12, 12, 32128, False, True, True, 32, 128, 1e-6)
     for name, number in parameters_at(base, 100).items():
         print(f"{name:14} {number:>12,} tunable parameters at t5-base")
-    tokenizer, task = load_tokenizer(TINY, read_config(TINY)), TASKS["movie"]
-    rows = load_train(task)
-    for name in ("learned", "unified", "zero-shot", "few-shot"):
-        posed = BASELINES[name].pose(tokenizer, "movie", task, rows[:1], rows[1:3], 0)[0]
-        print(f"\n{name}: {' -> '.join(examples_as_text(tokenizer, posed, 0))}")

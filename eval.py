@@ -45,8 +45,8 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import train
-from baselines import (ABLATIONS, BASELINES, METHODS, count, ft_memory, given_prompt, pose,
-                       tuning_gradient)
+from baselines import (ABLATIONS, BASELINES, METHODS, ft_memory, given_prompt, pose,
+                       tuning_gradient, with_prompt)
 from data import (GROUPS, RELEASED, ROWS, TASKS, TINY, LabeledTask, atomic_write, few_shot,
                   fingerprint, load_test, load_texts, load_tokenizer, load_train, locate,
                   model_fingerprint, model_folder, released_folder, template_fields)
@@ -121,15 +121,15 @@ STUDIES = {     # the paper's figures, and Table 2
     "dg": {"task": ("dg",), "plot": True},
     "spread": {"task": ("mrpc", "cb", "subj"), "prompt": ("random", "vocab"), "plot": True,
                "seeds": tuple(range(10, 110, 10)), "same_examples": True},
-    "comparison": {"prompt": ("zero-shot", "few-shot", "random", "vocab", "ppt", "unified-ppt",
-                              "metapt", "supmer", "prefix-tuning", "p-tuning-v2", "ft")},
-    "ablation": {"prompt": (*ABLATIONS, "supmer")}}
+    "comparison": {"prompt": ("zero-shot", "few-shot", "random", "vocab", "prefix-tuning",
+                              "p-tuning-v2", "ft", "supmer", "ppt", "unified-ppt", "metapt")},
+    "ablation": {"prompt": ("supmer", *ABLATIONS)}}
 STUDY_RUN = ("--bytes", "10000000", "--examples", "23040", "--validate-every", "30",
              "--validation-tasks", "13")        # what a comparison pre-trains on the embedded T5
 CHOICES = {"study": tuple(STUDIES), "rate_scale": ("absolute", "rms"),
            "dtype": ("float32", "bfloat16")}
 BACKBONES = {("t5-base", 768, 12): "t5-base", ("flan-t5-xl", 2048, 24): "flan-t5-xl"}
-TUNED = Path("runs/eval/tuned")
+TUNED, COMPARED = Path("runs/eval/tuned"), Path("runs/compared")
 
 
 # ------------------------------------------------------------------------------------- prompts
@@ -143,43 +143,37 @@ class Candidate(NamedTuple):
     about: dict                 # a learned prompt's file and its metadata
 
 
-def runs_of(model, name):
-    """The folders under runs/ that train.py made for a model and a method or ablation, those that
-    are finished last, by when they ended; and whether the last one is finished."""
-    runs = {path.parent: read_run(path.parent) for path in Path("runs").glob("*/run.json")}
-    found = sorted((run["finished"], run["ended"] or 0, str(folder)) for folder, run in runs.items()
-                   if Path(run["model"]).name == Path(model).name and run["name"] == name)
-    return [folder for *_, folder in found], bool(found and found[-1][0])
-
-
 def newest_run(model):
-    """The folder of this model's run under runs/ that finished last; "released" without one, where
-    that is at hand without a run of ours. InputError for other models."""
-    folders, finished = runs_of(model, "supmer")
-    if not finished and Path(model).name in ("tiny", "t5-base", "flan-t5-xl"):
+    """The folder of this model's run under runs/ that finished last, of SUPMER with all its parts;
+    "released" without one, where that is at hand without a run of ours. InputError for other
+    models."""
+    runs = {str(path.parent): read_run(path.parent) for path in Path("runs").glob("*/run.json")}
+    ended = [(run["ended"], name) for name, run in runs.items() if run["finished"] and
+             run["name"] == "supmer" and Path(run["model"]).name == Path(model).name]
+    if not ended and Path(model).name in ("tiny", "t5-base", "flan-t5-xl"):
         return "released"
-    if not finished:
+    if not ended:
         raise InputError(f"runs/ has no finished run of {model}: make one (python train.py), or "
                          "give --prompt RUN|released|random|vocab")
-    return folders[-1]
+    return max(ended)[1]
 
 
-def pretrained_run(name, settings):
-    """The newest finished run of a method or ablation; without one train.py makes it, or goes on
-    with it. KeyboardInterrupt if that was stopped, InputError if it cannot be."""
-    folders, finished = runs_of(settings.model, name)
-    if not finished:
-        argv = ["--model", settings.model, PRETRAINED[name], name]
+def pretrained_run(name, settings, minutes):
+    """The folder under runs/compared of a method's or ablation's run, which train.py makes, or goes
+    on with, within so many minutes (0: any). KeyboardInterrupt if it was stopped, InputError if it
+    cannot be. All of a model's have the same numbers but for the method's own."""
+    folder = COMPARED / f"{Path(settings.model).name}-{name}"
+    if not folder.exists() or not read_run(folder)["finished"]:
+        argv = ["--model", settings.model, PRETRAINED[name], name, "--run", str(folder)]
         argv += STUDY_RUN if settings.model == "tiny" else ()
         argv += ["--labeled", settings.labeled] if name == "metapt" else []
-        argv = ["--resume", folders[-1]] if folders else argv
-        argv += ["--max-minutes", str(settings.max_minutes)] if settings.max_minutes else []
-        print(f"{name} has no finished run: {shlex.join(['python', 'train.py', *argv])}")
+        argv = ["--resume", str(folder)] if folder.exists() else argv
+        argv += ["--max-minutes", f"{minutes:.2f}"] if minutes else []
+        print(f"{name} comes first: {shlex.join(['python', 'train.py', *argv])}")
         train.main(argv)
-        folders, finished = runs_of(settings.model, name)
-    if not finished:
-        raise KeyboardInterrupt
-    return folders[-1]
+        if not folder.exists() or not read_run(folder)["finished"]:
+            raise KeyboardInterrupt
+    return str(folder)
 
 
 def belongs(about, config, model):
@@ -190,15 +184,15 @@ def belongs(about, config, model):
     return about["regularizer"] != "released" or RELEASED.get(shape) == about["model"]
 
 
-def open_candidate(name, t5, settings):
-    """random, vocab, ft, .., released, RUN -> Candidate. InputError unless a learned prompt is of
-    this model and length."""
+def open_candidate(name, t5, settings, minutes=0):
+    """random, vocab, ft, .., released, RUN -> Candidate; see pretrained_run. InputError unless a
+    learned prompt is of this model and length."""
     P, model = settings.prompt_length, settings.model
     if name in BASELINES and BASELINES[name].start:
         start, length = BASELINES[name].start, BASELINES[name].length or P
         return Candidate(name, name, [partial(start, seed=seed, length=length)
                                       for seed in settings.seeds], None, {})
-    path = Path(pretrained_run(name, settings) if name in PRETRAINED else name)
+    path = Path(pretrained_run(name, settings, minutes) if name in PRETRAINED else name)
     if name == "released":
         path = TINY if model == "tiny" else released_folder(t5.config)
     if not path.exists():
@@ -213,6 +207,32 @@ def open_candidate(name, t5, settings):
     baseline = "unified" if about.get("method") == "unified-ppt" else "learned"
     return Candidate(name, baseline, [partial(given_prompt, theta=theta)] * len(settings.seeds),
                      psi, {"file": str(path), **about})
+
+
+def in_turn(settings, t5, opened, about, ends, say):
+    """Yield the Candidates of --prompt, each when it is its turn, so that what must be pre-trained
+    keeps nobody waiting; of a study those that can be had.
+
+    opened: {name: Candidate} so far, about: {name: its metadata, or why it was not run}; both are
+    filled. ends: when --max-minutes are over, by time.monotonic(): then KeyboardInterrupt.
+    """
+    for name in settings.prompt:
+        try:
+            left = settings.max_minutes and max(0.01, (ends - time.monotonic()) / 60)
+            candidate = opened.get(name) or open_candidate(name, t5, settings, left)
+        except InputError as error:
+            if not settings.study:
+                raise
+            about[name] = {"not_run": str(error)}
+            say(f"{name}: not run; {error}")
+            continue
+        if name not in about and candidate.about:
+            say("\n    ".join([name, *map(" ".join, sorted(candidate.about.items()))]))
+        opened[name], about[name] = candidate, candidate.about
+        if settings.max_minutes:
+            signal.signal(signal.SIGALRM, signal.default_int_handler)
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, ends - time.monotonic()))
+        yield candidate
 
 
 # -------------------------------------------------------------------------------- tuning (C.1)
@@ -281,13 +301,14 @@ def tune(t5, baseline, start, psi, sample, seed, rate, settings, unit=1.0, tick=
             batch = train._replace(
                 ids=[train.ids[row] for row in rows], slots=[train.slots[row] for row in rows],
                 vectors=train.vectors[rows], labels=train.labels[rows])
-            gradient, H, _ = tuning_gradient(t5, baseline, parameters, batch, method)
+            gradient, H = tuning_gradient(t5, baseline, parameters, batch, method)
             for name, x in parameters.items():
                 x.grad = psi(gradient[name], H) if psi else gradient[name]
             torch.nn.utils.clip_grad_norm_(parameters.values(), method.clip)
-            optimizer.param_groups[0]["lr"] = rate * (unit if baseline.scaled else 1.0) * (
-                1 - step / steps)
+            optimizer.param_groups[0]["lr"] = rate * (1 - step / steps) * (
+                unit if baseline.model is with_prompt else 1.0)
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             tick()
 
 
@@ -329,14 +350,13 @@ def tune_job(t5, tick, baseline, start, psi, sample, seed, rate, tuning, unit, a
     curve, best, every = [], {}, {}
     for found, kept in tune(t5, baseline, start, psi, sample, seed, rate, tuning, unit, tick):
         curve.append(found)
-        kept = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for name, x in kept.items()}
         if choose(curve) == len(curve) - 1:
-            best = kept
+            best = {name: x.cpu().clone(memory_format=torch.contiguous_format)
+                    for name, x in kept.items()}
         if all_steps:
-            every |= {f"{found['step']}:{name}": x.clone() for name, x in kept.items()}
-    return best | every, {"validations": curve, "best": curve[choose(curve)],
-                          "parameters": count(start(t5)), "baseline": baseline, **about}
+            every |= {f"{found['step']}:{name}": x.cpu().clone() for name, x in kept.items()}
+    return best | every, {"validations": curve, "best": curve[choose(curve)], "baseline": baseline,
+                          **about}
 
 
 def score_job(t5, tick, baseline, kept, examples):
@@ -361,10 +381,19 @@ def do(job, t5, tick):
 
 def read_result(path):
     """A Job's file -> {name: tensor}, {name: value}. InputError if it is none."""
+    return _read(path, lambda file: ({name: file.get_tensor(name) for name in file.keys()},
+                                     json.loads(file.metadata()["result"])))
+
+
+def read_record(path):
+    """A Job's file without its tensors, which may be a whole model's -> {name: value}."""
+    return _read(path, lambda file: json.loads(file.metadata()["result"]))
+
+
+def _read(path, what):
     try:
         with safe_open(path, framework="pt") as file:
-            return ({name: file.get_tensor(name) for name in file.keys()},
-                    json.loads(file.metadata()["result"]))
+            return what(file)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is no result of eval.py ({error}): give one from {TUNED}, or "
                          "delete it") from None
@@ -395,7 +424,7 @@ def do_in_worker(job):
 
 @contextlib.contextmanager
 def workers(t5, folder, dtype, devices, count):
-    """-> work(jobs, title), which does what is not done yet in `count` processes -> all results.
+    """-> work(jobs, title), which does what is not done yet in `count` processes -> their paths.
 
     One process is this one, with t5. Each computes with one thread, so that no sum depends on
     their number.
@@ -420,7 +449,7 @@ def workers(t5, folder, dtype, devices, count):
                     bar.update(ticks.value - before - bar.n)
                     for future in done:
                         future.result()         # raises what was raised there
-        return [read_result(job.path) for job in jobs]
+        return [job.path for job in jobs]
 
     try:
         if count > 1:
@@ -566,18 +595,18 @@ def tune_task(context, plan, candidates, samples, shots):
                     all_steps=settings.study == "steps", about=about))
                 places.append((candidate.name, i))
     found = {}
-    for place, job, result in zip(places, jobs, context.work(jobs, f"tune {plan.name}")):
-        found.setdefault(place, []).append((job.path, *result))
+    for place, path in zip(places, context.work(jobs, f"tune {plan.name}")):
+        found.setdefault(place, []).append((path, read_record(path)))
     records, kept = ({candidate.name: [] for candidate in candidates} for _ in range(2))
     for (name, i), of_rates in found.items():
-        path, tensors, best = min(of_rates, key=lambda one: rank(one[2]["best"]))
+        path, best = min(of_rates, key=lambda one: rank(one[1]["best"]))
         records[name].append({
             "seed": settings.seeds[i], "examples": len(samples[i].train), "best": best["best"],
-            "file": str(path), "parameters": best["parameters"],
-            "validations": [result["validations"] for *_, result in of_rates],
-            "time": {"seconds": sum(result["time"]["seconds"] for *_, result in of_rates)}})
+            "file": str(path),
+            "validations": [result["validations"] for _, result in of_rates],
+            "time": {"seconds": sum(result["time"]["seconds"] for _, result in of_rates)}})
         steps = {}
-        for key, x in tensors.items():
+        for key, x in read_result(path)[0].items():
             step, _, key = key.rpartition(":")
             steps.setdefault(int(step or -1), {})[key] = x
         kept[name].append([steps[step] for step in sorted(steps)])
@@ -612,16 +641,18 @@ def test_task(context, name, task, folder, candidates, kept, samples):
         how, tuned = BASELINES[candidate.baseline].pose, bool(BASELINES[candidate.baseline].rates)
         for i, sample in enumerate(samples):
             key = how, 0 if tuned else i        # what is tuned reads the same rows for each seed
-            if key not in posed:
-                posed[key] = how(context.tokenizer, name, task, rows, sample.train, sample.seed)
-            choices = {"untuned": candidate.starts[i]} if tuned else {}
+            if key not in posed:                # one seed shows what the demonstrations' order does
+                posed[key] = how(context.tokenizer, name, task, rows, sample.train, sample.seed)[
+                    :1 if i else None]
+            prompt = BASELINES[candidate.baseline].model is with_prompt
+            choices = {"untuned": candidate.starts[i]} if prompt else {}
             for step, x in (choices | dict(enumerate(kept[candidate.name][i]))).items():
                 wanted[candidate.name, i, step] = candidate.baseline, x, posed[key]
     scores = iter(context.work([make_job(
         context.made_of, f"{name}-scores", score_job, 1, baseline=baseline, kept=parameters,
         examples=examples) for baseline, parameters, several in wanted.values()
         for examples in several], f"test {name}"))
-    chosen = {key: [next(scores)[0]["scores"].argmax(-1) for _ in several]
+    chosen = {key: [read_result(next(scores))[0]["scores"].argmax(-1) for _ in several]
               for key, (*_, several) in wanted.items()}     # n predicted labels, one an order
 
     def accuracy(predicted, counted=slice(None)):
@@ -631,7 +662,7 @@ def test_task(context, name, task, folder, candidates, kept, samples):
         return statistics.mean(accuracy(predicted, k) for k in counted)
     results = {}
     for candidate in candidates:
-        by_seed = [[statistics.mean(accuracy(one, k) for one in chosen[candidate.name, i, step])
+        by_seed = [[accuracy(chosen[candidate.name, i, step][0], k)
                     for step in range(len(kept[candidate.name][i]))]
                    for i, k in enumerate(counted)]
         found = [first for first, *_ in by_seed]
@@ -642,10 +673,8 @@ def test_task(context, name, task, folder, candidates, kept, samples):
             values = [accuracy(chosen[candidate.name, i, "untuned"][0], k)
                       for i, k in enumerate(counted)]
             result["untuned"] = [statistics.mean(values)] if candidate.about else values
-        orders = [[accuracy(one, k) for one in chosen[candidate.name, i, 0]]
-                  for i, k in enumerate(counted)]
-        if len(orders[0]) > 1:
-            result["orders"] = orders
+        if len(chosen[candidate.name, 0, 0]) > 1:
+            result["orders"] = [accuracy(one, counted[0]) for one in chosen[candidate.name, 0, 0]]
         if settings.study == "steps":
             result["steps"] = [rest for _, *rest in by_seed]
         if settings.predictions:
@@ -658,17 +687,30 @@ def test_task(context, name, task, folder, candidates, kept, samples):
 
 
 def evaluate(context, shots, plan, candidates):
-    """Tune on a plan's task, then test -> its part of the JSON file."""
-    began = time.perf_counter()
+    """Tune on a plan's task, then test -> its part of the JSON file, and whether it was stopped.
+
+    candidates: an iterable of those to tune, one after the other. A KeyboardInterrupt ends tuning:
+    what is tuned by then is tested, and it is raised again if that is nothing.
+    """
+    began, tuning, kept, done, stopped = time.perf_counter(), {}, {}, [], False
     samples = draw_samples(context, plan, shots)
-    tuning, kept = tune_task(context, plan, candidates, samples, shots)
+    try:
+        for candidate in candidates:
+            for whole, part in zip((tuning, kept), tune_task(context, plan, [candidate], samples,
+                                                             shots)):
+                whole |= part
+            done.append(candidate)
+    except KeyboardInterrupt:
+        stopped = True
+        if not done:
+            raise
     tuned = time.perf_counter()
-    tests = {name: test_task(context, name, task, plan.folder, candidates, kept, samples)
+    tests = {name: test_task(context, name, task, plan.folder, done, kept, samples)
              for name, task in plan.targets.items()}
     return {"task": plan.name, "shots": shots, "examples": len(samples[0].train), "tuning": tuning,
             "test": {name: test for name, test in tests.items() if test},
             "test_seconds": time.perf_counter() - tuned,
-            "minutes": (time.perf_counter() - began) / 60}
+            "minutes": (time.perf_counter() - began) / 60}, stopped
 
 
 # ------------------------------------------------------------------------------ tables, pictures
@@ -727,16 +769,15 @@ def details(result, settings):
     tests = ", ".join(f"{test['rows']:,} of {test['of']:,} test rows of {target}"
                       for target, test in result["test"].items())
     lines = [f"{result['task']} on {settings.model}, {result['shots']} shots, {result['examples']} "
-             f"examples; {tests or 'not tested'}; {result['minutes']:.1f} minutes"]
+             f"examples; {tests or 'not tested'}; {result['minutes']:.1f} minutes, "
+             f"{result['processes']} process(es)"]
     for test in result["test"].values():
-        lines += [f"  {name}: the order of its demonstrations moves a seed's accuracy by "
-                  f"{statistics.mean(max(o) - min(o) for o in one['orders']):.1f} on average, of "
-                  f"{len(one['orders'][0])} orders" for name, one in test["prompts"].items()
-                  if "orders" in one]
+        lines += [f"  {name}: the first seed's demonstrations in {len(one['orders'])} orders: "
+                  + " ".join(f"{accuracy:.1f}" for accuracy in one["orders"])
+                  for name, one in test["prompts"].items() if "orders" in one]
     for name, records in ((name, records) for name, records in result["tuning"].items() if records):
         best = min(records, key=lambda record: rank(record["best"]))
-        lines += [f"  {name}: {records[0]['parameters']:,} parameters, "
-                  f"{sum(r['time']['seconds'] for r in records):.0f} seconds of tuning; "
+        lines += [f"  {name}: {sum(r['time']['seconds'] for r in records):.0f} seconds of tuning; "
                   "rate/step chosen for each seed "
                   + " ".join("{rate}/{step}".format(**record["best"]) for record in records),
                   f"    best on validation: {best['file']}"]
@@ -842,6 +883,11 @@ def parse(argv):
     if "dg" in settings.task and set(settings.task) & set(GROUPS["dg"]):
         parser.error("dg tests on the six domains, tuned on airlines: leave their names away")
     check_own_task(settings, given, parser.error)
+    others = set(settings.prompt) & BASELINES.keys() - {"random", "vocab"}
+    if others and (quick or settings.study == "steps"):
+        parser.error(f"--quick and --study steps are for prompts: leave {', '.join(others)} away")
+    if others & {"zero-shot", "few-shot"} and settings.template:
+        parser.error("zero-shot and few-shot have no instruction for your own task: leave them out")
     if settings.predict:
         if len(settings.prompt) != 1 or not Path(settings.prompt[0]).is_file():
             parser.error(f"--predict needs one tuned --prompt, a file from {TUNED}")
@@ -920,23 +966,10 @@ def main(argv):
     more = ft_memory(read_config(model)) if "ft" in settings.prompt else 0
     if more:
         print(f"ft: {more / 2**30:.2f} GiB in each process beside the frozen weights and a step's "
-              f"activations, and {more / 6 / 2**30:.2f} GiB in {TUNED} for each rate and seed")
+              f"activations; a task's rates and seeds take "
+              f"{more / 6 / 2**30 * 3 * len(settings.seeds):.2f} GiB in {TUNED}")
     devices, count = processes(settings, model, more)
     t5 = load_t5(model, dtype, torch.device(devices[0] if count == 1 else "cpu"))
-    ends = time.monotonic() + 60 * settings.max_minutes
-    candidates, without = [], {}
-    for name in settings.prompt:
-        try:
-            candidates.append(open_candidate(name, t5, settings))
-        except InputError as error:             # a study shows what there is
-            if not settings.study or name not in PRETRAINED:
-                raise
-            without[name] = {"not_run": str(error)}
-            print(f"{name}: not run; {error}")
-    if settings.max_minutes:                    # a Ctrl-C to come
-        signal.signal(signal.SIGALRM, signal.default_int_handler)
-        signal.setitimer(signal.ITIMER_REAL, max(1e-3, ends - time.monotonic()))
-    print(*(f"{one.name}: {one.about}" for one in candidates if one.about), sep="\n")
     unit = float(t5.weights["shared.weight"].float().cpu().square().mean().sqrt())
     code = [Path(__file__).with_name(f"{name}.py") for name in (
         "eval", "baselines", "supmer", "data", "t5")]
@@ -948,20 +981,25 @@ def main(argv):
                      *["quick"] * ("--quick" in argv)])
     out = Path(settings.out or f"runs/eval/{stem}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists():                            # what an earlier call found is kept beside
-        numbered = (out.with_suffix(f".{number}.json") for number in range(1, 10 ** 6))
-        out.rename(next(path for path in numbered if not path.exists()))
     written = {"command": shlex.join(["python", "eval.py", *argv]), "settings": asdict(settings),
-               "prompts": {one.name: one.about for one in candidates} | without,
-               "not_run": absent, "results": []}
-    stopped = False
+               "prompts": {}, "not_run": absent, "results": []}
+    ends, stopped, todo = time.monotonic() + 60 * settings.max_minutes, False, [
+        (shots, plan) for shots in settings.shots for plan in found]
+    opened = {name: open_candidate(name, t5, settings) for name in settings.prompt
+              if name not in PRETRAINED}
+
     with workers(t5, model, dtype, devices, count) as work:
         context = Context(settings, load_tokenizer(model, t5.config), work, made_of,
                           unit if settings.rate_scale == "rms" else 1.0, print)
-        todo = [(shots, plan) for shots in settings.shots for plan in found]
         try:
-            while todo:
-                written["results"].append(evaluate(context, *todo[0], candidates))
+            while todo and not stopped:
+                result, stopped = evaluate(context, *todo[0], in_turn(
+                    settings, t5, opened, written["prompts"], ends, print))
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                if not written["results"] and out.exists():     # an earlier call's is kept beside
+                    numbered = (out.with_suffix(f".{n}.json") for n in range(1, 10 ** 6))
+                    out.rename(next(path for path in numbered if not path.exists()))
+                written["results"].append(result | {"processes": count})
                 atomic_write(out, lambda file: file.write(json.dumps(written, indent=1).encode()))
                 print(details(written["results"][-1], settings))
                 del todo[0]
@@ -969,7 +1007,7 @@ def main(argv):
             if not written["results"]:
                 raise
             stopped = True
-            absent |= {plan.name: "stopped before it was done" for _, plan in todo}
+    absent |= {plan.name: "stopped before it was done" for _, plan in todo}
     print(f"details: {out}")
     if not any(result["test"] for result in written["results"]):
         return

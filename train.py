@@ -39,7 +39,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import data
-from baselines import ABLATIONS, METHODS, STEPS, UNIFIED, examples_per_step
+from baselines import (ABLATIONS, METHODS, PLAIN, UNIFIED, examples_per_step, mixes, name_of,
+                       ppt_step)
 from data import (SOLO, VARIANTS, LabeledIndex, Ranks, TaskIndex, atomic_write, labeled_task,
                   meta_task)
 from supmer import (Method, gradient_and_hessian, init_prompt, init_regularizer, init_state, knob,
@@ -139,7 +140,7 @@ def parse(argv):
     parser.add_argument("--steps", dest="max_steps", type=int, default=argparse.SUPPRESS,
                         help="short for --max-steps")
     parser.add_argument("--examples", type=int, help="instead of --steps: as many as draw so many "
-                        "examples [of ppt, unified-ppt, metapt: what SUPMER's steps would draw]")
+                        "examples [as SUPMER would in its steps]")
     parser.add_argument("--ablation", choices=ABLATIONS, help="SUPMER without a part (Table 4)")
     parser.add_argument("--run", type=Path, help="the new run's folder [runs/<model>-<number>]")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run")
@@ -181,14 +182,14 @@ def parse(argv):
 
 
 def as_many_examples(training, method, examples, steps_given):
-    """The Method with the steps that draw `examples`; without those, and without --steps, every
-    method that SUPMER is compared with draws as many as SUPMER would. InputError for both."""
+    """The Method with the steps that draw `examples`; without those, and without --steps, as many
+    as SUPMER would draw in the steps that are there. InputError for both."""
     if examples is not None and (examples < 1 or steps_given):
         raise InputError(f"--examples {examples}: give more than 0, without --steps")
-    if examples is None and (steps_given or training.method == "supmer"):
-        return method
     supmer = examples_per_step(replace(training, method="supmer"),
                                replace(method, augmentation=True))
+    if examples is None and steps_given:
+        return method
     examples = examples or method.max_steps * supmer
     return replace(method, max_steps=math.ceil(examples / examples_per_step(training, method)))
 
@@ -215,6 +216,8 @@ def settings(chosen):
             raise InputError(f"{name} {value}: it must be {bound}, and below 1e30")
     if training.only not in ("", *data.FORMATS):
         raise InputError(f"--only {training.only}: choose {', '.join(data.FORMATS)}")
+    if training.method == "unified-ppt" and training.labeled:
+        raise InputError("--method unified-ppt does not recast labeled sets: leave --labeled away")
     if training.labeled_share > 1:
         raise InputError(f"--labeled-share {training.labeled_share}: it must be 1 at most")
     if training.method == "metapt" and not training.labeled:
@@ -438,11 +441,10 @@ def fetch_list(name):
 
 # ------------------------------------------------------------------------------ a run on the disk
 
-def new_run(name, training, method, made_of, wanted):
-    """Make the folder `wanted`, or the next free runs/<model>-<number>, with its run.json.
-
-    name: supmer, what it is compared with, or an ablation, which stand in the folder's name.
-    """
+def new_run(argv, training, method, made_of, wanted):
+    """Make the folder `wanted`, or the next free runs/<model>-<number>, with its run.json. What is
+    not SUPMER has its name_of in the folder's name."""
+    name = name_of(training, method)
     stem = "-".join([Path(training.model).name, *[name] * (name != "supmer")])
     numbered = (Path("runs") / f"{stem}-{number}" for number in range(1, 10 ** 6))
     for folder in [wanted] if wanted else numbered:
@@ -456,7 +458,7 @@ def new_run(name, training, method, made_of, wanted):
     write_run(folder, {
         "model": training.model, "name": name,
         "training": asdict(training), "method": asdict(method),
-        "made_of": made_of, "command": shlex.join(["python", *sys.argv]),
+        "made_of": made_of, "command": shlex.join(["python", "train.py", *argv]),
         "finished": False, "ended": None,
         "versions": {"python": platform.python_version(), "torch": torch.__version__}})
     return folder
@@ -473,7 +475,7 @@ def read_run(folder):
     try:
         values = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         values["training"] | values["method"], values["finished"], values["ended"]
-        values["name"]
+        values.setdefault("name", "supmer")         # of before there were others
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} holds no run ({error!r}): name a folder that train.py made, "
                          "such as runs/tiny-1") from None
@@ -672,12 +674,11 @@ class Run:
     """A run's folder and what it holds: the log, the state, the best prompt. Ranks share its work,
     and the first one writes."""
 
-    def __init__(self, folder, name, training, method, t5, index, labeled=None, made_of=None,
-                 ranks=SOLO):
+    def __init__(self, folder, training, method, t5, index, labeled=None, made_of=None, ranks=SOLO):
         """Take up the folder's saved state, or make and validate that of step 0."""
         self.folder, self.training, self.method, self.ranks = folder, training, method, ranks
-        self.name, self.t5, self.best, self.kept = name, t5, float("inf"), 0
-        self.advance = STEPS.get(training.method, meta_step)
+        self.t5, self.best, self.kept = t5, float("inf"), 0
+        self.advance = ppt_step if training.method in PLAIN else meta_step
         self.made_of = made_of or index.store.meta["made_of"]
         self.sources = [(draw, source) for draw, source in (
             (meta_task, index), (labeled_task, labeled)) if source]
@@ -715,8 +716,8 @@ class Run:
             chance = np.random.default_rng((*where, i, 4)).random()
             draw, source = self.sources[-1 if chance < self.training.labeled_share else 0]
             task = draw(source, *where, i, stream=1)
-            pairs.append((task, draw(source, *where, i, variant=task.variant, stream=2,
-                                     avoid=task.clusters)))
+            pairs.append((task, draw(source, *where, i, variant=task.variant, stream=2, avoid=(
+                task.clusters)) if mixes(self.training, self.method) else task))
         return pairs
 
     def validate(self):
@@ -726,7 +727,7 @@ class Run:
             raise InputError(f"step {self.state.step}: the validation loss is {result['loss']}; "
                              "try a smaller inner_rate, relative_step or prompt_rate")
         self.write({"step": self.state.step, "validation": result})
-        if self.training.method in STEPS:       # not learned for an inner step: without one
+        if self.training.method in PLAIN:       # not learned for an inner step: without one
             result["loss"] = result["loss_before"]
         elif not self.ranks.rank and \
                 result["loss_before"] - result["loss"] < 1e-4 * result["loss_before"]:
@@ -741,7 +742,8 @@ class Run:
             phi = self.state.phi if self.method.regularizer else None
             save_prompt(self.folder / "prompt.safetensors", self.state.theta, phi, {
                 "model": self.training.model, "corpus": " ".join(self.training.corpus),
-                "method": self.name, "examples": str(per_step * self.method.max_steps),
+                "method": name_of(self.training, self.method),
+                "examples": f"{per_step * self.state.step} of {per_step * self.method.max_steps}",
                 "step": str(self.state.step), "steps": str(self.method.max_steps),
                 "seed": str(self.training.seed), "validation_loss": f"{self.best:.6f}",
                 "model_sha256": self.made_of["model"]})
@@ -909,7 +911,6 @@ def main(argv):
     tokenizer = data.load_tokenizer(model_folder, t5.config)
     index, labeled, made_of = open_indexes(training, model_folder, tokenizer, t5, ranks)
     folder = control.resume
-    name = read_run(folder)["name"] if folder else control.ablation or training.method
 
     def in_use(owner):
         raise InputError(f"{folder}: process {owner} is at work on this run; wait for it, or end "
@@ -917,11 +918,11 @@ def main(argv):
     if folder:
         check_origin(folder, made_of)
     elif ranks.rank == 0:
-        folder = new_run(name, training, method, made_of, control.run)
+        folder = new_run(argv, training, method, made_of, control.run)
     folder = ranks.gather(folder)[0]
     print(f"run:    {folder}")
     with nullcontext() if ranks.rank else data.lock(folder / "lock", in_use):
-        run = Run(folder, name, training, method, t5, index, labeled, made_of, ranks)
+        run = Run(folder, training, method, t5, index, labeled, made_of, ranks)
         interrupted = run.train()
     signal.setitimer(signal.ITIMER_REAL, 0)
     if interrupted:
@@ -934,7 +935,7 @@ def main(argv):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     validations = [line for line in lines if "validation" in line]
     print(table(validations[0]["validation"], validations[-1]["validation"], run.state.step))
-    if training.model == "tiny":
+    if training.model == "tiny" and training.corpus:
         print("(of documents that the embedded T5's own training did not see either; it knew such\n"
               "tasks, see tiny/README.md)")
     if training.model == "tiny" and method.max_steps == TINY_VALUES["max_steps"][0]:
