@@ -4538,7 +4538,8 @@ def test_an_official_model_without_a_gpu_says_what_it_would_cost_and_stops(
     with pytest.raises(InputError, match="no GPU here: add --yes"):
         train.main(["--model", "t5-small", "--bytes", "1000000000"])
     said = capsys.readouterr().out
-    assert re.search(r"memory: +[\d.]+ GiB with micro-batches of 8: [\d.]+ weights, [\d.]+ micro-b"
+    assert re.search(r"memory: +[\d.]+ GiB with micro-batches of 2048 positions: "
+                     r"[\d.]+ weights, [\d.]+ micro-b"
                      r".*\ndownload: 242 MB of t5-small\n", said)
     assert re.search(r"[\d.]+ s a step, [\d,.]+ hours for 100,000 steps", said)
     assert "OpenWebText, about 0.3 GB of archives for 1 GB of text" in said
@@ -4653,7 +4654,7 @@ def test_the_memory_estimate_is_what_a_step_takes(model, rows, tokens):
     said = sum(parts.values()) - parts["weights"] - parts["program"] + train.LIBRARIES
     tidy = {"MALLOC_MMAP_THRESHOLD_": "65536"}
     grown = peak_of(f"""
-import supmer, train
+import supmer, torch, train
 t5 = train.stand_in(train.model_shape({model!r}), torch.float32, "cpu")
 task = train.stand_in_task(t5.config.d_model, {rows}, {tokens})
 method = supmer.Method(micro_tokens={rows * (100 + tokens)})""", """
