@@ -1,7 +1,7 @@
 """How fast the method runs, and in how much memory, beside the usual libraries in one run.
 
-    python bench.py             # t5-base's width, 6 + 6 layers, one thread: 25 minutes on one core
-    python bench.py --quick     # a small shape, in under 3 minutes; its ratios are rough
+    python bench.py             # t5-base's width, 6 + 6 layers, one thread: 40 minutes or more
+    python bench.py --quick     # a small shape, in 5 minutes; its ratios are rough
     python bench.py --json result.json --threads 2 --dtype bfloat16 --device cuda
 
 It prints the machine and the sizes; this machine's rate at matrix products, and which part of it a
