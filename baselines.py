@@ -377,8 +377,8 @@ def name_of(training, method):
 
 def parameters_at(config, length):
     """{method: how many numbers it tunes} on a T5Config, prompts of `length` vectors."""
-    ones = {name: torch.ones(()).expand(shape) for name, shape in expected_shapes(config).items()}
-    t5 = T5(config, {"lm_head.weight": ones["shared.weight"], **ones})     # takes no memory
+    made = {name: torch.empty(shape) for name, shape in expected_shapes(config).items()}
+    t5 = T5(config, {"lm_head.weight": made["shared.weight"], **made})     # mostly never touched
     counted = {name: count(one.start(t5, 0, one.length or length))
                for name, one in BASELINES.items() if one.start not in (None, nothing, ft_start)}
     return counted | {"ft": sum(map(math.prod, expected_shapes(config).values()))}

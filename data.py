@@ -814,7 +814,6 @@ def _cluster(folder, clusters, seeds, embed, budget, progress, ranks):
             progress("K-means", size, size)
         ranks.wait()
     centroids = torch.from_numpy(np.load(folder / "centroids.npy"))
-    origins = centroids.mean(1)                                                 # see nearest()
     path, row = folder / "cluster.bin", 4 * len(seeds)
     path.touch()
     done = ranks.gather(min(path.stat().st_size // row // CHUNK * CHUNK, n))[0]
@@ -826,8 +825,8 @@ def _cluster(folder, clusters, seeds, embed, budget, progress, ranks):
             begin = ranks.rank * CHUNK
             own, count = np.arange(done + begin, min(done + begin + CHUNK, n)), 0
             for positions, H in _embedded(tokens, offsets, own, embed, budget):
-                for column, (c, o) in enumerate(zip(centroids.to(H), origins.to(H))):
-                    found[begin + positions, column] = nearest(H - o, c - o)[0].cpu()
+                for column, c in enumerate(centroids.to(H)):
+                    found[begin + positions, column] = nearest(H, c)[0].cpu()
                 count += len(H) * ranks.world
                 progress("assigning clusters", min(done + count, n), n)
             found = ranks.all_sum(found)[0][:n - done].int().numpy()

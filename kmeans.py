@@ -25,10 +25,17 @@ class Clustering(NamedTuple):
 def nearest(points, centroids, chunk=1024):
     """Points (n, d), centroids (K, d) -> index of the nearest one (n,) long, squared distance (n,).
 
-    |x - c|^2 = |x|^2 - 2 x.c + |c|^2, one matrix product a chunk. The origin should lie among the
-    points: a component shared by all would cost the digits in which they differ. Ties go to the
-    lower index. The default chunk fits a CPU's cache; a GPU likes larger ones.
+    The origin is the centroids' mean, because a component shared by all points would cost the
+    digits in which they differ. Ties go to the lower index. The default chunk fits a CPU's cache; a
+    GPU likes larger ones.
     """
+    origin = centroids.mean(0)
+    parts = [_nearest(x - origin, centroids - origin, chunk) for x in points.split(chunk)]
+    return tuple(torch.cat(part) for part in zip(*parts))
+
+
+def _nearest(points, centroids, chunk):
+    """nearest() of points around the origin: |x|^2 - 2 x.c + |c|^2, a matrix product a chunk."""
     squares, parts = centroids.square().sum(1), []
     for x in points.split(chunk):                                              # (c, d)
         smallest, index = torch.addmm(squares, x, centroids.T, alpha=-2).min(1)    # of (c, K)
@@ -90,7 +97,7 @@ def kmeans(points, k, seed, iterations=50, chunk=1024, centroids=None):
     origin, inertia, previous = points.mean(0), [], None
     points, centroids = points - origin, centroids.double() - origin
     while True:
-        assignments, distances = nearest(points, centroids.to(points.dtype), chunk)
+        assignments, distances = _nearest(points, centroids.to(points.dtype), chunk)
         inertia.append(distances.double().sum().item())                        # Eq. 16
         filled = fill_empty(assignments, distances, k)
         if len(inertia) > iterations or previous is not None and torch.equal(filled, previous):

@@ -896,7 +896,7 @@ def test_finds_planted_clusters(dtype):
         assert len(pairs) == 6
         for truth, cluster in pairs:
             mean = points[label == truth].mean(0)
-            assert relative(found.centroids[cluster], mean) < 100 * torch.finfo(dtype).eps
+            assert relative(found.centroids[cluster], mean) < {4: 1e-5, 8: 1e-12}[dtype.itemsize]
 
 
 def test_inertia_never_rises_and_is_equation_16():
@@ -5807,7 +5807,7 @@ def test_every_method_in_one_table(place, monkeypatch, capsys):
 def test_unified_prompts_are_tuned_as_multiple_choice(place, monkeypatch):
     """A prompt that Unified-PPT made meets the task as it met its meta tasks; another does not."""
     for name in ("unified-ppt", "ppt"):
-        write_run(f"runs/{name}", name=name)
+        write_run(f"runs/compared/small-{name}", name=name)
     monkeypatch.setattr(baselines, "LETTERS", ("nice", "warm"))     # pieces of this tokenizer
     seen, original = [], evaluation.tune
     monkeypatch.setattr(evaluation, "tune", lambda *a: (seen.append(a), original(*a))[1])
