@@ -21,6 +21,9 @@ T5 is frozen: every gradient is with respect to theta or phi only. All is exact:
 second-order meta-gradient is dropped (unless first_order asks for that), and memory is bounded by
 one micro-batch, because the Hessian is only ever multiplied with a vector, piece by piece.
 
+    python supmer.py    # the second-order gradient of a toy T5 beside its finite difference, and
+                        # the first-order one, along three directions of theta; seconds
+
 Letters: P prompt tokens, d model width, B rows of a micro-batch, T text positions, S = P + T, V
 inserted vectors, K label words, n examples of a set. theta (P, d), phi and their gradients are
 float32; float64 passes through untouched, for proofs.
@@ -627,3 +630,38 @@ def save_peft(folder, theta, config, model, revision=None):
     atomic_write(folder / "adapter_model.safetensors", lambda file: file.write(payload))
     text = json.dumps(values, indent=2)
     atomic_write(folder / "adapter_config.json", lambda file: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    from data import Examples, Task
+    from t5 import T5, T5Config, expected_shapes
+    seeded, d, method, lam = torch.Generator().manual_seed(0), 8, Method(inner_rate=20.0), 0.3
+
+    def normal(*shape):
+        return torch.randn(shape, generator=seeded, dtype=torch.float64)
+
+    def examples(n=4):
+        ids = [[*row, 39, 1] for row in torch.randint(8, 39, (n, 5), generator=seeded).tolist()]
+        return Examples(ids, [[]] * n, torch.zeros(n, 0, d), torch.arange(n) % 2, [[39, 5], [39, 6]])
+
+    config = T5Config(d, 4, 12, 1, 1, 2, 40, True, False, False, 32, 128, 1e-6)
+    toy = T5(config, {name: 0.3 * normal(*shape) + ("layer_norm" in name)
+                      for name, shape in expected_shapes(config).items()})
+    theta, phi = normal(3, d), {name: value + 0.3 * normal(*value.shape)
+                                for name, value in init_regularizer(d, torch.float64).items()}
+    task, partner = (Task("toy", (), examples(), examples()) for _ in range(2))
+    exact = meta_gradient(toy, theta, phi, task, partner, lam, 0.0, method).d_theta
+    g, H, _ = prompt_gradient(toy, theta, task.support, method)
+    v, _, _ = prompt_gradient(toy, inner_step(theta, phi, g, H, method), task.query, method,
+                              partner.query, lam)
+
+    def query_loss(theta):
+        g, _, _ = prompt_gradient(toy, theta, task.support, method)
+        adapted = inner_step(theta, phi, g, H, method)
+        return prompt_gradient(toy, adapted, task.query, method, partner.query, lam)[2]
+
+    print("derivative of the query loss after an inner step, in random directions of theta:")
+    print("second order   finite difference     first order")
+    for u in (normal(3, d) for _ in range(3)):
+        slope = (query_loss(theta + 1e-5 * u) - query_loss(theta - 1e-5 * u)) / 2e-5
+        print(f"{(exact * u).sum():+.9f} {slope:+19.9f} {(v * u).sum():+15.9f}")
