@@ -1740,7 +1740,7 @@ def released_folder(config):
 
 
 def demonstrate():
-    """Print a task of each variant, 3 support examples and a query, from a part of tiny/'s corpus."""
+    """Print a task of each variant, 3 support examples and 1 query, of a part of tiny/'s corpus."""
     folder = model_folder("tiny")
     t5 = load_t5(folder)
     tokenizer = load_tokenizer(folder, t5.config)

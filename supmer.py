@@ -642,7 +642,8 @@ if __name__ == "__main__":
 
     def examples(n=4):
         ids = [[*row, 39, 1] for row in torch.randint(8, 39, (n, 5), generator=seeded).tolist()]
-        return Examples(ids, [[]] * n, torch.zeros(n, 0, d), torch.arange(n) % 2, [[39, 5], [39, 6]])
+        labels, words = torch.arange(n) % 2, [[39, 5], [39, 6]]
+        return Examples(ids, [[]] * n, torch.zeros(n, 0, d), labels, words)
 
     config = T5Config(d, 4, 12, 1, 1, 2, 40, True, False, False, 32, 128, 1e-6)
     toy = T5(config, {name: 0.3 * normal(*shape) + ("layer_norm" in name)
