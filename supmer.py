@@ -238,7 +238,7 @@ def curriculum(s, curve):
 
 
 def draw_lambda(b, alpha, seed, step, i):
-    """Task i's mixing ratio ~ Beta(b alpha, alpha), of mean b / (1 + b); 0 at b = 0.
+    """Task i's mixing ratio ~ Beta(b alpha, alpha), of mean b / (1 + b); 0 at b = 0 (Alg. 2).
 
     Eq. 10 prints the parameters the other way round, which would begin with the strongest mixing.
     """
@@ -435,7 +435,7 @@ def init_state(theta, phi, method):
 
 
 def meta_step(t5, state, pairs, method, seed, ranks=SOLO):
-    """One step of Alg. 1 over n pairs (task, partner): the one function that changes the state.
+    """One step of Alg. 1 over n pairs (task, partner), Eq. 3 and 7: it alone changes the state.
 
     The ranks share each set's micro-batches and add up g, v and Hess u, of which all else follows:
     each has the whole meta-gradient and takes the same step.

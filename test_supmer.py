@@ -12,6 +12,7 @@ import doctest
 import gzip
 import hashlib
 import http.server
+import inspect
 import io
 import json
 import math
@@ -3446,6 +3447,148 @@ def test_the_demonstration_prints_each_variant():
                                         for variant in VARIANTS)
     assert done.stdout.count("<extra_id_0>") == done.stdout.count("</s> -> ") == 20
     assert "[centroid " in done.stdout
+
+
+# ------------------------------------------------------ each equation of the paper has its function
+
+@pytest.fixture(scope="module")
+def stepped(world):
+    """world after one meta_step from s = 0.2, by plain gradient descent, without clip and L_reg:
+    the changes of theta and phi, the log, and the same loss's slopes from finite differences."""
+    method = replace(world.method, gate_weight=0.0, clip=math.inf)
+    theta, phi = world.theta.clone(), {name: x.clone() for name, x in world.phi.items()}
+    state = supmer.MetaState(theta, phi, torch.optim.SGD([theta]),
+                             torch.optim.SGD([*phi.values()]), s=0.2)
+    log = supmer.meta_step(world.t5, state, [(world.task, world.partner)], method, seed=7)
+    w = SimpleNamespace(**{**vars(world), "lam": supmer.draw_lambda(2 ** 0.6 - 1, 1.0, 7, 0, 0)})
+    g, H, _ = supmer.prompt_gradient(w.t5, w.theta, w.task.support, method)
+    return SimpleNamespace(
+        log=log, s=state.s, lam=w.lam, adapted=supmer.inner_step(w.theta, w.phi, g, H, method),
+        psi=supmer.regularize(w.phi, g, H), slopes=finite_differences(w, method, directions=1),
+        moved={"theta": theta - world.theta, **{k: phi[k] - world.phi[k] for k in phi}})
+
+
+def by_hand():
+    """d = 2, one row: A a quarter turn, the gate half open, theta (1, 1), g (3, 4)."""
+    turn = torch.tensor([[0., -1.], [1., 0.]])
+    phi = {**supmer.init_regularizer(2), "A": turn}
+    return torch.ones(1, 2), phi, torch.tensor([[3., 4.]]), torch.zeros(2), Method()
+
+
+def along(gradient, differences):
+    """The slope that a gradient gives and the one measured, along the first direction."""
+    (u, slope), *_ = differences
+    return float((gradient * u).sum()), slope
+
+
+def mixed_loss(w):
+    return plain_loss(w.world.t5, w.stepped.adapted, w.world.task.query, w.world.partner.query,
+                      w.stepped.lam)
+
+
+def posed(w, variant):
+    """An example of the planted corpus with s for each sentence, and the task's label words."""
+    tokenizer, _, index = w.planted
+    task = meta_task(index, 0, 0, 0, variant=variant, stream=1)
+    source, _ = data.examples_as_text(tokenizer, task.support, 0)
+    words = (tokenizer.decode(word[1:]) for word in task.support.words)
+    return re.sub(r"T\d d\d+ s\d+ end\.", "s", source), *words
+
+
+EQUATIONS = {   # the function that names and computes it; a value of it, and what it should be
+    "Eq. 1": (supmer.loss_share, lambda w: (
+        supmer.prompt_gradient(w.world.t5, w.world.theta, w.world.task.query, Method())[2].item(),
+        plain_loss(w.world.t5, w.world.theta, w.world.task.query).item())),
+    "Eq. 2": (supmer.inner_step, lambda w: (
+        supmer.inner_step(torch.ones(1, 2), supmer.init_regularizer(2), *by_hand()[2:]).tolist()[0],
+        [1 - 0.1 * 3, 1 - 0.1 * 4])),
+    "Eq. 3": (supmer.meta_step, lambda w: (
+        along(w.stepped.moved["theta"], w.stepped.slopes["theta"])[0],
+        -0.1 * w.stepped.slopes["theta"][0][1])),
+    "Eq. 4": (supmer.mix, lambda w: (
+        supmer.mix(torch.tensor([[[2.]]]), torch.ones(1, 1) > 0, torch.tensor([[1., 0.]]),
+                   torch.tensor([[[10.]]]), torch.ones(1, 1) > 0, torch.tensor([[0., 1.]]),
+                   0.25)[2].tolist()[0], [0.75, 0.25])),
+    "Eq. 5": (supmer.regularize, lambda w: (
+        supmer.regularize(*by_hand()[1:4]).tolist()[0], [(-4 + 3) / 2, (3 + 4) / 2])),
+    "Eq. 6": (supmer.inner_step, lambda w: (
+        supmer.inner_step(*by_hand()).tolist()[0], [1 - 0.1 * -0.5, 1 - 0.1 * 3.5])),
+    "Eq. 7": (supmer.meta_step, lambda w: (
+        [along(w.stepped.moved[name], w.stepped.slopes[name])[0] for name in w.world.phi],
+        [-1e-4 * w.stepped.slopes[name][0][1] for name in w.world.phi])),
+    "Eq. 8": (supmer.meta_gradient, lambda w: along(
+        computed(w.world, w.world.method)["theta"], w.differences["theta"])),
+    "Eq. 10": (supmer.curriculum, lambda w: (supmer.curriculum(0.0, 2.0), math.sqrt(2) - 1)),
+    "Eq. 16": (km.kmeans, lambda w: (
+        km.kmeans(torch.tensor([[0.], [1.], [10.], [12.]]), 2, 0).inertia[-1],
+        2 * 0.5 ** 2 + 2 * 1 ** 2)),
+    "Eq. 17": (data.meta_task, lambda w: (
+        posed(w, "sp-next"), ("s <extra_id_0> . s</s>", "yes", "no", "maybe"))),
+    "Eq. 18": (data.meta_task, lambda w: (posed(w, "mc-next"), (
+        "s ? A. s B. s C. s D. s . Answer: <extra_id_0></s>", *"ABCD"))),
+    "Eq. 19": (data.meta_task, lambda w: (posed(w, "ss-cluster"), (
+        "s ? A. [vector] B. [vector] C. [vector] D. [vector] . Answer: <extra_id_0></s>",
+        *"ABCD"))),
+    "Eq. 20": (supmer.meta_gradient, lambda w: along(
+        computed(w.world, w.world.method)["c"], w.differences["c"])),
+    "Alg. 1": (supmer.meta_step, lambda w: (w.stepped.s, F.cosine_similarity(
+        supmer.prompt_gradient(w.world.t5, w.stepped.adapted, w.world.task.query, Method(),
+                               w.world.partner.query, w.stepped.lam)[0].flatten(),
+        w.stepped.psi.flatten(), dim=0).item())),
+    "Alg. 2": (supmer.draw_lambda, lambda w: (
+        [w.stepped.log["b"], *w.stepped.log["lambda"], w.stepped.log["query_loss"]],
+        [2 ** 0.6 - 1, w.stepped.lam, mixed_loss(w).item()]))}
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_each_equation_has_its_function(name, world, stepped, differences, planted):
+    """The function that computes an equation or algorithm names it, and gives a value that was
+    worked out by hand, by finite differences or by the plainest code."""
+    function, values = EQUATIONS[name]
+    kind, number = name.split()
+    named = set()
+    for numbers in re.findall(re.escape(kind) + r" (\d+(?:(?:-|, | and )\d+)*)",
+                              inspect.getsource(function)):
+        for part in re.split(", | and ", numbers):
+            first, _, last = part.partition("-")
+            named |= set(range(int(first), int(last or first) + 1))
+    assert int(number) in named, f"{function.__name__} does not name {name}"
+    found, wanted = values(SimpleNamespace(world=world, stepped=stepped, differences=differences,
+                                           planted=planted))
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_analysis_of_equations_9_and_15(world):
+    """Eq. 9: L_q(theta') = L_q(theta) - a1 <grad L_q, psi(g)>; Eq. 15: its gradients are the exact
+    ones, d theta = grad L_q - a1 d/dtheta <grad L_q, psi(g)> and d phi = -a1 d/dphi of it. All up
+    to O(a1^2): with half of a1 a quarter of the error is left, without the inner product half."""
+    w, grad = world, torch.func.grad
+    _, H, _ = supmer.prompt_gradient(w.t5, w.theta, w.task.support, w.method)
+
+    def query(theta):
+        return plain_loss(w.t5, theta, w.task.query)
+
+    def psi(theta, phi):
+        g = grad(lambda theta: plain_loss(w.t5, theta, w.task.support))(theta)
+        return supmer.regularize(phi, g, H)
+
+    def product(theta, phi):
+        return (grad(query)(theta) * psi(theta, phi)).sum()
+
+    d_theta, d_phi = grad(product, argnums=(0, 1))(w.theta, w.phi)
+    start, errors = grad(query)(w.theta), []
+    for rate in (0.01, 0.005):
+        exact = computed(SimpleNamespace(**{**vars(w), "lam": 0.0}),
+                         Method(inner_rate=rate, gate_weight=0.0))
+        loss = query(w.theta - rate * psi(w.theta, w.phi))
+        errors.append([
+            abs(loss - query(w.theta) + rate * product(w.theta, w.phi)),
+            (exact["theta"] - start + rate * d_theta).norm(),
+            *((exact[name] + rate * d_phi[name]).norm() for name in w.phi),
+            (exact["theta"] - start).norm()])
+    *quarters, half = (float(a / b) for a, b in zip(*errors))
+    assert quarters == pytest.approx([4] * len(quarters), rel=0.02)
+    assert half == pytest.approx(2, rel=0.02)
 
 
 # -------------------------------------------------------- exercises.py: solutions, right and wrong
