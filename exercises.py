@@ -2,9 +2,8 @@
 
     python exercises.py    # for each one: right, off by how much, or not done yet; seconds
 
-Each docstring says what to build, where the paper has it, and a hint. Checks compare with finite
-differences or with another formula, on a random T5 in float64; the status is 0 when all six are
-right. Read supmer.py first; where you are stuck, test_supmer.py has a solution of each.
+Checks compare with finite differences or another formula, on a random T5 in float64; the status is
+0 when all six are right. Read supmer.py first; if you are stuck, test_supmer.py has the solutions.
 
 theta (P, d) is the prompt; support_loss and query_loss are functions theta -> loss, and psi a
 function of a gradient (P, d) -> (P, d), all differentiable any number of times.
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Examples, collate
+from data import Batch
 from supmer import encode_with_prompt, init_regularizer, regularize, word_log_probs
 from t5 import T5, T5Config, expected_shapes
 
@@ -44,11 +43,10 @@ def hessian_vector(loss, theta, u):
 def which_first(documents, words, mask, end, n, seed):
     """3. A sixth task variant: does the first sentence stand before the second? -> data.Examples.
 
-    Section 3.2 and A.2 (Eq. 17). documents: lists of sentences in order, a sentence a list of token
-    ids. Make n examples [*s1, mask, *s2, end] of two sentences of ONE document; label 0 (yes) if
-    s1 stands before s2, else 1; as many of each label, in random order; words as they come; there
-    are no slots, and vectors (n, 0, 0). Everything is drawn from seed, and all documents that can
-    be used are. Hint: for which pairs is there no right answer? data._balanced shows the labels.
+    Section 3.2, A.2 (Eq. 17). documents: lists of sentences in order, each a list of token ids.
+    Make n examples [*s1, mask, *s2, end], s1 and s2 of ONE document, any that has such; label 0
+    (yes) if s1 stands before s2, else 1; as many of each, in random order; words as given, no
+    slots, vectors (n, 0, 0). All is drawn from seed. Hint: which pairs have no right answer?
     """
     raise NotImplementedError
 
@@ -77,35 +75,31 @@ def lambda_as_printed(b, alpha, seed, step, i):
 def two_steps(support_loss, query_loss, psi, theta, rate):
     """6. The exact meta-gradient for theta through two inner steps on one support set -> (P, d).
 
-    Section 3.4: Eq. 8 with Eq. 6 applied twice. Compute it backwards from the query loss's gradient
-    v with hessian_vector() and torch.func.vjp, so that no graph is kept of both steps. Hint: write
-    dtheta''/dtheta' and dtheta'/dtheta, transpose their product, and mind at which point each
-    Hessian and each derivative of psi is taken.
+    Section 3.4: Eq. 8 with Eq. 6 applied twice. Go back from the query loss's gradient v with
+    hessian_vector() and torch.func.vjp, so that no graph is kept of both steps. Hint: transpose the
+    product of dtheta''/dtheta' and dtheta'/dtheta. At which points are their Hessians and psi's?
     """
     raise NotImplementedError
 
 
-# ------------------------------------------------------------------------------ the world of checks
+# -------------------------------------------------------------------------------------- the checks
 
-def toy(seed=0, P=2, d=4):
-    """support_loss, query_loss, psi, theta and d of a random T5 in float64, the same for a seed."""
-    generator = torch.Generator().manual_seed(seed)
+def toy(P=2, d=4):
+    """support_loss, query_loss, psi and theta, of a random T5 in float64, always the same."""
+    generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
+    def loss():
+        ids = torch.randint(8, 39, (4, 6), generator=generator)
+        batch = Batch(ids, ids > 0, ids[:, :0], torch.zeros(4, 0, d), None)
+        return lambda theta: F.nll_loss(word_log_probs(
+            t5, *encode_with_prompt(t5, theta, batch), [[39, 5], [39, 6]]), torch.arange(4) % 2)
+
     config = T5Config(d, 4, 10, 1, 1, 2, 40, True, False, False, 32, 128, 1e-6)
     t5 = T5(config, {name: 0.4 * normal(*shape) + ("layer_norm" in name)
                      for name, shape in expected_shapes(config).items()})
-
-    def loss(n=4):
-        ids = torch.randint(8, 39, (n, 5), generator=generator).tolist()
-        examples = Examples([[*row, 39, 1] for row in ids], [[]] * n, torch.zeros(n, 0, d),
-                            torch.arange(n) % 2, [[39, 5], [39, 6]])
-        batch = collate(examples, range(n))
-        return lambda theta: F.nll_loss(word_log_probs(
-            t5, *encode_with_prompt(t5, theta, batch), examples.words), examples.labels)
-
     phi = {name: value + 0.5 * normal(*value.shape)
            for name, value in init_regularizer(d, torch.float64).items()}
     H = normal(d)
@@ -121,14 +115,12 @@ def off(found, wanted):
 
 
 def slopes(function, x, step=1e-3):
-    """The derivative of function (P, d) -> tensor along each entry of x -> (P, d, ...), from values
-    alone: central differences at two steps, in Richardson's combination, of error step^4."""
-    def at(u):
-        near, far = ((function(x + t * u) - function(x - t * u)) / (2 * t)
-                     for t in (step, 2 * step))
-        return (4 * near - far) / 3
-    entries = torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape)
-    return torch.stack([at(u) for u in entries]).view(*x.shape, *function(x).shape)
+    """The gradient of function: x -> number, from values alone: central differences at two steps,
+    in Richardson's combination, whose error falls as step^4."""
+    def change(u):
+        return (function(x + u) - function(x - u)) / (2 * step)
+    entries = step * torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape)
+    return torch.stack([(8 * change(u) - change(2 * u)) / 6 for u in entries]).view_as(x)
 
 
 def check_first_order(solve):
@@ -139,21 +131,19 @@ def check_first_order(solve):
 
 
 def check_hessian_vector(solve):
-    """Against a T5's gradient differenced along u, and a Hessian that is known, to 1e-12."""
+    """Against the slope of <gradient, u> in a T5, and, to 1e-12, a Hessian that is known."""
     loss, _, _, theta = toy()
     u, M = theta.flip(0), torch.sin(torch.arange(6, dtype=theta.dtype)).view(3, 2)
-    along = slopes(lambda t: torch.func.grad(loss)(theta + t * u), theta.new_zeros(1))[0]
+    wanted = slopes(lambda x: (torch.func.grad(loss)(x) * u).sum(), theta)
     known = -M.T @ (torch.sin(M @ theta) * (M @ u))
-    return max(off(solve(loss, theta, u), along),
-               1e6 * off(solve(lambda x: torch.sin(M @ x).sum(), theta, u), known))
+    return np.max([off(solve(loss, theta, u), wanted),
+                   1e6 * off(solve(lambda x: torch.sin(M @ x).sum(), theta, u), known)])
 
 
 def check_which_first(solve):
-    """The share of 1001 examples whose sentences or label are wrong; ValueError for a broken rule.
-    """
+    """The share of examples whose sentences or label are wrong; ValueError for a broken rule."""
     documents = [[[100 * i + j] * (1 + j % 3) for j in range(i)] for i in range(8)]
-    place = {tuple(s): (i, j) for i, document in enumerate(documents)
-             for j, s in enumerate(document)}
+    place = {tuple(s): (i, j) for i in range(8) for j, s in enumerate(documents[i])}
     documents[5][3] = documents[5][0]           # this sentence stands before and behind 1 and 2
     words, wrong, used = [[9, 2], [9, 3]], 0, set()
     first, again, other = (solve(documents, words, 9, 1, 1001, seed) for seed in (0, 0, 1))
@@ -191,26 +181,26 @@ def check_row_steps(solve):
         moved = psi({name: x + size * torch.linspace(0.5, 1, x.numel(), dtype=x.dtype).view_as(x)
                      for name, x in phi.items()}, g, H)
         errors.append(off(F.normalize(moved, dim=1), F.normalize(g, dim=1)))
-    return max(errors)
+    return np.max(errors)
 
 
 def check_lambda_as_printed(solve):
     """Against a Beta made of two Gammas: means and mean squares, in standard errors."""
-    rng, n, worst = np.random.default_rng(0), 20_000, 0.0
+    rng, n, errors = np.random.default_rng(0), 20_000, []
     for b, alpha in ((0.0, 1.0), (0.1, 1.0), (0.5, 9.0), (1.0, 0.5)):
         X, Y = rng.gamma(alpha, size=n), rng.gamma(b * alpha or 1e-9, size=n)
         reference, draws = X / (X + Y), [solve(b, alpha, 0, step, 1) for step in range(2000)]
-        if draws[:9] != [solve(b, alpha, 0, step, 1) for step in range(9)]:
-            raise ValueError("the same numbers do not give the same draw")
         lam, mean = np.array(draws).T
+        if draws[:9] != [solve(b, alpha, 0, step, 1) for step in range(9)] or np.ptp(mean) > 1e-9:
+            raise ValueError("the same numbers do not give the same draw and mean")
         for a, c in ((lam, reference), (lam ** 2, reference ** 2), (mean, reference)):
             error = np.sqrt(a.var() / len(a) + c.var() / n) + 1e-9
-            worst = max(worst, abs(a.mean() - c.mean()) / error, 99.0 * (np.ptp(mean) > 1e-9))
-    return float(worst)
+            errors.append(abs(a.mean() - c.mean()) / error)
+    return np.max(errors)
 
 
 def check_two_steps(solve):
-    """Against the query loss's slope, both steps being made again for each value."""
+    """Against the query loss's slope, both steps being made again for each value of theta."""
     support, query, psi, theta = toy()
 
     def adapted(theta):
@@ -231,9 +221,9 @@ def main():
     for name, (check, allowed) in CHECKS.items():
         try:
             error = check(globals()[name])
-            right += error <= allowed
-            word = "right" if error <= allowed else "WRONG"
+            word = "right" if error <= allowed else "WRONG"     # which NaN is
             says = f"{word}, off by {error:.1e}; {allowed:.1e} is allowed"
+            right += word == "right"
         except NotImplementedError:
             says = "not done yet"
         except Exception as error:      # of whatever kind a solution raises
