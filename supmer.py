@@ -652,17 +652,15 @@ if __name__ == "__main__":
                                 for name, value in init_regularizer(d, torch.float64).items()}
     task, partner = (Task("toy", (), examples(), examples()) for _ in range(2))
     exact = meta_gradient(toy, theta, phi, task, partner, lam, 0.0, method).d_theta
-    g, H, _ = prompt_gradient(toy, theta, task.support, method)
-    v, _, _ = prompt_gradient(toy, inner_step(theta, phi, g, H, method), task.query, method,
-                              partner.query, lam)
+    _, H, _ = prompt_gradient(toy, theta, task.support, method)
 
-    def query_loss(theta):
+    def query(theta):       # after an inner step: v, _, loss
         g, _, _ = prompt_gradient(toy, theta, task.support, method)
-        adapted = inner_step(theta, phi, g, H, method)
-        return prompt_gradient(toy, adapted, task.query, method, partner.query, lam)[2]
+        return prompt_gradient(toy, inner_step(theta, phi, g, H, method), task.query, method,
+                               partner.query, lam)
 
-    print("derivative of the query loss after an inner step, in random directions of theta:")
+    print("the query loss after an inner step, its derivative in random directions of theta:")
     print("second order   finite difference     first order")
     for u in (normal(3, d) for _ in range(3)):
-        slope = (query_loss(theta + 1e-5 * u) - query_loss(theta - 1e-5 * u)) / 2e-5
-        print(f"{(exact * u).sum():+.9f} {slope:+19.9f} {(v * u).sum():+15.9f}")
+        slope = (query(theta + 1e-5 * u)[2] - query(theta - 1e-5 * u)[2]) / 2e-5
+        print(f"{(exact * u).sum():+.9f} {slope:+19.9f} {(query(theta)[0] * u).sum():+15.9f}")

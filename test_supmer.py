@@ -3740,6 +3740,15 @@ def test_each_check_refuses_what_is_wrong(mistake):
         assert not error <= 2 * allowed
 
 
+def test_the_printed_curriculum_begins_with_the_strongest_mixing():
+    """What the fifth exercise shows: as Eq. 10 is printed the mean of lambda falls from 1 to 1/2 as
+    b grows from 0 to 1, as it is built here it rises from 0 to 1/2."""
+    for b, printed, built in ((0.0, 1.0, 0.0), (0.5, 2 / 3, 1 / 3), (1.0, 0.5, 0.5)):
+        draws = [(*RIGHT["lambda_as_printed"](b, 1.0, 0, step, 0),
+                  supmer.draw_lambda(b, 1.0, 0, step, 0)) for step in range(3000)]
+        assert np.mean(draws, axis=0) == pytest.approx([printed, printed, built], abs=0.02)
+
+
 def test_the_exercises_as_a_student_meets_them(monkeypatch, capsys):
     """As they are none is done, and the status is 1; with all solutions it is 0; a solution that
     raises is one line, and NaN is not right."""
