@@ -7,7 +7,7 @@ arXiv 2303.12314, section 3.2 and A.2), and labeled few-shot data (section 4.1).
     task = meta_task(index, seed=0, step=7, i=2, stream=1)    # the same for the same numbers
     batch = collate(task.support, range(32))
 
-`python data.py` prints examples of each variant; some ten seconds; needs the model in tiny/.
+`python data.py` prints a small task of each variant as text; seconds; needs the model in tiny/.
 
 A sentence is a number i; its tokens are tokens[offsets[i]:offsets[i + 1]] of a memory-mapped file.
 A source is put together from token ids, never by tokenizing a joined string: no text can merge
@@ -1750,20 +1750,22 @@ def released_folder(config):
 
 
 def demonstrate():
-    """Print four examples of each variant, from a small part of the embedded corpus."""
+    """Print a task of each variant, 3 support examples and 1 query, of a part of tiny/'s corpus."""
     folder = model_folder("tiny")
     t5 = load_t5(folder)
     tokenizer = load_tokenizer(folder, t5.config)
     with tempfile.TemporaryDirectory() as new:
         store = build_store(Path(new) / "store", [folder / "corpus.jsonl.gz"], tokenizer, t5,
-                            clusters=6, seed=0, model=folder, max_bytes=800_000)
-        index = TaskIndex(store, tokenizer, support=4, query=4)
+                            clusters=5, seed=0, model=folder, max_bytes=200_000)
+        index = TaskIndex(store, tokenizer, support=3, query=1)
         for variant in VARIANTS:
             task = meta_task(index, 0, 0, 0, variant=variant, stream=1)
             names = task.clusters if variant == "ss-cluster" else ()
             print(f"{variant}, anchors of cluster {task.clusters}")
-            for row in range(4):
-                print("  %s -> %s" % examples_as_text(tokenizer, task.support, row, names))
+            for name, examples in (("support", task.support), ("query", task.query)):
+                for row in range(len(examples.ids)):
+                    source, target = examples_as_text(tokenizer, examples, row, names)
+                    print(f"  {name}: {source} -> {target}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """K-means in torch on any device: k-means++ seeding and Lloyd's iterations, in chunks of points.
 
-    python kmeans.py      # the inertia of each iteration on five planted clusters, in two seconds
+    python kmeans.py      # five planted clusters: inertia per point after each update; seconds
 
 Minimizes the inertia, the sum over all points of |x_i - c_a(i)|^2 (Eq. 16 of SUPMER, arXiv
 2303.12314). Memory holds the points twice, and one chunk's distances to all centroids, never all.

@@ -21,6 +21,9 @@ T5 is frozen: every gradient is with respect to theta or phi only. All is exact:
 second-order meta-gradient is dropped (unless first_order asks for that), and memory is bounded by
 one micro-batch, because the Hessian is only ever multiplied with a vector, piece by piece.
 
+    python supmer.py    # the second-order gradient of a toy T5 beside its finite difference, and
+                        # the first-order one, along three directions of theta; seconds
+
 Letters: P prompt tokens, d model width, B rows of a micro-batch, T text positions, S = P + T, V
 inserted vectors, K label words, n examples of a set. theta (P, d), phi and their gradients are
 float32; float64 passes through untouched, for proofs.
@@ -244,7 +247,7 @@ def curriculum(s, curve):
 
 
 def draw_lambda(b, alpha, seed, step, i):
-    """Task i's mixing ratio ~ Beta(b alpha, alpha), of mean b / (1 + b); 0 at b = 0.
+    """Task i's mixing ratio ~ Beta(b alpha, alpha), of mean b / (1 + b); 0 at b = 0 (Alg. 2).
 
     Eq. 10 prints the parameters the other way round, which would begin with the strongest mixing.
     """
@@ -441,7 +444,7 @@ def init_state(theta, phi, method):
 
 
 def meta_step(t5, state, pairs, method, seed, ranks=SOLO):
-    """One step of Alg. 1 over n pairs (task, partner): the one function that changes the state.
+    """One step of Alg. 1 over n pairs (task, partner), Eq. 3 and 7: it alone changes the state.
 
     The ranks share each set's micro-batches and add up g, v and Hess u, of which all else follows:
     each has the whole meta-gradient and takes the same step.
@@ -636,3 +639,37 @@ def save_peft(folder, theta, config, model, revision=None):
     atomic_write(folder / "adapter_model.safetensors", lambda file: file.write(payload))
     text = json.dumps(values, indent=2)
     atomic_write(folder / "adapter_config.json", lambda file: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    from data import Examples, Task
+    from t5 import T5, T5Config, expected_shapes
+    seeded, d, method, lam = torch.Generator().manual_seed(0), 8, Method(inner_rate=20.0), 0.3
+
+    def normal(*shape):
+        return torch.randn(shape, generator=seeded, dtype=torch.float64)
+
+    def examples(n=4):
+        ids = [[*row, 39, 1] for row in torch.randint(8, 39, (n, 5), generator=seeded).tolist()]
+        labels, words = torch.arange(n) % 2, [[39, 5], [39, 6]]
+        return Examples(ids, [[]] * n, torch.zeros(n, 0, d), labels, words)
+
+    config = T5Config(d, 4, 12, 1, 1, 2, 40, True, False, False, 32, 128, 1e-6)
+    toy = T5(config, {name: 0.3 * normal(*shape) + ("layer_norm" in name)
+                      for name, shape in expected_shapes(config).items()})
+    theta, phi = normal(3, d), {name: value + 0.3 * normal(*value.shape)
+                                for name, value in init_regularizer(d, torch.float64).items()}
+    task, partner = (Task("toy", (), examples(), examples()) for _ in range(2))
+    exact = meta_gradient(toy, theta, phi, task, partner, lam, 0.0, method).d_theta
+    _, H, _ = prompt_gradient(toy, theta, task.support, method)
+
+    def query(theta):       # after an inner step: v, _, loss
+        g, _, _ = prompt_gradient(toy, theta, task.support, method)
+        return prompt_gradient(toy, inner_step(theta, phi, g, H, method), task.query, method,
+                               partner.query, lam)
+
+    print("the query loss after an inner step, its derivative in random directions of theta:")
+    print("second order   finite difference     first order")
+    for u in (normal(3, d) for _ in range(3)):
+        slope = (query(theta + 1e-5 * u)[2] - query(theta - 1e-5 * u)[2]) / 2e-5
+        print(f"{(exact * u).sum():+.9f} {slope:+19.9f} {(query(theta)[0] * u).sum():+15.9f}")

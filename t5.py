@@ -6,6 +6,9 @@
     y = decode(t5, target_ids, memory, mask) # (B, L, d)
     logits = next_token_logits(t5, y)        # (B, L, V)
 
+`python t5.py` has the model in tiny/ fill two blanks, and prints the five likeliest words of each
+with their probabilities; seconds.
+
 Both families are read: v1.0 (t5-small .. 11b: ReLU, tied head) and v1.1 (LM-adapted, Flan: gated
 GELU, untied head). What differs from the textbook Transformer, each at its place below: an RMS norm
 without mean or bias, before each branch; attention scores NOT divided by sqrt(d_kv); no biases; and
@@ -458,3 +461,22 @@ def _complain(path, what, names):
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise InputError(f"{path} {what} {', '.join(names[:5])}{more}; take config.json and weights"
                          " from one intact model folder")
+
+
+if __name__ == "__main__":
+    import sys
+    from tokenizers import Tokenizer
+    tiny = Path(__file__).with_name("tiny")
+    try:
+        t5 = load_t5(tiny)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    tokenizer = Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    for text in ("I loved this film. It was <extra_id_0>.", "It is boring. It was <extra_id_0>."):
+        ids = torch.tensor([tokenizer.encode(text).ids])                       # (1, S)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        target = torch.tensor([[PAD, tokenizer.token_to_id("<extra_id_0>")]])
+        y = decode(t5, target, encode(t5, embed_tokens(t5, ids), mask), mask)  # (1, 2, d)
+        p, best = torch.softmax(next_token_logits(t5, y)[0, 1], dim=-1).topk(5)
+        print(text, *(f"{tokenizer.decode([i])} {value:.2f}" for value, i in zip(p, best.tolist())))

@@ -12,6 +12,7 @@ import doctest
 import gzip
 import hashlib
 import http.server
+import inspect
 import io
 import json
 import math
@@ -49,6 +50,7 @@ import bench
 import data
 import baselines
 import eval as evaluation
+import exercises
 import kmeans as km
 import supmer
 import t5 as T
@@ -3539,14 +3541,331 @@ def test_the_demonstration_without_the_embedded_model(tmp_path):
 
 @pytest.mark.skipif(not (data.TINY / "model.safetensors").is_file(),
                     reason="tiny/ has not been built: python tiny.py")
-def test_the_demonstration_prints_each_variant():
-    """`python data.py` shows examples of the five variants from the embedded corpus, as source ->
-    target."""
-    done = subprocess.run([sys.executable, data.__file__], capture_output=True, text=True)
-    assert done.returncode == 0 and all(f"{variant}, anchors of cluster" in done.stdout
-                                        for variant in VARIANTS)
-    assert done.stdout.count("<extra_id_0>") == done.stdout.count("</s> -> ") == 20
-    assert "[centroid " in done.stdout
+def test_each_module_shows_its_concept():
+    """Run alone: the second-order gradient is its finite difference and the first-order one is not;
+    blanks are filled with words, likeliest first; a task of each variant is text, source -> target;
+    inertia falls."""
+    begun = {name: subprocess.Popen([sys.executable, HERE / name], text=True,
+                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+             for name in ("supmer.py", "t5.py", "data.py", "kmeans.py")}
+    shown = {name: process.communicate()[0] for name, process in begun.items()}
+    assert not any(process.returncode for process in begun.values()), shown
+    table = np.array([line.split() for line in shown["supmer.py"].splitlines()[2:]], dtype=float)
+    second, difference, first = table.T
+    assert len(table) == 3 and np.allclose(second, difference, rtol=0, atol=1e-7)
+    assert (abs(first - difference) > 1e-3).all()
+    for line in shown["t5.py"].splitlines():
+        *words, _ = re.split(r" 0\.\d\d ?", line.partition("<extra_id_0>. ")[2])
+        shares = list(map(float, re.findall(r"0\.\d\d", line)))
+        assert len(words) == 5 and all(map(str.isalpha, words))
+        assert shares == sorted(shares, reverse=True) and shares[0] > 0.2
+    assert shown["t5.py"].count("\n") == 2
+    assert all(f"{variant}, anchors of cluster" in shown["data.py"] for variant in VARIANTS)
+    assert [shown["data.py"].count(part) for part in (
+        "<extra_id_0>", "</s> -> ", "  support: ", "  query: ")] == [20, 20, 15, 5]
+    assert "[centroid " in shown["data.py"]
+    inertia = [float(line.rpartition(" ")[2]) for line in shown["kmeans.py"].splitlines()]
+    assert len(inertia) > 3 and all(b < a for a, b in zip(inertia, inertia[1:]))
+    assert inertia[-1] == pytest.approx(2, abs=0.05)      # of two unit normals around each centre
+
+
+# ------------------------------------------------------ each equation of the paper has its function
+
+@pytest.fixture(scope="module")
+def stepped(world):
+    """world after one meta_step from s = 0.2, by plain gradient descent, without clip and L_reg:
+    the changes of theta and phi, the log, and the same loss's slopes from finite differences."""
+    method = replace(world.method, gate_weight=0.0, clip=math.inf)
+    theta, phi = world.theta.clone(), {name: x.clone() for name, x in world.phi.items()}
+    state = supmer.MetaState(theta, phi, torch.optim.SGD([theta]),
+                             torch.optim.SGD([*phi.values()]), s=0.2)
+    log = supmer.meta_step(world.t5, state, [(world.task, world.partner)], method, seed=7)
+    w = SimpleNamespace(**{**vars(world), "lam": supmer.draw_lambda(2 ** 0.6 - 1, 1.0, 7, 0, 0)})
+    g, H, _ = supmer.prompt_gradient(w.t5, w.theta, w.task.support, method)
+    return SimpleNamespace(
+        log=log, s=state.s, lam=w.lam, adapted=supmer.inner_step(w.theta, w.phi, g, H, method),
+        psi=supmer.regularize(w.phi, g, H), slopes=finite_differences(w, method, directions=1),
+        moved={"theta": theta - world.theta, **{k: phi[k] - world.phi[k] for k in phi}})
+
+
+def by_hand():
+    """d = 2, one row: A a quarter turn, the gate half open, theta (1, 1), g (3, 4)."""
+    turn = torch.tensor([[0., -1.], [1., 0.]])
+    phi = {**supmer.init_regularizer(2), "A": turn}
+    return torch.ones(1, 2), phi, torch.tensor([[3., 4.]]), torch.zeros(2), Method()
+
+
+def along(gradient, differences):
+    """The slope that a gradient gives and the one measured, along the first direction."""
+    (u, slope), *_ = differences
+    return float((gradient * u).sum()), slope
+
+
+def mixed_loss(w):
+    return plain_loss(w.world.t5, w.stepped.adapted, w.world.task.query, w.world.partner.query,
+                      w.stepped.lam)
+
+
+def posed(w, variant):
+    """An example of the planted corpus with s for each sentence, and the task's label words."""
+    tokenizer, _, index = w.planted
+    task = meta_task(index, 0, 0, 0, variant=variant, stream=1)
+    source, _ = data.examples_as_text(tokenizer, task.support, 0)
+    words = (tokenizer.decode(word[1:]) for word in task.support.words)
+    return re.sub(r"T\d d\d+ s\d+ end\.", "s", source), *words
+
+
+EQUATIONS = {   # the function that names and computes it; a value of it, and what it should be
+    "Eq. 1": (supmer.loss_share, lambda w: (
+        supmer.prompt_gradient(w.world.t5, w.world.theta, w.world.task.query, Method())[2].item(),
+        plain_loss(w.world.t5, w.world.theta, w.world.task.query).item())),
+    "Eq. 2": (supmer.inner_step, lambda w: (
+        supmer.inner_step(torch.ones(1, 2), supmer.init_regularizer(2), *by_hand()[2:]).tolist()[0],
+        [1 - 0.1 * 3, 1 - 0.1 * 4])),
+    "Eq. 3": (supmer.meta_step, lambda w: (
+        along(w.stepped.moved["theta"], w.stepped.slopes["theta"])[0],
+        -0.1 * w.stepped.slopes["theta"][0][1])),
+    "Eq. 4": (supmer.mix, lambda w: (
+        supmer.mix(torch.tensor([[[2.]]]), torch.ones(1, 1) > 0, torch.tensor([[1., 0.]]),
+                   torch.tensor([[[10.]]]), torch.ones(1, 1) > 0, torch.tensor([[0., 1.]]),
+                   0.25)[2].tolist()[0], [0.75, 0.25])),
+    "Eq. 5": (supmer.regularize, lambda w: (
+        supmer.regularize(*by_hand()[1:4]).tolist()[0], [(-4 + 3) / 2, (3 + 4) / 2])),
+    "Eq. 6": (supmer.inner_step, lambda w: (
+        supmer.inner_step(*by_hand()).tolist()[0], [1 - 0.1 * -0.5, 1 - 0.1 * 3.5])),
+    "Eq. 7": (supmer.meta_step, lambda w: (
+        [along(w.stepped.moved[name], w.stepped.slopes[name])[0] for name in w.world.phi],
+        [-1e-4 * w.stepped.slopes[name][0][1] for name in w.world.phi])),
+    "Eq. 8": (supmer.meta_gradient, lambda w: along(
+        computed(w.world, w.world.method)["theta"], w.differences["theta"])),
+    "Eq. 10": (supmer.curriculum, lambda w: (supmer.curriculum(0.0, 2.0), math.sqrt(2) - 1)),
+    "Eq. 16": (km.kmeans, lambda w: (
+        km.kmeans(torch.tensor([[0.], [1.], [10.], [12.]]), 2, 0).inertia[-1],
+        2 * 0.5 ** 2 + 2 * 1 ** 2)),
+    "Eq. 17": (data.meta_task, lambda w: (
+        posed(w, "sp-next"), ("s <extra_id_0> . s</s>", "yes", "no", "maybe"))),
+    "Eq. 18": (data.meta_task, lambda w: (posed(w, "mc-next"), (
+        "s ? A. s B. s C. s D. s . Answer: <extra_id_0></s>", *"ABCD"))),
+    "Eq. 19": (data.meta_task, lambda w: (posed(w, "ss-cluster"), (
+        "s ? A. [vector] B. [vector] C. [vector] D. [vector] . Answer: <extra_id_0></s>",
+        *"ABCD"))),
+    "Eq. 20": (supmer.meta_gradient, lambda w: along(
+        computed(w.world, w.world.method)["c"], w.differences["c"])),
+    "Alg. 1": (supmer.meta_step, lambda w: (w.stepped.s, F.cosine_similarity(
+        supmer.prompt_gradient(w.world.t5, w.stepped.adapted, w.world.task.query, Method(),
+                               w.world.partner.query, w.stepped.lam)[0].flatten(),
+        w.stepped.psi.flatten(), dim=0).item())),
+    "Alg. 2": (supmer.draw_lambda, lambda w: (
+        [w.stepped.log["b"], *w.stepped.log["lambda"], w.stepped.log["query_loss"]],
+        [2 ** 0.6 - 1, w.stepped.lam, mixed_loss(w).item()]))}
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_each_equation_has_its_function(name, world, stepped, differences, planted):
+    """The function that computes an equation or algorithm names it, and gives a value that was
+    worked out by hand, by finite differences or by the plainest code."""
+    function, values = EQUATIONS[name]
+    kind, number = name.split()
+    named = set()
+    for numbers in re.findall(re.escape(kind) + r" (\d+(?:(?:-|, | and )\d+)*)",
+                              inspect.getsource(function)):
+        for part in re.split(", | and ", numbers):
+            first, _, last = part.partition("-")
+            named |= set(range(int(first), int(last or first) + 1))
+    assert int(number) in named, f"{function.__name__} does not name {name}"
+    found, wanted = values(SimpleNamespace(world=world, stepped=stepped, differences=differences,
+                                           planted=planted))
+    assert found == (wanted if isinstance(wanted, tuple) else pytest.approx(wanted, rel=1e-6))
+
+
+def test_analysis_of_equations_9_and_15(world):
+    """Eq. 9: L_q(theta') = L_q(theta) - a1 <grad L_q, psi(g)>; Eq. 15: its gradients are the exact
+    ones, d theta = grad L_q - a1 d/dtheta <grad L_q, psi(g)> and d phi = -a1 d/dphi of it. All up
+    to O(a1^2): with half of a1 a quarter of the error is left, without the inner product half."""
+    w, grad = world, torch.func.grad
+    _, H, _ = supmer.prompt_gradient(w.t5, w.theta, w.task.support, w.method)
+
+    def query(theta):
+        return plain_loss(w.t5, theta, w.task.query)
+
+    def psi(theta, phi):
+        g = grad(lambda theta: plain_loss(w.t5, theta, w.task.support))(theta)
+        return supmer.regularize(phi, g, H)
+
+    def product(theta, phi):
+        return (grad(query)(theta) * psi(theta, phi)).sum()
+
+    d_theta, d_phi = grad(product, argnums=(0, 1))(w.theta, w.phi)
+    start, errors = grad(query)(w.theta), []
+    for rate in (0.01, 0.005):
+        exact = computed(SimpleNamespace(**{**vars(w), "lam": 0.0}),
+                         Method(inner_rate=rate, gate_weight=0.0))
+        loss = query(w.theta - rate * psi(w.theta, w.phi))
+        errors.append([
+            abs(loss - query(w.theta) + rate * product(w.theta, w.phi)),
+            (exact["theta"] - start + rate * d_theta).norm(),
+            *((exact[name] + rate * d_phi[name]).norm() for name in w.phi),
+            (exact["theta"] - start).norm()])
+    *quarters, half = (float(a / b) for a, b in zip(*errors))
+    assert quarters == pytest.approx([4] * len(quarters), rel=0.02)
+    assert half == pytest.approx(2, rel=0.02)
+
+
+# -------------------------------------------------------- exercises.py: solutions, right and wrong
+
+def inner(support, psi, rate):
+    return lambda theta: theta - rate * psi(torch.func.grad(support)(theta))
+
+
+def which_first(documents, words, mask, end, n, seed, *, answerable=True, balanced=True, shift=0):
+    """The right solution, or with another keyword a wrong one."""
+    rng, ids = np.random.default_rng(seed), []
+    pairs = [[(a, b) for i, a in enumerate(d) for j, b in enumerate(d) if i < j and (
+        not answerable or len(d) - 1 - d[::-1].index(a) < d.index(b))] for d in documents]
+    pairs = [p for p in pairs if p]
+    labels = rng.permutation(np.arange(n) % 2) if balanced else rng.integers(2, size=n)
+    for label in labels:
+        k = rng.integers(len(pairs))
+        a, b = pairs[k][rng.integers(len(pairs[k]))]
+        b = pairs[k - shift][0][1] if shift else b
+        a, b = (b, a) if label else (a, b)
+        ids.append([*a, mask, *b, end])
+    return data.Examples(ids, [[]] * n, torch.zeros(n, 0, 0), torch.from_numpy(labels), words)
+
+
+def beta(first, second, mean, seeded=True):
+    """A solution of the fifth exercise: the two parameters and the mean, functions of b, alpha."""
+    def draw(b, alpha, *numbers):
+        rng = np.random.default_rng(numbers if seeded else None)
+        return rng.beta(first(b, alpha), second(b, alpha)) if b > 0 else 1.0, mean(b)
+    return draw
+
+
+def row_steps(start, step, columns=False):
+    """A solution of the fourth exercise: phi's numbers at the start, and what makes steps of them.
+    """
+    def solve(P, d):
+        shape = (1, d) if columns else (P, 1)
+        return {"x": torch.full(shape, start, dtype=torch.float64)}, \
+            lambda phi, g, H: step(phi["x"]) * g
+    return solve
+
+
+def two_steps(support, query, psi, theta, rate):
+    first = theta - rate * psi(torch.func.grad(support)(theta))
+    second = first - rate * psi(torch.func.grad(support)(first))
+    v = torch.func.grad(query)(second)
+    for point in (first, theta):
+        u, = torch.func.vjp(psi, torch.func.grad(support)(point))[1](v)
+        v = v - rate * RIGHT["hessian_vector"](support, point, u)
+    return v
+
+
+grad = torch.func.grad
+RIGHT = {
+    "first_order": lambda s, q, psi, x, a: grad(q)(x - a * psi(grad(s)(x))),
+    "hessian_vector": lambda loss, x, u: torch.func.jvp(grad(loss), (x,), (u,))[1],
+    "which_first": which_first,
+    "row_steps": row_steps(0.0, torch.exp),
+    "lambda_as_printed": beta(lambda b, alpha: alpha, lambda b, alpha: b * alpha,
+                              lambda b: 1 / (1 + b)),
+    "two_steps": two_steps}
+WRONG = {
+    "first_order: the second order": lambda s, q, psi, x, a: grad(
+        lambda x: q(inner(s, psi, a)(x)))(x),
+    "first_order: taken at theta": lambda s, q, psi, x, a: grad(q)(x),
+    "first_order: psi forgotten": lambda s, q, psi, x, a: grad(q)(x - a * grad(s)(x)),
+    "first_order: uphill": lambda s, q, psi, x, a: grad(q)(x + a * psi(grad(s)(x))),
+    "hessian_vector: a finite difference": lambda loss, x, u: (
+        grad(loss)(x + 1e-4 * u) - grad(loss)(x - 1e-4 * u)) / 2e-4,
+    "hessian_vector: the gradient": lambda loss, x, u: grad(loss)(x),
+    "hessian_vector: u' Hess u": lambda loss, x, u: (
+        u * RIGHT["hessian_vector"](loss, x, u)).sum(),
+    "hessian_vector: theta and u exchanged": lambda loss, x, u: RIGHT["hessian_vector"](loss, u, x),
+    "which_first: labels turned": lambda *args: which_first(*args)._replace(
+        labels=1 - which_first(*args).labels),
+    "which_first: labels in turn": lambda documents, words, mask, end, n, seed: which_first(
+        documents, words, mask, end, n, seed)._replace(labels=torch.arange(n) % 2),
+    "which_first: unbalanced": partial(which_first, balanced=False),
+    "which_first: a sentence that comes twice": partial(which_first, answerable=False),
+    "which_first: of two documents": partial(which_first, shift=1),
+    "which_first: one document": lambda documents, *rest: which_first(documents[-1:], *rest),
+    "which_first: not from the seed": lambda *args: which_first(
+        *args[:5], np.random.SeedSequence().entropy),
+    "which_first: no </s>": lambda *args: which_first(*args)._replace(
+        ids=[ids[:-1] for ids in which_first(*args).ids]),
+    "row_steps: nothing at the start": row_steps(0.0, lambda x: x),
+    "row_steps: half at the start": row_steps(0.0, torch.sigmoid),
+    "row_steps: steps below 0": row_steps(1.0, lambda x: x),
+    "row_steps: cannot learn": row_steps(0.0, lambda x: 1 + F.relu(x)),
+    "row_steps: a step per column": row_steps(0.0, torch.exp, columns=True),
+    "row_steps: one step for all": row_steps(0.0, lambda x: torch.exp(x.mean())),
+    "lambda_as_printed: as it was meant": beta(
+        lambda b, alpha: b * alpha, lambda b, alpha: alpha, lambda b: b / (1 + b)),
+    "lambda_as_printed: the mean that was meant": beta(
+        lambda b, alpha: alpha, lambda b, alpha: b * alpha, lambda b: b / (1 + b)),
+    "lambda_as_printed: alpha forgotten": beta(
+        lambda b, alpha: 1.0, lambda b, alpha: b, lambda b: 1 / (1 + b)),
+    "lambda_as_printed: not from the seed": beta(
+        lambda b, alpha: alpha, lambda b, alpha: b * alpha, lambda b: 1 / (1 + b), seeded=False),
+    "lambda_as_printed: the draw as its mean": lambda *numbers: (
+        RIGHT["lambda_as_printed"](*numbers)[0],) * 2,
+    "two_steps: the first order": lambda s, q, psi, x, a: grad(q)(
+        inner(s, psi, a)(inner(s, psi, a)(x))),
+    "two_steps: one step": lambda s, q, psi, x, a: grad(lambda x: q(inner(s, psi, a)(x)))(x),
+    "two_steps: the first step's factor is missing": lambda s, q, psi, x, a: grad(
+        lambda x: q(inner(s, psi, a)(x)))(inner(s, psi, a)(x)),
+    "two_steps: the Jacobian not transposed": lambda s, q, psi, x, a: torch.func.jvp(
+        lambda x: inner(s, psi, a)(inner(s, psi, a)(x)), (x,),
+        (WRONG["two_steps: the first order"](s, q, psi, x, a),))[1],
+    "two_steps: both factors at theta": lambda s, q, psi, x, a: torch.func.vjp(
+        inner(s, psi, a), x)[1](torch.func.vjp(inner(s, psi, a), x)[1](
+            WRONG["two_steps: the first order"](s, q, psi, x, a))[0])[0]}
+
+
+@pytest.mark.parametrize("name", exercises.CHECKS)
+def test_each_check_accepts_the_solution(name):
+    """The solution above is right by a wide margin (of the sampled one: by chance's)."""
+    check, allowed = exercises.CHECKS[name]
+    assert check(RIGHT[name]) <= allowed / (1 if name == "lambda_as_printed" else 10)
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_each_check_refuses_what_is_wrong(mistake):
+    """A typical mistake is off by more than is allowed, or is told what it breaks."""
+    check, allowed = exercises.CHECKS[mistake.partition(":")[0]]
+    try:
+        error = check(WRONG[mistake])
+    except ValueError as broken:
+        assert str(broken).startswith(("not ", "the same numbers", "the shape is"))
+    else:
+        assert not error <= 2 * allowed
+
+
+def test_the_printed_curriculum_begins_with_the_strongest_mixing():
+    """What the fifth exercise shows: as Eq. 10 is printed the mean of lambda falls from 1 to 1/2 as
+    b grows from 0 to 1, as it is built here it rises from 0 to 1/2."""
+    for b, printed, built in ((0.0, 1.0, 0.0), (0.5, 2 / 3, 1 / 3), (1.0, 0.5, 0.5)):
+        draws = [(*RIGHT["lambda_as_printed"](b, 1.0, 0, step, 0),
+                  supmer.draw_lambda(b, 1.0, 0, step, 0)) for step in range(3000)]
+        assert np.mean(draws, axis=0) == pytest.approx([printed, printed, built], abs=0.02)
+
+
+def test_the_exercises_as_a_student_meets_them(monkeypatch, capsys):
+    """As they are none is done, and the status is 1; with all solutions it is 0; a solution that
+    raises is one line, and NaN is not right."""
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(exercises.__file__, run_name="__main__")
+    assert ended.value.code == 1 and capsys.readouterr().out.count("not done yet\n") == 6
+    for name, solution in RIGHT.items():
+        monkeypatch.setattr(exercises, name, solution)
+    assert exercises.main() == 0 and capsys.readouterr().out.count(" right, off by ") == 6
+    monkeypatch.setattr(exercises, "CHECKS", {"first_order": (lambda solve: 1 / 0, 1.0)})
+    assert exercises.main() == 1
+    assert capsys.readouterr().out.split(maxsplit=1)[1] == \
+        "WRONG, ZeroDivisionError: division by zero\n"
+    monkeypatch.setattr(exercises, "CHECKS", {"first_order": (lambda solve: math.nan, 1.0)})
+    assert exercises.main() == 1 and "WRONG, off by nan" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ eval.py: few-shot prompt tuning
