@@ -629,10 +629,11 @@ def make_store(what, make, ranks):
             (text, _), (_, n) = (done.get(stage, (0, 0)) for stage in (
                 "reading text, bytes", "assigning clusters"))
             for stage, (now, total) in done.items():
-                size = (now - began[stage]) * (text / n if total and n else 1)
-                if size:
-                    print(f"        {stage}: {now:,} done, {size / 1e6:.3g} MB of text in "
-                          f"{seconds[stage]:.1f} s, {size / seconds[stage] / 1e6:.3g} MB/s")
+                size = (now - began[stage]) * (text / n if total and n else 1) / 1e6
+                speed = f", {size:.3g} MB of text, {size / seconds[stage]:.3g} MB/s"
+                if size:                # of sentences only when it is known how many bytes they are
+                    print(f"        {stage}: {now:,} done in {seconds[stage]:.1f} s" + (
+                        speed if n or not total else ""))
     counts = ", ".join(f"{count:,} {name}" for name, count in store.meta["counts"].items())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{what}: {counts}\n        kept in {store.folder}; this process took {peak:,.0f} MB of "
