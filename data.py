@@ -413,7 +413,7 @@ SOLO = Ranks()
 SHORT = 4                   # tokens; see join_short
 SAMPLE = 256                # sentences per centroid that K-means sees
 CHUNK = 1 << 14             # sentences that are sorted by length together, and saved together
-BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 17}    # embedded together; a CPU's cache likes few
+BATCH_TOKENS = {"cpu": 1 << 9, "cuda": 1 << 17}     # embedded together; a CPU's cache likes few
 # Plain numbers, each a file NAME.bin and its type; see Store. keys, shares: only while it is made.
 COLUMNS = {"tokens": "H", "offsets": "q", "document": "i", "first": "q", "label": "h",
            "held_out": "?", "anchor": "?", "cluster": "i", "order": "I", "keys": "Q", "shares": "d"}
