@@ -251,10 +251,10 @@ def documents(paths, max_bytes=None, counts=None):
 
 def _decode(raw, where, counts):
     text = raw.decode("utf-8-sig", errors="replace")
-    counts["broken UTF-8"] += "\ufffd" in text and "\ufffd".encode() not in raw
-    if "\0" in text:
+    if 4 * text.count("\0") > len(text):             # UTF-16's every other byte
         raise InputError(f"{where}: NUL characters; give text in UTF-8")
-    return text
+    counts["broken UTF-8"] += "\0" in text or "\ufffd" in text and "\ufffd".encode() not in raw
+    return text.replace("\0", "\ufffd")
 
 
 def _read_txt(path, counts):
@@ -284,7 +284,7 @@ def _read_jsonl(path, counts):
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: not JSON ({error}); mend or drop it") from None
             record = record if isinstance(record, dict) else {}
             text = record.get("text")
@@ -412,6 +412,8 @@ SOLO = Ranks()
 # --------------------------------------------------------------------------- the store on disk
 SHORT = 4                   # tokens; see join_short
 SAMPLE = 256                # sentences per centroid that K-means sees
+SLICE = 1 << 13             # sentences that are tokenized together: a book may have no end
+SAVED = 1 << 26             # bytes of text between saved states
 CHUNK = 1 << 14             # sentences that are sorted by length together, and saved together
 BATCH_TOKENS = {"cpu": 1 << 9, "cuda": 1 << 17}     # embedded together; a CPU's cache likes few
 # Plain numbers, each a file NAME.bin and its type; see Store. keys, shares: only while it is made.
@@ -604,6 +606,8 @@ def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, prog
                 torn.unlink()
             if folder.exists():                 # made meanwhile
                 shutil.rmtree(new, ignore_errors=True)
+            elif not (new / "lock").exists():
+                raise InputError("the process that was making this store gave up: see its message")
         ranks.wait()
         if not ranks.gather(folder.exists())[0]:
             embed = embed or (lambda ids, mask: embed_sentences(t5, ids, mask))
@@ -621,10 +625,9 @@ def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, prog
                 _group(new, options["clusters"], len(seeds), progress)
                 text = json.dumps({"made_of": made_of, "counts": counts}, indent=1)
                 atomic_write(new / "meta.json", lambda file: file.write(text.encode()))
-                for file in ("keys.bin", "shares.bin", "text.json"):
-                    (new / file).unlink()
                 os.rename(new, folder)
-                (folder / "lock").unlink()
+                for file in ("keys.bin", "shares.bin", "text.json", "lock"):
+                    (folder / file).unlink()
     ranks.wait()
     made = [folder / file for file in ("meta.json", "centroids.npy", "order.bin")]
     if ranks.world > 1 and len(set(ranks.gather(folder.exists() and fingerprint(made)))) > 1:
@@ -689,28 +692,39 @@ def join_short(sentences):
 def _write_text(folder, files, read, tokenizer, progress):
     """Append the files' sentences to the TEXT columns -> counts.
 
-    After each file text.json says how far they hold: from there the next call goes on.
+    After each SAVED bytes text.json says how many documents they hold: the next call reads those
+    again, for it must, but does not tokenize them.
     """
-    path, done, counts = folder / "text.json", 0, Counter()
-    if path.exists():
-        done, counts = json.loads(path.read_text())
-        counts = Counter(counts)
+    path, counts = folder / "text.json", Counter()
+    whole, done, saved = json.loads(path.read_text()) if path.exists() else (False, 0, {})
+    items = chain.from_iterable(read(file, counts) for file in files if not whole)
+    for _ in islice(items, done):
+        progress("reading text, bytes", counts["bytes"], None)
+    counts.clear()
+    counts.update(saved)
     with ExitStack() as stack:
         columns = {name: stack.enter_context(open(folder / f"{name}.bin", "ab")) for name in TEXT}
         for name, file in columns.items():
             length = counts[TEXT[name]] + (name == "offsets")   # it has one more, at first a 0
             file.truncate(length * array(COLUMNS[name]).itemsize)
-        progress("reading text, bytes", counts["bytes"], None)
-        for number, source in enumerate(files[done:], done + 1):
-            for batch in _batches(read(source, counts)):
-                for name, values in _columns_of(batch, tokenizer, counts).items():
-                    columns[name].write(values)
-                progress("reading text, bytes", counts["bytes"], None)
+
+        def save(whole):
             for file in columns.values():
                 file.flush()
                 os.fsync(file.fileno())
-            state = json.dumps([number, counts]).encode()
+            state = json.dumps([whole, done, counts]).encode()
             atomic_write(path, lambda file: file.write(state))
+            return counts["bytes"]
+        progress("reading text, bytes", counts["bytes"], None)
+        last = counts["bytes"]
+        for batch in _batches(items):
+            for name, values in _columns_of(batch, tokenizer, counts).items():
+                columns[name].write(values)
+            done += len(batch)
+            progress("reading text, bytes", counts["bytes"], None)
+            if counts["bytes"] - last >= SAVED:
+                last = save(False)
+        save(True)
     return counts
 
 
@@ -729,8 +743,8 @@ def _batches(items, size=1 << 20):
 def _columns_of(batch, tokenizer, counts):
     """What a batch appends to each of the TEXT columns -> {name: array}; counts go on."""
     new = {name: array(COLUMNS[name]) for name in TEXT}
-    texts = (text for _, texts, _ in batch for text in texts)
-    slices = iter(lambda: list(islice(texts, 1 << 13)), [])     # of a book without end
+    waiting = (text for _, texts, _ in batch for text in texts)
+    slices = iter(lambda: list(islice(waiting, SLICE)), [])
     encoded = chain.from_iterable(tokenize(tokenizer, part) for part in slices)
     for share, texts, label in batch:
         sentences = [next(encoded) for _ in texts]
@@ -803,6 +817,8 @@ def _cluster(folder, clusters, seeds, embed, budget, progress, ranks):
             points[torch.from_numpy(own[positions]).to(H.device)] = H
             done += len(H) * ranks.world
             progress("embedding a sample", min(done, size), size)
+        if size < ranks.world:
+            raise InputError(f"{size} sentences for {ranks.world} processes: start fewer")
         points = torch.cat([ranks.all_sum(part)[0] for part in points.split(CHUNK)])
         if not points.isfinite().all():
             raise InputError("sentence embeddings are not finite: the model's weights are damaged")

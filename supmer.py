@@ -156,8 +156,8 @@ def micro_batches(examples, theta, method, partner=None):
                partner and collate(partner, rows, theta.device))
 
 
-# In both, torch.autograd.grad through the same graph is faster on a CPU core: by 1 % in micro-
-# batches of 1024 positions at t5-base's width, by 6 to 8 % in those of 512.
+# In the next two, torch.autograd.grad through the same graph is faster on a CPU core: by 1 % in
+# micro-batches of 1024 positions at t5-base's width, by 6 to 8 % in those of 512.
 
 def first_derivative(function, theta):
     """function: theta -> (scalar, more). -> its gradient, (the scalar, more).
@@ -218,7 +218,7 @@ def gradient_and_hessian(t5, theta, examples, method, ranks=SOLO):
 
     g, H, loss, products = *_zeros(theta), []
     for _, batch, _ in ranks.share(micro_batches(examples, theta, method)):
-        if len(products) < method.keep_graphs:
+        if len(products) < method.keep_graphs and not method.first_order:
             g_share, (loss_part, H_share), product = second_derivative(share(batch), theta)
         else:
             g_share, (loss_part, H_share) = first_derivative(share(batch), theta)

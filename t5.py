@@ -75,8 +75,8 @@ def linear(x, weight):
 class OneDNNLinear(torch.autograd.Function):
     """F.linear with a frozen float32 weight on a CPU, by oneDNN: equal up to rounding.
 
-    F.linear calls MKL, which is slower on AMD's processors; bench.py prints both rates. There are
-    no packed copies of the weight. Small ones lose more to autograd.Function than they gain.
+    F.linear calls MKL, which is slower on some AMD processors; bench.py prints both rates. There
+    are no packed copies of the weight. Small ones lose more to autograd.Function than they gain.
     """
 
     @staticmethod
@@ -90,6 +90,10 @@ class OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return OneDNNLinear.apply(g, ctx.weight.T), None
+
+    @staticmethod
+    def jvp(ctx, x_tangent, _):
+        return OneDNNLinear.apply(x_tangent, ctx.weight)
 
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -529,14 +529,17 @@ def test_float64_prompt_in_front_of_any_weights(config):
 
 def test_onednn_is_the_plain_linear(monkeypatch):
     """float32 on a CPU: the product by oneDNN, its gradient and its Hessian-vector product under
-    torch.func are F.linear's to 1e-5. It is not asked for float64, nor for small weights."""
+    torch.func, reverse and forward over reverse, are F.linear's to 1e-5; so is the gradient of a
+    weight, for full tuning. It is not asked for float64, nor for small weights."""
     g = torch.Generator().manual_seed(0)
-    x, u, w = (torch.randn(*shape, generator=g) for shape in ((2, 5, 640), (2, 5, 640), (512, 640)))
+    x, u, w = (torch.randn(*shape, generator=g) for shape in ((2, 5, 640), (2, 5, 640), (640, 640)))
     w, asked = w / 25, []
 
     def results():
         gradient = torch.func.grad(lambda x: T.linear(x, w).sin().sum())
-        return T.linear(x, w), gradient(x), torch.func.vjp(gradient, x)[1](u)[0]
+        return (T.linear(x, w), gradient(x), torch.func.vjp(gradient, x)[1](u)[0],
+                torch.func.jvp(gradient, (x,), (u,))[1],
+                torch.func.grad(lambda w: T.linear(x, w).sin().sum())(w))
     ours = results()
     monkeypatch.setattr(T.OneDNNLinear, "apply", lambda *inputs: asked.append(inputs))
     T.linear(x.double(), w.double()), T.linear(x, w[:9])
@@ -2256,7 +2259,7 @@ def test_building_is_deterministic(planted, tmp_path):
 
 
 def test_a_stopped_build_goes_on_where_it_was(planted, tmp_path, monkeypatch):
-    """Stopped in its second file, by a full disk in the sample, and in its second part of
+    """Stopped in its text, by a full disk in the sample, and in its second part of
     assignments: each time what was done is not done again, and the store is byte for byte an
     unbroken one's."""
     monkeypatch.setattr(data, "CHUNK", 64)
@@ -2293,7 +2296,7 @@ def test_a_stopped_build_goes_on_where_it_was(planted, tmp_path, monkeypatch):
                 file.write(b"half")
     stop = ("", 0, None)
     broken = build("broken")
-    assert did["files"] == 3 and 320 + 400 < did["embedded"] < 2 * 320 + 400 + 64
+    assert did["files"] == 4 and 320 + 400 < did["embedded"] < 2 * 320 + 400 + 64
     for file in sorted(whole.folder.iterdir()):
         assert file.read_bytes() == (broken.folder / file.name).read_bytes(), file
     assert [path.name for path in (tmp_path / "broken").iterdir()] == [whole.folder.name]
@@ -3082,6 +3085,45 @@ def labeled_store(folder, rows, words=(), clusters=3):
         csv.writer(file).writerows([("label", "text"), *rows])
     return data.build_labeled(folder / "cache", folder / "set.csv", tokenizer, None, clusters, 0,
                               model=model, words=words, embed=by_topic(tokenizer)), tokenizer
+
+
+def test_long_documents_are_whole(tmp_path, monkeypatch):
+    """A document of more sentences than are tokenized together, between short ones, and text that
+    is gone on with after a stop between two saved states: the store's sentences are the corpus's.
+    """
+    words = [f"w{i}" for i in range(60)] + ["end."]
+    model, tokenizer = write_model(tmp_path / "model", words + TEMPLATE_WORDS)
+    rng = np.random.default_rng(0)
+    lengths = (4, 50, 4, 30, 6, 5, 21)
+    documents = [[" ".join([*(f"w{j}" for j in rng.permutation(60)[:5]), "end."])
+                  for _ in range(length)] for length in lengths]
+    for number in range(2):
+        lines = [json.dumps({"paragraphs": d}) for d in documents[number::2]]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
+    expected = [data.tokenize(tokenizer, d) for number in range(2) for d in documents[number::2]]
+    monkeypatch.setattr(data, "SLICE", 7)
+    monkeypatch.setattr(data, "SAVED", 1)
+    monkeypatch.setattr(data, "_batches", lambda items: ([item] for item in items))
+    original, calls = data._columns_of, []
+
+    def stopped(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*arguments)
+    monkeypatch.setattr(data, "_columns_of", stopped)
+
+    def build():
+        return data.build_store(tmp_path / "cache", [tmp_path / "0.jsonl", tmp_path / "1.jsonl"],
+                                tokenizer, None, 3, 0, model=model,
+                                embed=lambda ids, mask: ids[:, :4].float())
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    store = build()
+    assert len(calls) == len(lengths) + 1               # the stopped document twice, others once
+    found = [[store.tokens[store.offsets[i]:store.offsets[i + 1]].tolist()
+              for i in np.flatnonzero(store.document == d)] for d in range(len(lengths))]
+    assert found == expected and store.meta["counts"]["documents"] == len(lengths)
 
 
 def test_labeled_sets_become_meta_tasks(tmp_path):
@@ -5074,8 +5116,8 @@ def test_labeled_sets_are_mixed_in(small_world, tmp_path, monkeypatch, capsys):
     code, _ = run_train(folder, monkeypatch, capsys, *options, "--steps", "10", "--run", "mixed")
     log = log_without_times(folder / "mixed")
     variants = [variant for line in log for variant in line.get("variants", ())]
-    assert code == 0 and len(variants) == 20 and 2 <= variants.count("topics") <= 12
-    assert set(log[0]["validation"]["variants"]) == {*VARIANTS, "topics"}
+    assert code == 0 and len(variants) == 20 and 2 <= variants.count("topics.csv") <= 12
+    assert set(log[0]["validation"]["variants"]) == {*VARIANTS, "topics.csv"}
     (folder / "mixed" / "state.safetensors").unlink()
     train.write_run(folder / "mixed", train.read_run(folder / "mixed") | {"finished": False})
     assert run_train(folder, monkeypatch, capsys, "--resume", "mixed")[0] == 0
@@ -5083,7 +5125,7 @@ def test_labeled_sets_are_mixed_in(small_world, tmp_path, monkeypatch, capsys):
     code, _ = run_train(folder, monkeypatch, capsys, *options, "--labeled-share", "1", "--steps",
                         "1", "--corpus", "nowhere", "--run", "labeled")
     log = log_without_times(folder / "labeled")
-    assert code == 0 and [line["variants"] for line in log if "s" in line] == [["topics"] * 2]
+    assert code == 0 and [line["variants"] for line in log if "s" in line] == [["topics.csv"] * 2]
     assert "corpus" in json.loads((folder / "labeled" / "run.json").read_text())["made_of"]
 
 
@@ -5238,7 +5280,7 @@ def test_mistakes_on_the_command_line_end_with_status_2(
         (["--corpus", "nowhere"], "nowhere does not exist"),
         (["--clusters", "5000"], "fewer clusters"),
         (["--support", "5000"], "give more text, or fewer clusters"),
-        (["--labeled", "empty"], "--labeled empty: no .csv"),
+        (["--labeled", "empty"], "--labeled empty: no folder with .csv"),
         (["--labeled-share", "1.5"], "it must be 1 at most"),
         (["--relative-step", "0", "--inner-rate", "1e29"], "not finite"),
     ],

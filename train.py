@@ -76,7 +76,7 @@ class Training:
     patience: int = knob(0, "stop after so many validations without a lower loss; 0: never")
     validation_tasks: int = knob(20, "fixed held-out tasks of each variant (ours)")
     save_seconds: float = knob(60.0, "seconds between saved states (ours)")
-    keep_gib: float = knob(0.0, "GiB for as many keep_graphs as fit; 0: as that says (ours)")
+    keep_gib: float = knob(0.0, "GiB in each process to keep graphs in for the Hessian (ours)")
     dtype: str = knob("float32", "of the frozen T5: float32 or bfloat16 (theta and phi: float32)")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
 
@@ -337,13 +337,14 @@ def micro_batch_bytes(config, training, method):
 
 
 def graphs_that_fit(config, training, method):
-    """The Method with the keep_graphs that --keep-gib has room for. InputError if that is none."""
-    if not training.keep_gib:
+    """The Method with as many keep_graphs as --keep-gib has room for. InputError if it has none."""
+    if not training.keep_gib or method.first_order or training.method in PLAIN:
         return method
     _, graph = micro_batch_bytes(config, training, method)
     if training.keep_gib * 2 ** 30 < graph:
         raise InputError(f"--keep-gib {training.keep_gib}: a graph takes {graph / 2 ** 30:.2g} GiB")
-    return replace(method, keep_graphs=int(training.keep_gib * 2 ** 30 / graph))
+    return replace(method, keep_graphs=min(int(training.keep_gib * 2 ** 30 / graph),
+                                           training.support))
 
 
 def memory_needed(config, training, method):
@@ -354,9 +355,12 @@ def memory_needed(config, training, method):
     """
     weights = {name: math.prod(shape) for name, shape in expected_shapes(config).items()}
     peak, graph = micro_batch_bytes(config, training, method)
+    sets = math.ceil(training.support * (training.prompt_length + training.max_tokens)
+                     / method.micro_tokens)         # micro-batches of a support set, at most
+    kept = min(method.keep_graphs, max(sets, 1), training.support)
     learned = 4 * config.d_model * (training.prompt_length + 2 * config.d_model + 2)
     return {"weights": sum(weights.values()) * getattr(torch, training.dtype).itemsize,
-            "micro-batch": peak, f"{method.keep_graphs} kept graphs": method.keep_graphs * graph,
+            "micro-batch": peak, f"{kept} kept graphs": kept * graph,
             "theta, phi, Adam's moments, each task's gradients": (4 + training.tasks) * learned,
             "program": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + LIBRARIES}
 
@@ -416,7 +420,7 @@ def time_lines(t5, training, method):
              f"steps, measured on this {device} with texts of {tokens} tokens",
              f"          {clustering:,.1f} hours before that, to embed and cluster "
              f"{text / 1e9:.3g} GB of text once (4 bytes a token); validation is not counted",
-             f"disk:     {text / 2e9:.3g} GB for the corpus's tokens in cache/"]
+             f"disk:     {0.8 * text / 1e9:.3g} GB for the corpus's sentences in cache/"]
     for name in web:
         count = data.corpus_count(name, training.bytes)
         lines.append(f"download: {count} file(s) of {name}, about "
@@ -649,10 +653,10 @@ def open_indexes(training, model_folder, tokenizer, t5, ranks=SOLO):
     index, labeled, how = None, None, {"model": model_folder, "ranks": ranks}
     if training.labeled:
         files = [path for path in sorted(Path(training.labeled).glob("*"))
-                 if path.suffix in data.ROWS and path.suffix]
+                 if path.suffix in (".csv", ".tsv", ".jsonl")]
         if not files:
-            raise InputError(f"--labeled {training.labeled}: no .csv, .tsv, .jsonl or .txt there")
-        stores = {path.stem: make_store(path.name, lambda progress: data.build_labeled(
+            raise InputError(f"--labeled {training.labeled}: no folder with .csv, .tsv or .jsonl")
+        stores = {path.name: make_store(path.name, lambda progress: data.build_labeled(
             Path("cache"), path, tokenizer, t5, training.labeled_clusters, training.seed,
             progress=progress, **how), ranks) for path in files}
         labeled = LabeledIndex(stores, tokenizer, **sizes)
@@ -834,9 +838,9 @@ def plot(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines(True)
              if line.endswith("\n")]               # the last one may still be on its way
     picture, axes = pyplot.subplots(1, 5, figsize=(20, 4), layout="constrained")
-    steps = [line for line in lines if "s" in line]
     for axis, (title, names) in zip(axes, PANELS.items()):
         for name in names:
+            steps = [line for line in lines if name in line]        # PPT has its loss alone
             axis.plot([line["step"] for line in steps], [np.mean(line[name]) for line in steps],
                       linewidth=0.8, label=name)
         axis.set_title(title)
@@ -897,6 +901,8 @@ def main(argv):
     # --max-minutes is a Ctrl-C to come: it ends what is before the first step, then only steps.
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, min(60 * control.max_minutes, 1e9))
+    if control.run and control.run.exists():
+        raise InputError(f"{control.run} exists: name another --run, or --resume {control.run}")
     device = pick_device(training.device)
     method = graphs_that_fit(model_shape(training.model), training, method)
     ranks = join_ranks(device)
@@ -953,5 +959,6 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped before another step was done; nothing is lost", file=sys.stderr)
+        print("stopped before another step was done; nothing is lost: the same command goes on, or "
+              "--resume RUN where a run was named", file=sys.stderr)
         sys.exit(130)
