@@ -117,7 +117,9 @@ def hf_model(t5):
         relative_attention_num_buckets=c.num_buckets, dropout_rate=0.0, decoder_start_token_id=0,
         relative_attention_max_distance=c.max_distance, tie_word_embeddings=c.tied,
         feed_forward_proj="gated-gelu" if c.gated else "relu", attn_implementation="eager"))
-    model.load_state_dict(t5.weights, strict=False)
+    found = model.load_state_dict(t5.weights, strict=False)         # it has the table three times
+    if found.unexpected_keys or not set(found.missing_keys) <= set(T.ALIASES[1:3]):
+        raise T.InputError(f"transformers' T5 has other tensors than ours: {found}")
     return model.to(table.device, table.dtype).eval().requires_grad_(False)
 
 
@@ -165,10 +167,12 @@ def our_step(s, **how):
 
 
 def our_step_kept(s):
+    """The same with all graphs kept."""
     return our_step(s, keep_graphs=1000)
 
 
 def our_first_order(s):
+    """The same without the Hessian."""
     return our_step(s, first_order=True)
 
 
@@ -183,10 +187,12 @@ def hf_step(s, padded=0, first_order=False):
 
 
 def hf_released(s):
+    """The same as the released code does it: first order, padded."""
     return hf_step(s, padded=s.padded, first_order=True)
 
 
 def sentences(s):
+    """Random sentences -> their token ids (all,) uint16, offsets (n + 1,)."""
     lengths = np.random.default_rng(5).poisson(25, s.sentences).clip(3)
     offsets = np.concatenate([[0], lengths.cumsum()])
     return np.random.default_rng(6).integers(3, 32_000, offsets[-1]).astype(np.uint16), offsets
@@ -264,12 +270,14 @@ def our_kmeans(s):
 
 
 def sklearn_kmeans(s):
+    """The same by scikit-learn."""
     from sklearn.cluster import KMeans
     points, start = cloud(s)
     return lambda: KMeans(s.clusters, init=start, n_init=1, max_iter=10, tol=0).fit(points).inertia_
 
 
 def faiss_kmeans(s):
+    """The same by faiss, which counts its last assignment apart."""
     import faiss
     points, start = cloud(s)
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -282,6 +290,7 @@ def faiss_kmeans(s):
 
 
 def texts_to_tokenize(s):
+    """tiny/'s tokenizer and the sentences of its first documents."""
     documents = data.documents([data.TINY / "corpus.jsonl.gz"])
     tokenizer = data.load_tokenizer(data.TINY, T.read_config(data.TINY))
     return tokenizer, [sentence for _, document in zip(range(s.documents), documents)
@@ -289,11 +298,13 @@ def texts_to_tokenize(s):
 
 
 def our_tokens(s):
+    """Token ids as the corpus gets them."""
     tokenizer, texts = texts_to_tokenize(s)
     return lambda: data.tokenize(tokenizer, texts)
 
 
 def tokenizers_tokens(s):
+    """The same by one call of the library's own."""
     tokenizer, texts = texts_to_tokenize(s)
     return lambda: [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
