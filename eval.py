@@ -149,7 +149,7 @@ def newest_run(model):
     models."""
     runs = {str(path.parent): read_run(path.parent) for path in Path("runs").glob("*/run.json")}
     ended = [(run["ended"], name) for name, run in runs.items() if run["finished"] and
-             run["name"] == "supmer" and Path(run["model"]).name == Path(model).name]
+             run.get("name") == "supmer" and Path(run["model"]).name == Path(model).name]
     if not ended and Path(model).name in ("tiny", "t5-base", "flan-t5-xl"):
         return "released"
     if not ended:
@@ -540,6 +540,11 @@ def texts_of(row):
     return tuple(row.fields.values())
 
 
+def rates_of(settings, baseline):
+    """The rates to choose from: --rates, or the Baseline's own."""
+    return settings.rates if any(settings.rates) else baseline.rates
+
+
 class Sample(NamedTuple):
     """What a seed has drawn of a task's training file."""
     seed: int
@@ -585,7 +590,7 @@ def tune_task(context, plan, candidates, samples, shots):
                 continue
             parts = [baseline.pose(context.tokenizer, plan.name, task, part, (), 0)[0]
                      for part in (sample.train, sample.held_out)]
-            for rate in settings.rates if any(settings.rates) else baseline.rates:
+            for rate in rates_of(settings, baseline):
                 name = [plan.name, candidate.name, shots, settings.seeds[i], rate]
                 jobs.append(make_job(
                     context.made_of, "-".join(map(str, name)), tune_job,
@@ -940,6 +945,32 @@ def protocol(argv, result, settings, count):
             f"of {test['of']:,}.\nThe protocol, {minutes:.0f} minutes at this speed: {command}")
 
 
+def work_through(context, plans, written, out, count, candidates):
+    """Evaluate each number of shots and plan, write and tell each result -> whether it was stopped.
+
+    written: the JSON file `out`, to be filled. candidates: () -> an iterable for each plan. What a
+    stop leaves undone is put down as not run; with no result at all KeyboardInterrupt goes on.
+    """
+    todo, stopped = [(shots, plan) for shots in context.settings.shots for plan in plans], False
+    try:
+        while todo and not stopped:
+            result, stopped = evaluate(context, *todo[0], candidates())
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if not written["results"] and out.exists():     # an earlier call's is kept beside
+                numbered = (out.with_suffix(f".{n}.json") for n in range(1, 10 ** 6))
+                out.rename(next(path for path in numbered if not path.exists()))
+            written["results"].append(result | {"processes": count})
+            atomic_write(out, lambda file: file.write(json.dumps(written, indent=1).encode()))
+            context.say(details(written["results"][-1], context.settings))
+            del todo[0]
+    except KeyboardInterrupt:
+        if not written["results"]:
+            raise
+        stopped = True
+    written["not_run"] |= {plan.name: "stopped before it was done" for _, plan in todo}
+    return stopped
+
+
 def main(argv):
     """Parse, say what will run; then for each task tune, test, write and print."""
     settings, sources = parse(argv)
@@ -965,9 +996,10 @@ def main(argv):
     dtype = getattr(torch, settings.dtype)
     more = ft_memory(read_config(model)) if "ft" in settings.prompt else 0
     if more:
+        copies = len(rates_of(settings, BASELINES["ft"])) * len(settings.seeds)
         print(f"ft: {more / 2**30:.2f} GiB in each process beside the frozen weights and a step's "
               f"activations; a task's rates and seeds take "
-              f"{more / 6 / 2**30 * 3 * len(settings.seeds):.2f} GiB in {TUNED}")
+              f"{more / 6 / 2**30 * copies:.2f} GiB in {TUNED}")
     devices, count = processes(settings, model, more)
     t5 = load_t5(model, dtype, torch.device(devices[0] if count == 1 else "cpu"))
     unit = float(t5.weights["shared.weight"].float().cpu().square().mean().sqrt())
@@ -983,31 +1015,14 @@ def main(argv):
     out.parent.mkdir(parents=True, exist_ok=True)
     written = {"command": shlex.join(["python", "eval.py", *argv]), "settings": asdict(settings),
                "prompts": {}, "not_run": absent, "results": []}
-    ends, stopped, todo = time.monotonic() + 60 * settings.max_minutes, False, [
-        (shots, plan) for shots in settings.shots for plan in found]
+    ends = time.monotonic() + 60 * settings.max_minutes
     opened = {name: open_candidate(name, t5, settings) for name in settings.prompt
               if name not in PRETRAINED}
-
     with workers(t5, model, dtype, devices, count) as work:
         context = Context(settings, load_tokenizer(model, t5.config), work, made_of,
                           unit if settings.rate_scale == "rms" else 1.0, print)
-        try:
-            while todo and not stopped:
-                result, stopped = evaluate(context, *todo[0], in_turn(
-                    settings, t5, opened, written["prompts"], ends, print))
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                if not written["results"] and out.exists():     # an earlier call's is kept beside
-                    numbered = (out.with_suffix(f".{n}.json") for n in range(1, 10 ** 6))
-                    out.rename(next(path for path in numbered if not path.exists()))
-                written["results"].append(result | {"processes": count})
-                atomic_write(out, lambda file: file.write(json.dumps(written, indent=1).encode()))
-                print(details(written["results"][-1], settings))
-                del todo[0]
-        except KeyboardInterrupt:
-            if not written["results"]:
-                raise
-            stopped = True
-    absent |= {plan.name: "stopped before it was done" for _, plan in todo}
+        stopped = work_through(context, found, written, out, count, lambda: in_turn(
+            settings, t5, opened, written["prompts"], ends, print))
     print(f"details: {out}")
     if not any(result["test"] for result in written["results"]):
         return
