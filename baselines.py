@@ -30,7 +30,7 @@ import torch
 from data import (MASK, SOLO, WORDS, compile_template, fill_template, task_examples,
                   template_fields, tokenize)
 from supmer import first_derivative, init_prompt, loss_share, micro_batches, prompt_gradient
-from t5 import T5, InputError, T5Config, expected_shapes, linear, rms_norm
+from t5 import T5, InputError, T5Config, count_weights, expected_shapes, linear, rms_norm
 
 PREFIX_LENGTH = 20          # of both prefix methods; the paper gives none (ours)
 PREFIX_WIDTH = 512          # m, the reparametrizing MLP's hidden width, as Li & Liang's (4.3)
@@ -192,7 +192,7 @@ def with_weights(t5, kept):
 def ft_memory(config):
     """Bytes that one process of FT holds beside the frozen weights and a step's activations: the
     tuned weights, a set's and a micro-batch's gradient, Adam's two moments, the best so far."""
-    return 6 * 4 * sum(map(math.prod, expected_shapes(config).values()))
+    return 6 * 4 * count_weights(config)
 
 
 # ------------------------------------------------ inputs: the template, options, instructions
@@ -381,7 +381,7 @@ def parameters_at(config, length):
     t5 = T5(config, {"lm_head.weight": made["shared.weight"], **made})     # mostly never touched
     counted = {name: count(one.start(t5, 0, one.length or length))
                for name, one in BASELINES.items() if one.start not in (None, nothing, ft_start)}
-    return counted | {"ft": sum(map(math.prod, expected_shapes(config).values()))}
+    return counted | {"ft": count_weights(config)}
 
 
 if __name__ == "__main__":

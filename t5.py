@@ -321,6 +321,11 @@ def expected_shapes(config):
     return shapes
 
 
+def count_weights(config):
+    """How many numbers a T5 of this config holds, a tied head once."""
+    return sum(map(math.prod, expected_shapes(config).values()))
+
+
 # Exporters store the embedding once or more, under any of these names; the last one when tied.
 # STRAY: v1.0 files carry a bias that no T5 ever reads.
 ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight",

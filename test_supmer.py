@@ -5404,6 +5404,10 @@ def test_memory_does_not_grow_with_the_support_set():
     again, kept = peak_and_kept(8, 0)[0], peak_and_kept(8, 4)[0]
     assert again == pytest.approx(peak_and_kept(2, 0)[0], rel=0.01) and kept > 2 * again
     training, method = train.settings({"prompt_length": 20, "max_tokens": 60, "micro_tokens": 160})
+    for tokens, graphs in ((160, 16), (120, 32), (40, 32)):        # of 32 texts, 2, 1 and 1 at once
+        parts = train.memory_needed(t5.config, training, replace(method, micro_tokens=tokens,
+                                                                 keep_graphs=99))
+        assert f"{graphs} kept graphs" in parts
     graph = train.micro_batch_bytes(t5.config, training, method)[1]
     for graphs in (2.5, 0.5):
         budget = replace(training, keep_gib=graphs * graph / 2 ** 30)

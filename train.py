@@ -46,7 +46,7 @@ from data import (SOLO, VARIANTS, LabeledIndex, Ranks, TaskIndex, atomic_write, 
 from supmer import (Method, gradient_and_hessian, init_prompt, init_regularizer, init_state, knob,
                     load_prompt, meta_gradient, meta_step, prompt_gradient, prompt_metadata,
                     save_peft, save_prompt, validate_task)
-from t5 import T5, InputError, T5Config, expected_shapes, load_t5
+from t5 import T5, InputError, T5Config, count_weights, expected_shapes, load_t5
 
 
 @dataclass(frozen=True)
@@ -313,6 +313,11 @@ def model_shape(name):
                     not gated, 32, 128, 1e-6)
 
 
+def rows_of(training, method, tokens):
+    """Texts of so many tokens in a micro-batch."""
+    return max(1, method.micro_tokens // (training.prompt_length + tokens))
+
+
 def micro_batch_bytes(config, training, method):
     """The most bytes of a micro-batch, and of a graph that is kept of one for the Hessian.
 
@@ -322,7 +327,7 @@ def micro_batch_bytes(config, training, method):
     t5 = stand_in(config, getattr(torch, training.dtype), "meta")
     P, longest, peaks, graphs = training.prompt_length, training.max_tokens, [], []
     theta = torch.empty(P, config.d_model, device="meta")
-    rows = max(1, method.micro_tokens // (P + longest))
+    rows = rows_of(training, method, longest)
     for rows, tokens in ((rows, longest), (rows + 1, method.micro_tokens // (rows + 1) - P)):
         if tokens > 0:
             task = stand_in_task(config.d_model, rows, tokens)
@@ -343,8 +348,7 @@ def graphs_that_fit(config, training, method):
     _, graph = micro_batch_bytes(config, training, method)
     if training.keep_gib * 2 ** 30 < graph:
         raise InputError(f"--keep-gib {training.keep_gib}: a graph takes {graph / 2 ** 30:.2g} GiB")
-    return replace(method, keep_graphs=min(int(training.keep_gib * 2 ** 30 / graph),
-                                           training.support))
+    return replace(method, keep_graphs=int(training.keep_gib * 2 ** 30 / graph))
 
 
 def memory_needed(config, training, method):
@@ -353,13 +357,11 @@ def memory_needed(config, training, method):
     LIBRARIES is what CPU libraries take beside the tensors. The C library's allocator can keep more
     than is in use: where it does, MALLOC_MMAP_THRESHOLD_=65536 in the environment gives it back.
     """
-    weights = {name: math.prod(shape) for name, shape in expected_shapes(config).items()}
     peak, graph = micro_batch_bytes(config, training, method)
-    sets = math.ceil(training.support * (training.prompt_length + training.max_tokens)
-                     / method.micro_tokens)         # micro-batches of a support set, at most
-    kept = min(method.keep_graphs, max(sets, 1), training.support)
+    kept = min(method.keep_graphs,             # of a support set's micro-batches, at most so many
+               math.ceil(training.support / rows_of(training, method, training.max_tokens)))
     learned = 4 * config.d_model * (training.prompt_length + 2 * config.d_model + 2)
-    return {"weights": sum(weights.values()) * getattr(torch, training.dtype).itemsize,
+    return {"weights": count_weights(config) * getattr(torch, training.dtype).itemsize,
             "micro-batch": peak, f"{kept} kept graphs": kept * graph,
             "theta, phi, Adam's moments, each task's gradients": (4 + training.tasks) * learned,
             "program": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + LIBRARIES}
@@ -386,7 +388,7 @@ def seconds_needed(t5, training, method, tokens):
     embed one token. A set of n micro-batches takes n times as long."""
     theta, phi = init_prompt(t5, training.prompt_length, 0), init_regularizer(t5.config.d_model)
     phi = {name: x.to(theta.device) for name, x in phi.items()}
-    rows = max(1, method.micro_tokens // (training.prompt_length + tokens))
+    rows = rows_of(training, method, tokens)
     short, task = (stand_in_task(t5.config.d_model, n, tokens) for n in (1, rows))
     ids = torch.full((32, 25), 3, device=theta.device)              # sentences of 25 tokens
 
@@ -445,6 +447,11 @@ def fetch_list(name):
 
 # ------------------------------------------------------------------------------ a run on the disk
 
+def exists_already(folder):
+    """The error for a new run's folder that is there."""
+    return InputError(f"{folder} exists: name another --run, or go on with --resume {folder}")
+
+
 def new_run(argv, training, method, made_of, wanted):
     """Make the folder `wanted`, or the next free runs/<model>-<number>, with its run.json. What is
     not SUPMER has its name_of in the folder's name."""
@@ -457,8 +464,7 @@ def new_run(argv, training, method, made_of, wanted):
             break
         except FileExistsError:
             if wanted:
-                raise InputError(f"{folder} exists: name another --run, or go on with "
-                                 f"--resume {folder}") from None
+                raise exists_already(folder) from None
     write_run(folder, {
         "model": training.model, "name": name,
         "training": asdict(training), "method": asdict(method),
@@ -479,7 +485,6 @@ def read_run(folder):
     try:
         values = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         values["training"] | values["method"], values["finished"], values["ended"]
-        values.setdefault("name", "supmer")         # of before there were others
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} holds no run ({error!r}): name a folder that train.py made, "
                          "such as runs/tiny-1") from None
@@ -901,8 +906,8 @@ def main(argv):
     # --max-minutes is a Ctrl-C to come: it ends what is before the first step, then only steps.
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, min(60 * control.max_minutes, 1e9))
-    if control.run and control.run.exists():
-        raise InputError(f"{control.run} exists: name another --run, or --resume {control.run}")
+    if control.run and control.run.exists():                # now, not after the corpus is read
+        raise exists_already(control.run)
     device = pick_device(training.device)
     method = graphs_that_fit(model_shape(training.model), training, method)
     ranks = join_ranks(device)
