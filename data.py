@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 from kmeans import kmeans, nearest
 from t5 import (EOS, INDEX, PAD, SINGLE, InputError, check_file, embed_tokens, encode, load_t5,
-                read_config, shard_names, weight_files)
+                read_config, read_json, shard_names, weight_files)
 
 TINY = Path(__file__).resolve().parent / "tiny"
 MASK, UNK = "<extra_id_0>", 2       # <X> of the templates; the id that holds a vector's place
@@ -113,12 +113,15 @@ def load_tokenizer(folder, config):
     path = tokenizer_file(folder)
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the tokenizers package raises nothing more precise
+        tokenizer.encode("\ue000")          # one without <unk> fails when it is wanted
+    except BaseException as error:  # the tokenizers package raises nothing more precise, or panics
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise InputError(f"{path} is not a tokenizer ({error}): fetch it again") from None
     ids = [tokenizer.token_to_id(piece) for piece in ("<pad>", "</s>", "<unk>", MASK)]
     if ids[:3] != [PAD, EOS, UNK] or ids[3] is None:
         raise InputError(f"{path}: <pad>, </s>, <unk> must be 0, 1, 2, with {MASK}: take a T5's")
-    size, rows = tokenizer.get_vocab_size(), config.vocab_size
+    size, rows = max(tokenizer.get_vocab().values()) + 1, config.vocab_size
     if not size <= rows < min(size + 128, 2**16):   # T5 pads its rows to 128s; we store 16 bits
         raise InputError(f"{path} has {size} pieces, the model {rows} embeddings (at most 65,535):"
                          " take the tokenizer.json and the weights of one model")
@@ -295,14 +298,32 @@ def _read_jsonl(path, counts):
             yield paragraphs
 
 
+class Header(tarfile.TarInfo):
+    """A member's header: a damaged one is no archive's end, and what is read whole because it is
+    no file, such as a long name, is short."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        """As TarInfo's; ReadError."""
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
+        if header.size > 1 << 20 and not header.isfile():
+            raise tarfile.ReadError(f"a header of {header.size:,} bytes")
+        return header
+
+
 def _read_tar(path, counts):
-    with tarfile.open(path, "r|*") as outer:
+    with tarfile.open(path, "r|*", tarinfo=Header) as outer:
         for part in filter(tarfile.TarInfo.isfile, outer):
             content = outer.extractfile(part)
             if part.name.endswith(".txt"):
                 yield from _parts(content, f"{path}, {part.name}", counts)
             elif part.name.endswith(".xz"):
-                with tarfile.open(fileobj=content, mode="r|xz") as inner:
+                with tarfile.open(fileobj=content, mode="r|xz", tarinfo=Header) as inner:
                     for file in filter(tarfile.TarInfo.isfile, inner):
                         yield from _parts(inner.extractfile(file), f"{path}, {file.name}", counts)
 
@@ -490,11 +511,16 @@ def model_fingerprint(folder):
     return fingerprint([Path(folder) / "config.json", *weight_files(folder)])
 
 
+# What damage to one of a store's files is told by.
+STORE_ERRORS = (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, MemoryError,
+                zipfile.BadZipFile)
+
+
 def open_store(folder, made_of=None):
     """Open a store. InputError if it is damaged or, made_of given, was made of something else."""
     folder = Path(folder)
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_json(folder / "meta.json")
         columns = {name: _column(folder, name) for name in COLUMNS if name in Store._fields}
         small = {name: np.load(folder / f"{name}.npy") for name in ("centroids", "bounds")}
         n, rows = len(columns["offsets"]) - 1, len(small["bounds"])
@@ -505,7 +531,7 @@ def open_store(folder, made_of=None):
                      "order": small["bounds"][:, -1].sum()}:
             raise ValueError("its files do not fit together")
         other = [key for key in made_of or () if meta["made_of"][key] != made_of[key]]
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except STORE_ERRORS as error:
         raise InputError(f"{folder} is not a whole store ({error}): delete it") from None
     if other:
         raise InputError(f"{folder} was built with another {', another '.join(other)}: delete it")
@@ -696,7 +722,7 @@ def _write_text(folder, files, read, tokenizer, progress):
     again, for it must, but does not tokenize them.
     """
     path, counts = folder / "text.json", Counter()
-    whole, done, saved = json.loads(path.read_text()) if path.exists() else (False, 0, {})
+    whole, done, saved = read_json(path) if path.exists() else (False, 0, {})
     items = chain.from_iterable(read(file, counts) for file in files if not whole)
     for _ in islice(items, done):
         progress("reading text, bytes", counts["bytes"], None)
@@ -733,7 +759,7 @@ def _batches(items, size=1 << 20):
     batch, total = [], 0
     for item in items:
         batch.append(item)
-        total += sum(map(len, item[1]))
+        total += 99 + sum(map(len, item[1]))    # for a million empty ones, too
         if total >= size:
             yield batch
             batch, total = [], 0
@@ -1260,7 +1286,7 @@ def _jsonl_rows(path, columns):
                 values = [record[name] for name in columns]
                 if not all(isinstance(value, str | int) for value in values):
                     values = None
-                str(values).encode()                # half a pair of surrogates is no text
+                "".join(map(str, values)).encode()  # half a pair of surrogates is no text
             except (ValueError, TypeError, KeyError, RecursionError):
                 values = None
             yield number, values and list(map(str, values))
@@ -1274,8 +1300,12 @@ def _txt_rows(path, columns):
             yield number, values if len(values) == len(columns) else None
 
 
-class Plain(pickle.Unpickler):
-    """Reads lists, texts and numbers only: nothing that a file names is looked up, or run."""
+class Plain(pickle._Unpickler):
+    """Reads lists, texts and numbers only: nothing that a file names is looked up, or run. The one
+    in C, and a bytearray, would take as much memory as a file claims to need."""
+
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()
+                if code != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module, name):
         """Refuse."""
@@ -1290,6 +1320,7 @@ def _pickle_rows(path, columns):
         rows = list(zip(labels, texts, strict=True))
         if not all(type(label) is int and type(text) is str for label, text in rows):
             raise ValueError("not texts and numbers")
+        "".join(texts).encode()         # half a pair of surrogates is no text
     except FileNotFoundError:
         raise
     except Exception as error:      # a damaged pickle raises almost anything
@@ -1486,8 +1517,9 @@ def archive_member(path, file):
     """
     *_, folder, name = file.split("/")
     try:
-        with (zipfile.ZipFile if path.suffix == ".zip" else tarfile.open)(path) as archive:
-            names = archive.namelist() if path.suffix == ".zip" else archive.getnames()
+        packed = path.suffix == ".zip"
+        with zipfile.ZipFile(path) if packed else tarfile.open(path, tarinfo=Header) as archive:
+            names = archive.namelist() if packed else archive.getnames()
             for member in names:
                 if ".." in member.split("/") or member.startswith("/"):
                     raise InputError(f"{path} has {member!r}, which leads outside: do not use it")
@@ -1496,10 +1528,15 @@ def archive_member(path, file):
             if not found:
                 raise InputError(f"{path} has no {folder}/{name}")
             member = min(found)[1]
-            return (archive.read(member) if path.suffix == ".zip" else
-                    archive.extractfile(member).read())
+            if not (packed or archive.getmember(member).isfile()):
+                raise InputError(f"{path}: {member} is a link, a folder or a device: do not use it")
+            with (archive.open if packed else archive.extractfile)(member) as part:
+                content = part.read(16 * LONGEST + 1)
+            if len(content) > 16 * LONGEST:
+                raise InputError(f"{path}: {member} is too large for a task: do not use it")
+            return content
     except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile,
-            AttributeError, RuntimeError) as error:     # AttributeError: it is a folder or device
+            UnicodeError, RuntimeError) as error:
         reason = _reason(error).rstrip(":")
         raise InputError(f"{path} is damaged or incomplete ({reason}): delete it, fetch it again"
                          ) from None

@@ -149,7 +149,7 @@ def newest_run(model):
     models."""
     runs = {str(path.parent): read_run(path.parent) for path in Path("runs").glob("*/run.json")}
     ended = [(run["ended"], name) for name, run in runs.items() if run["finished"] and
-             run.get("name") == "supmer" and Path(run["model"]).name == Path(model).name]
+             run.get("name") == "supmer" and Path(run.get("model", "")).name == Path(model).name]
     if not ended and Path(model).name in ("tiny", "t5-base", "flan-t5-xl"):
         return "released"
     if not ended:

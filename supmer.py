@@ -31,9 +31,10 @@ float32; float64 passes through untouched, for proofs.
 
 import json
 import math
+import shutil
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +45,7 @@ from safetensors.torch import save
 from torch.func import grad_and_value, vjp
 
 from data import RELEASED, SOLO, atomic_write, collate
-from t5 import PAD, InputError, decode, embed_tokens, encode, next_token_logits
+from t5 import PAD, InputError, decode, embed_tokens, encode, next_token_logits, read_json
 
 
 def knob(default, source):
@@ -515,6 +516,7 @@ def validate_task(t5, theta, phi, task, method):
 
 # --------------------------------------------------------------------- theta and phi on the disk
 IGNORED = ("grad_mean", "grad_std", "grad_s", "k")      # buffers in them that psi never uses
+LONGEST = 10_000        # vectors of a prompt: a file may claim any number without holding them
 
 
 def save_prompt(path, theta, phi, metadata):
@@ -549,22 +551,26 @@ def load_prompt(path, d):
         phi = {name.removeprefix("phi."): x for name, x in tensors.items()} or None
     tensors = {"theta": theta, **(phi or {})}
     form = metadata["regularizer"]
-    wanted = {"theta": [len(theta), d], **{name: list(x.shape) for name, x in (
+    wanted = {"theta": [*theta.shape[:1], d], **{name: list(x.shape) for name, x in (
         REGULARIZERS[form][0](d).items() if form else ())}}
     found = {name: list(x.shape) for name, x in tensors.items()}
-    if found != wanted or not len(theta):
+    if found != wanted or not 0 < len(theta) <= LONGEST:
         raise InputError(f"{path} holds {found}: no prompt and regularizer for a T5 of width {d}; "
                          "give the prompt of a run on this model")
-    if not all(x.dtype.is_floating_point and x.isfinite().all() for x in tensors.values()):
+    if not all(x.is_floating_point() and x.float().isfinite().all() for x in tensors.values()):
         raise InputError(f"{path} has values that are not finite: its run went wrong, use another")
-    return theta.float(), phi and {name: x.float() for name, x in phi.items()}, metadata
+    tensors = {name: x.detach().float().contiguous() for name, x in tensors.items()}
+    return tensors.pop("theta"), tensors or None, metadata
 
 
 def _read_safetensors(path):
     """A file's tensors and metadata. InputError if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            metadata = file.metadata() or {}
+            if not "".join(chain(*metadata.items())).isprintable():
+                raise OSError("line breaks in its metadata")
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read as a prompt ({error}): give a run, a prompt's "
                          "safetensors, or a folder of PEFT's") from None
@@ -585,13 +591,14 @@ def _load_released(folder, d):
     for path in (folder / f"{kind}_{names[0]}.pt" for kind in ("prompt", "gradient_edit")):
         try:
             read.append(torch.load(path, map_location="cpu", weights_only=True))
-        except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError) as error:
+        except Exception as error:      # a damaged pickle raises almost anything
             reason = type(error).__name__ + ": " + str(error).partition("\n")[0]
             raise InputError(f"{path} cannot be read ({reason}): fetch it from "
                              "github.com/beepkh/SUPMER, folder pretrain_prompt") from None
     theta, phi = read
-    if not isinstance(theta, torch.Tensor) or not isinstance(phi, dict) or not all(
-            isinstance(x, torch.Tensor) for x in phi.values()):
+    if not isinstance(phi, dict) or not all(
+            isinstance(x, torch.Tensor) and x.layout is torch.strided and x.device.type == "cpu"
+            for x in (theta, *phi.values())):
         raise InputError(f"{folder} does not hold a tensor and a dict of tensors: fetch both again")
     return theta, {name: x for name, x in phi.items() if name not in IGNORED}, {
         "model": names[0], "regularizer": "released"}
@@ -604,7 +611,7 @@ def _load_peft(folder, d):
     """
     path = folder / "adapter_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         length = config["num_virtual_tokens"]
         kind = (config["peft_type"], config["task_type"], type(length))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -614,7 +621,7 @@ def _load_peft(folder, d):
                          "what can be read")
     tensors, _ = _read_safetensors(folder / "adapter_model.safetensors")
     vectors = tensors.get("prompt_embeddings", torch.zeros(0))
-    if len(tensors) != 1 or len(vectors) not in (length, 2 * length):
+    if len(tensors) != 1 or vectors.shape[:1] not in ((length,), (2 * length,)):
         raise InputError(f"{folder / 'adapter_model.safetensors'} must hold {length} vectors as "
                          f"prompt_embeddings, it has {[*tensors]}: export it again")
     return vectors[:length], None, {"model": str(config.get("base_model_name_or_path")),
@@ -622,13 +629,12 @@ def _load_peft(folder, d):
 
 
 def save_peft(folder, theta, config, model, revision=None):
-    """Write theta (P, d) as a new folder that peft.PeftModel.from_pretrained loads on a model, a
-    hub id or folder, of this T5Config.
+    """Write theta (P, d) as a new folder, whole or not at all, that peft.PeftModel.from_pretrained
+    loads on a model, a hub id or folder, of this T5Config.
 
     One submodule of P vectors: PEFT would otherwise expect the decoder's as well. psi has no place
     there: only tuning as here uses it.
     """
-    folder.mkdir(parents=True)
     values = {"peft_type": "PROMPT_TUNING", "task_type": "SEQ_2_SEQ_LM", "inference_mode": True,
               "base_model_name_or_path": model, "revision": revision,
               "num_virtual_tokens": len(theta),
@@ -636,9 +642,15 @@ def save_peft(folder, theta, config, model, revision=None):
               "num_attention_heads": config.num_heads, "num_layers": config.num_layers,
               "prompt_tuning_init": "RANDOM"}
     payload = save({"prompt_embeddings": theta.float().cpu().contiguous()}, {"format": "pt"})
-    atomic_write(folder / "adapter_model.safetensors", lambda file: file.write(payload))
-    text = json.dumps(values, indent=2)
-    atomic_write(folder / "adapter_config.json", lambda file: file.write(text.encode()))
+    text, new = json.dumps(values, indent=2), folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(new, ignore_errors=True)              # what a kill left
+    try:
+        new.mkdir(parents=True)
+        atomic_write(new / "adapter_model.safetensors", lambda file: file.write(payload))
+        atomic_write(new / "adapter_config.json", lambda file: file.write(text.encode()))
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,12 @@ PAD, EOS = 0, 1  # in every T5 vocabulary; the decoder starts with PAD
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong; the message says what, and what to do about it."""
+    """Something that the user gave is wrong; the message says what, and what to do about it, in one
+    line of bounded length, whatever stands in the files that it quotes."""
+
+    def __init__(self, message):
+        line = "".join(c if c.isprintable() else " " for c in message)
+        super().__init__(line if len(line) < 4000 else f"{line[:2000]} ... {line[-1900:]}")
 
 
 class T5Config(NamedTuple):
@@ -270,7 +275,7 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(f"{path} is missing: put the model's config.json there")
-    values = _read_json(path)
+    values = read_json(path)
     if not isinstance(values, dict) or values.get("model_type", "t5") != "t5":
         raise InputError(f"{path} does not describe a T5: take a model whose model_type is t5")
     form = values.get("feed_forward_proj", "relu")
@@ -363,9 +368,8 @@ def load_t5(folder, dtype=torch.float32, device="cpu"):
 def shard_names(index):
     """The files that a model.safetensors.index.json lists. InputError if it is no such index."""
     try:
-        values = json.loads(Path(index).read_text(encoding="utf-8"))
-        names = sorted(set(values["weight_map"].values()))
-        if not names or any(Path(name).name != name or name[0] == "." for name in names):
+        names = sorted(set(read_json(Path(index))["weight_map"].values()))
+        if not names or any(Path(name).name != name or name[:1] in ("", ".") for name in names):
             raise ValueError("its weight_map must name files of its own folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index} is no index of weights ({error!r}): fetch it again") from None
@@ -401,16 +405,19 @@ class _Stored(NamedTuple):
 def check_file(path):
     """Raise InputError unless a .json or .safetensors file is one, and whole."""
     if path.suffix == ".json":
-        _read_json(path)
+        read_json(path)
     elif path.suffix == ".safetensors":
         with _open(path):
             pass
 
 
-def _read_json(path):
+def read_json(path):
+    """What a JSON file holds. InputError if it is none, is too deep, or has 64 MB."""
     try:
+        if path.stat().st_size >= 1 << 26:
+            raise ValueError("it is too large")
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}): fetch it again") from None
 
 

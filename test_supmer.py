@@ -19,6 +19,7 @@ import math
 import os
 import pickle
 import re
+import resource
 import runpy
 import shutil
 import signal
@@ -27,8 +28,10 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
+import traceback
 import urllib.parse
 import zipfile
 from collections import Counter
@@ -4004,10 +4007,8 @@ def write_rows(path, n, seed, flip=False):
     path.write_text("\n".join(sorted(lines)) + "\n")
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty folder to run in: a model folder `small`, a labeled task `planted` in `data`."""
-    monkeypatch.chdir(tmp_path)
+def write_place(tmp_path):
+    """Into a folder: a model folder `small`, a labeled task `planted` in `data`."""
     t5 = small_t5()
     folder = tmp_path / "small"
     folder.mkdir()
@@ -4039,9 +4040,17 @@ def place(tmp_path, monkeypatch):
     tokenizer.save(str(folder / "tokenizer.json"))
     write_rows(tmp_path / "data/planted/train.csv", 60, 1)
     write_rows(tmp_path / "data/planted/test.csv", 40, 2)
-    monkeypatch.setitem(
-        data.TASKS, "planted", data.LabeledTask("planted/train.csv", "planted/test.csv")
-    )
+
+
+PLANTED = data.LabeledTask("planted/train.csv", "planted/test.csv")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder to run in, with what write_place puts there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(data.TASKS, "planted", PLANTED)
+    write_place(tmp_path)
     return tmp_path
 
 
@@ -4930,12 +4939,10 @@ def test_real_sst2(place):
 HERE = Path(train.__file__).parent
 
 
-@pytest.fixture(scope="session")
-def small_world(tmp_path_factory):
-    """A folder with a random T5 `model` of one piece a word and a corpus of 60 planted documents ->
+def write_small_world(folder):
+    """Into a folder: a random T5 `model` of one piece a word, a corpus of 60 planted documents ->
     (folder, options).
     """
-    folder = tmp_path_factory.mktemp("train")
     words = [
         *(f"T{i}" for i in range(5)),
         *(f"d{i}" for i in range(60)),
@@ -4988,6 +4995,12 @@ def small_world(tmp_path_factory):
         "cpu",
     ]
     return folder, options
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory):
+    """A small world to train in."""
+    return write_small_world(tmp_path_factory.mktemp("train"))
 
 
 def command(*options):
@@ -6535,3 +6548,211 @@ def test_records_of_any_text(tmp_path):
         path.write_bytes(b'{"text": "Fine."}\n' + line + b"\n")
         with pytest.raises(InputError, match="mine.jsonl, line [012]: no record with `paragraphs`"):
             list(read_records(path))
+
+
+# -------------------------------------------------- a kill at any moment: python test_supmer.py
+
+def forked(work, before=lambda: None):
+    """Begin work() in a process of its own, which has all modules loaded -> its id. It ends with 0,
+    with 2 for what a user would be told, with 1 for anything else, which it shows."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
+    status, said = 1, io.StringIO()
+    try:
+        torch.set_num_threads(1)
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            before()
+            work()
+            status = 0
+    except (InputError, OSError):
+        status = 2
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def ended(pid):
+    """Wait for a process -> its exit status, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def contents(folder, *ends):
+    """{path in the folder: bytes} of all files, or of those that end so."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name.endswith(ends or "")}
+
+
+class Killable:
+    """A program to be killed: it works in `folder`, begin() does it or goes on with it, result() is
+    what must be equal, bit by bit, whatever was killed."""
+
+    def __init__(self, place, options):
+        self.folder, self.place, self.options = place / type(self).__name__, place, options
+
+
+    def tidy(self):
+        """An empty folder, the working directory."""
+        os.chdir(self.place)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        os.chdir(self.folder)
+
+
+class Training(Killable):
+    """Meta-training, 6 steps. Saved after each."""
+
+    def begin(self):
+        if not Path("run/run.json").exists():
+            train.main([*self.options, "--run", "run", "--save-seconds", "0"])
+        elif not train.read_run(Path("run"))["finished"]:
+            train.main(["--resume", "run"])
+
+    def result(self):
+        return log_without_times(Path("run")), contents(Path("run"), ".safetensors", ".tmp")
+
+
+class Corpus(Killable):
+    """Corpus building."""
+
+    def begin(self):
+        t5 = load_t5(self.place / "model")
+        data.build_store(Path("cache"), [self.place / "corpus.jsonl"], load_tokenizer(
+            self.place / "model", t5.config), t5, 6, 0, model=self.place / "model")
+
+    def result(self):
+        return contents(Path("cache"))
+
+
+class Evaluation(Killable):
+    """Evaluation of two seeds and two rates."""
+
+    def begin(self):
+        evaluation.main([*SMALL, "--data", str(self.place / "data"), "--model",
+                         str(self.place / "small"), "--prompt", "vocab", "--out", "out.json"])
+
+    def result(self):
+        found = first_result("out.json")
+        return (without_times(found["tuning"]), found["test"], contents(Path(), ".tmp"),
+                Path("out.md").read_bytes())
+
+
+class Export(Killable):
+    """Export for PEFT."""
+
+    def begin(self):
+        if not Path("adapter").exists():
+            train.main(["--export-peft", str(self.place / "exported"), "adapter"])
+
+    def result(self):
+        return contents(Path())
+
+
+class Download(Killable):
+    """Download of a model and a task's file."""
+
+    def begin(self):
+        data.model_folder(ANY)
+        data.locate("domain/kitchen/test", "none")
+
+    def result(self):
+        return contents(Path("hub"), "config.json", ".safetensors", ".incomplete"), contents(
+            Path("cache"), "test", ".part")
+
+
+def survives(program, kills, rng):
+    """Kill a program at so many random moments, go on with it, and hold what it has in the end
+    against what an unbroken run has; once with too small a disk (a limit on a file's size) and once
+    in a read-only folder, which must end with status 2 -> ends that were equal, of how many."""
+    program.tidy()
+    began, equal = time.monotonic(), []
+    assert ended(forked(program.begin)) == 0
+    whole, seconds = program.result(), time.monotonic() - began
+    largest = max(map(len, contents(Path()).values()))
+
+    def go_on():
+        equal.append(ended(forked(program.begin)) == 0 and program.result() == whole)
+        program.tidy()
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
+
+    def read_only():
+        os.getuid() or os.setuid(65534)         # root may write anywhere
+    program.tidy()
+    while kills:
+        pid = forked(program.begin)
+        time.sleep(rng.random() * seconds)
+        os.kill(pid, signal.SIGKILL)
+        status = ended(pid)
+        assert status in (0, -signal.SIGKILL), status
+        kills -= status != 0
+        if status == 0 or not kills:
+            go_on()
+    assert ended(forked(program.begin, full)) == 2
+    go_on()
+    program.folder.chmod(0o555)
+    assert ended(forked(program.begin, read_only)) == 2 and not contents(Path())
+    program.folder.chmod(0o755)
+    go_on()
+    return sum(equal), len(equal)
+
+
+PROGRAMS = (Training, Corpus, Evaluation, Export, Download)
+
+
+@contextlib.contextmanager
+def killable(place):
+    """The PROGRAMS, ready to be begun in folders of a place."""
+    with contextlib.ExitStack() as stack:
+        place.chmod(0o755)
+        hub, files = (stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+                      for handler in (Hub, Files))
+        for server in (hub, files):
+            server.asked, server.cut, server.handle_error = [], None, lambda *_: None
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            stack.callback(server.shutdown)
+        folder = save_model(place / "large", V11._replace(vocab_size=9000, d_model=64))
+        hub.repos = {ANY: {"main": (COMMIT, hub_files(folder, "config.json", "model.safetensors"))}}
+        files.files = {"/test": bytes(4_000_000)}
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        constants, url = huggingface_hub.constants, f"http://127.0.0.1:{hub.server_port}"
+        patch.setattr(constants, "ENDPOINT", url)
+        patch.setattr(constants, "HF_HUB_CACHE", "hub")
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                      url + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(data, "SOURCES", {"domain/kitchen/test": (
+            f"http://127.0.0.1:{files.server_port}/test",)})
+        patch.setattr(data, "CHECKSUMS", {})
+        patch.setattr(data, "CHUNK", 256)           # so that a small store is saved in parts, too
+        patch.setitem(data.TASKS, "planted", PLANTED)
+        write_place(place)
+        _, options = write_small_world(place)
+        options = [str(place / word) if word in ("model", "corpus.jsonl") else word
+                   for word in options]
+        run_with_prompt(place / "exported", small_config(), place / "small")
+        stack.enter_context(contextlib.chdir(place))
+        yield [program(place, options) for program in PROGRAMS]
+
+
+def test_what_is_killed_goes_on(tmp_path):
+    """Meta-training, corpus building, evaluation, export and download, each killed at a random
+    moment, on a full disk and in a read-only folder: nothing is torn, and the same command (or
+    --resume) ends with what an unbroken run has, bit by bit."""
+    rng = np.random.default_rng(0)
+    with killable(tmp_path) as programs:
+        for program in programs:
+            assert survives(program, 1, rng) == (3, 3), program
+
+
+if __name__ == "__main__":          # python test_supmer.py [KILLS]: the same, with 20 kills of each
+    with tempfile.TemporaryDirectory() as new, killable(Path(new)) as programs:
+        kills, rng = int((sys.argv + ["20"])[1]), np.random.default_rng(0)
+        print("| program | kills | ends equal to an unbroken one's | of | seconds |\n"
+              "| --- | --- | --- | --- | --- |")
+        for program in programs:
+            began = time.monotonic()
+            equal, of = survives(program, kills, rng)
+            print(f"| {type(program).__doc__.partition('.')[0]} | {kills} | {equal} | {of} | "
+                  f"{time.monotonic() - began:.0f} |", flush=True)

@@ -46,7 +46,7 @@ from data import (SOLO, VARIANTS, LabeledIndex, Ranks, TaskIndex, atomic_write, 
 from supmer import (Method, gradient_and_hessian, init_prompt, init_regularizer, init_state, knob,
                     load_prompt, meta_gradient, meta_step, prompt_gradient, prompt_metadata,
                     save_peft, save_prompt, validate_task)
-from t5 import T5, InputError, T5Config, count_weights, expected_shapes, load_t5
+from t5 import T5, InputError, T5Config, count_weights, expected_shapes, load_t5, read_json
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,8 @@ def settings(chosen):
     for entry in (*fields(Training), *fields(Method)):
         value = getattr(training if hasattr(training, entry.name) else method, entry.name)
         name, number = "--" + entry.name.replace("_", "-"), type(entry.default) in (int, float)
-        if type(value) is not type(entry.default):
+        if type(value) is not type(entry.default) or value and type(value) is tuple and {
+                *map(type, value)} != {type(entry.default[0])}:
             raise InputError(f"{name} {value!r}: it must be of type {type(entry.default).__name__}")
         least = 0 if entry.name in may_be_zero else 1e-30
         if number and not least <= value < 1e30:
@@ -447,9 +448,10 @@ def fetch_list(name):
 
 # ------------------------------------------------------------------------------ a run on the disk
 
-def exists_already(folder):
-    """The error for a new run's folder that is there."""
-    return InputError(f"{folder} exists: name another --run, or go on with --resume {folder}")
+def check_free(folder):
+    """InputError if a new run's folder holds more than a kill leaves before run.json is there."""
+    if {*folder.glob("*")} - {*folder.glob(".run.json.*.tmp")} or folder.is_file():
+        raise InputError(f"{folder} exists: name another --run, or go on with --resume {folder}")
 
 
 def new_run(argv, training, method, made_of, wanted):
@@ -460,11 +462,12 @@ def new_run(argv, training, method, made_of, wanted):
     numbered = (Path("runs") / f"{stem}-{number}" for number in range(1, 10 ** 6))
     for folder in [wanted] if wanted else numbered:
         try:
-            folder.mkdir(parents=True)
+            check_free(folder)
+            folder.mkdir(parents=True, exist_ok=bool(wanted))
             break
-        except FileExistsError:
+        except (InputError, FileExistsError):
             if wanted:
-                raise exists_already(folder) from None
+                raise
     write_run(folder, {
         "model": training.model, "name": name,
         "training": asdict(training), "method": asdict(method),
@@ -483,8 +486,9 @@ def write_run(folder, values):
 def read_run(folder):
     """run.json of a folder -> dict. Raises InputError if train.py did not make the folder."""
     try:
-        values = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        values["training"] | values["method"], values["finished"], values["ended"]
+        values = read_json(folder / "run.json")
+        values["training"] | values["method"] | values.get("made_of", {}), values["finished"]
+        values.get("model", "") + "", (values["ended"] or 0) + 0
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} holds no run ({error!r}): name a folder that train.py made, "
                          "such as runs/tiny-1") from None
@@ -528,8 +532,12 @@ def load_state(folder, state):
     try:
         with safe_open(path, framework="pt") as file:
             saved = {name: file.get_tensor(name) for name in file.keys()}
-        state.s, state.step, best = (saved.pop(name).item() for name in ("s", "step", "best"))
-        state.step = int(state.step)
+        if not all(x.is_floating_point() and x.float().isfinite().all() for x in saved.values()):
+            raise ValueError("it holds values that are not finite")
+        state.s, step, best = (saved.pop(name).item() for name in ("s", "step", "best"))
+        state.step = int(step)
+        if not (-1 <= state.s <= 1 and state.step == step >= 0):
+            raise ValueError(f"it is of step {step}, s {state.s}")
         if state.step:                          # one step of nothing makes Adam's tensors, to fill
             for x in (state.theta, *state.phi.values()):
                 x.grad = torch.zeros_like(x)
@@ -541,9 +549,24 @@ def load_state(folder, state):
             raise ValueError("it holds other tensors than this run")
         for name, x in targets.items():
             x.copy_(saved[name])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} cannot be resumed from ({error}): start a new run") from None
     return best
+
+
+def read_log(folder):
+    """Yield the lines of a run's log.jsonl as (bytes, {name: value}), but not a last one that a
+    kill tore or that is still on its way. InputError for other damage."""
+    path = folder / "log.jsonl"
+    for number, line in enumerate(path.read_bytes().splitlines(True) if path.exists() else [], 1):
+        if line.endswith(b"\n"):
+            try:
+                entry = json.loads(line)
+                entry["step"] + 0
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}: no line of a run's log ({error!r}): drop "
+                                 "it") from None
+            yield line, entry
 
 
 class Log:
@@ -551,10 +574,8 @@ class Log:
 
     def __init__(self, folder, last_step):
         """Keep the lines up to last_step, drop later ones (they will come again), append."""
-        path, kept = folder / "log.jsonl", []
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= last_step:    # not if torn
-                kept.append(line)
+        path = folder / "log.jsonl"
+        kept = [line for line, entry in read_log(folder) if entry["step"] <= last_step]
         atomic_write(path, lambda file: file.writelines(kept))
         self.file = open(path, "a", encoding="utf-8")
 
@@ -703,7 +724,11 @@ class Run:
         resumed = ranks.gather((folder / "state.safetensors").exists())[0]
         if resumed:
             self.best = load_state(folder, self.state)
-            self.kept = int(prompt_metadata(folder / "prompt.safetensors")["step"])
+            step = prompt_metadata(folder / "prompt.safetensors").get("step", "")
+            if not step.isdecimal():
+                raise InputError(f"{folder / 'prompt.safetensors'} is not this run's: start a new "
+                                 "run")
+            self.kept = int(step)
         self.log = None if ranks.rank else Log(folder, self.state.step if resumed else -1)
         if not resumed:
             self.validate()
@@ -840,8 +865,7 @@ def plot(folder):
     """Draw a run's log, finished or not, as log.png beside it -> the picture's path."""
     pyplot, path = import_pyplot(), folder / "log.png"
     read_run(folder)
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines(True)
-             if line.endswith("\n")]               # the last one may still be on its way
+    lines = [entry for _, entry in read_log(folder)]
     picture, axes = pyplot.subplots(1, 5, figsize=(20, 4), layout="constrained")
     for axis, (title, names) in zip(axes, PANELS.items()):
         for name in names:
@@ -906,8 +930,8 @@ def main(argv):
     # --max-minutes is a Ctrl-C to come: it ends what is before the first step, then only steps.
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, min(60 * control.max_minutes, 1e9))
-    if control.run and control.run.exists():                # now, not after the corpus is read
-        raise exists_already(control.run)
+    if control.run:
+        check_free(control.run)                             # now, not after the corpus is read
     device = pick_device(training.device)
     method = graphs_that_fit(model_shape(training.model), training, method)
     ranks = join_ranks(device)
@@ -944,8 +968,7 @@ def main(argv):
     if ranks.rank:
         return 0
     write_run(folder, read_run(folder) | {"finished": True, "ended": time.time()})
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    validations = [line for line in lines if "validation" in line]
+    validations = [line for _, line in read_log(folder) if "validation" in line]
     print(table(validations[0]["validation"], validations[-1]["validation"], run.state.step))
     if training.model == "tiny" and training.corpus:
         print("(of documents that the embedded T5's own training did not see either; it knew such\n"
