@@ -36,7 +36,7 @@ import t5 as T
 from kmeans import kmeans
 from supmer import (Method, gate_input, gradient_and_hessian, init_prompt, init_regularizer,
                     inner_step, meta_gradient, mix, prompt_gradient)
-from train import pick_device, stand_in
+from train import one_line, pick_device, stand_in
 
 RATE, LAM = 50.0, 0.3               # an inner rate at which the second-order part is not noise
 
@@ -468,8 +468,8 @@ def machine(threads, s):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = one_line(argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
     parser.add_argument("--quick", action="store_true", help="a small shape, 2 repetitions")
     parser.add_argument("--repeat", type=int, help="repetitions of each contender [5; quick: 2]")
     parser.add_argument("--threads", type=int, default=1, help="of each process [1]")

@@ -481,6 +481,17 @@ def atomic_write(path, write):
     os.close(folder)
 
 
+def sweep(folder):
+    """Remove what atomic_write left in a folder when its process was killed."""
+    for torn in folder.glob(".*.tmp"):
+        try:
+            os.kill(int(torn.name.split(".")[-2]), 0)
+        except ProcessLookupError:
+            torn.unlink(missing_ok=True)
+        except (PermissionError, ValueError):       # of another user, who is at work; not ours
+            pass
+
+
 def lock(path, busy):
     """Make path this process's own, until the file returned is closed or the process dies: then the
     kernel gives it free. If another has it busy(its id) is called; unless that raises, wait."""
@@ -511,18 +522,13 @@ def model_fingerprint(folder):
     return fingerprint([Path(folder) / "config.json", *weight_files(folder)])
 
 
-# What damage to one of a store's files is told by.
-STORE_ERRORS = (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, MemoryError,
-                zipfile.BadZipFile)
-
-
 def open_store(folder, made_of=None):
     """Open a store. InputError if it is damaged or, made_of given, was made of something else."""
     folder = Path(folder)
     try:
         meta = read_json(folder / "meta.json")
         columns = {name: _column(folder, name) for name in COLUMNS if name in Store._fields}
-        small = {name: np.load(folder / f"{name}.npy") for name in ("centroids", "bounds")}
+        small = {name: _small(folder, name) for name in ("centroids", "bounds")}
         n, rows = len(columns["offsets"]) - 1, len(small["bounds"])
         sizes = {name: len(columns[name]) for name in ("tokens", "document", "first", "held_out",
                                                        "anchor", "cluster", "order")}
@@ -531,7 +537,7 @@ def open_store(folder, made_of=None):
                      "order": small["bounds"][:, -1].sum()}:
             raise ValueError("its files do not fit together")
         other = [key for key in made_of or () if meta["made_of"][key] != made_of[key]]
-    except STORE_ERRORS as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise InputError(f"{folder} is not a whole store ({error}): delete it") from None
     if other:
         raise InputError(f"{folder} was built with another {', another '.join(other)}: delete it")
@@ -540,6 +546,13 @@ def open_store(folder, made_of=None):
     for_each_format = {name: np.broadcast_to(x, (len(FORMATS), *x.shape[1:])) for name, x in (
         *small.items(), *((name, columns.pop(name)) for name in ("cluster", "order")))}
     return Store(folder, **columns, **for_each_format, meta=meta)
+
+
+def _small(folder, name):
+    try:
+        return np.load(folder / f"{name}.npy")
+    except Exception as error:      # a damaged file raises almost anything
+        raise InputError(f"{folder}/{name}.npy is damaged ({error}): delete {folder}") from None
 
 
 def _column(folder, name):
@@ -855,7 +868,7 @@ def _cluster(folder, clusters, seeds, embed, budget, progress, ranks):
                          lambda file: np.save(file, fitted.float().cpu().numpy()))
             progress("K-means", size, size)
         ranks.wait()
-    centroids = torch.from_numpy(np.load(folder / "centroids.npy"))
+    centroids = torch.from_numpy(_small(folder, "centroids"))
     path, row = folder / "cluster.bin", 4 * len(seeds)
     path.touch()
     done = ranks.gather(min(path.stat().st_size // row // CHUNK * CHUNK, n))[0]
@@ -959,6 +972,8 @@ class TaskIndex:
         if any(len(word) != 2 for words in self.words.values() for word in words):
             raise InputError("yes, no, maybe, A, B, C, D must be a piece each: take T5's tokenizer")
         self.first = np.append(store.first, len(store.document))
+        if self.first[0] or (np.diff(self.first) < 1).any():
+            raise InputError(f"{store.folder} is damaged: delete it")
         held_out, K = store.held_out[store.first], store.centroids.shape[1]
         self.documents, self.pools = {}, {}
         for half, split, chosen in ((0, "train", ~held_out), (1, "validation", held_out)):
@@ -1750,10 +1765,18 @@ def _not_fetched(file, source, error):
 def download(url, path, sha256=""):
     """Fetch an address to path, with a bar. What is there of it stays as .part, to go on with.
 
-    InputError if it stops short, or if its sha256 does not begin as given.
+    InputError if it stops short, or if its sha256 does not begin as given. Only one process fetches
+    into a folder at a time.
     """
+    def in_use(owner):
+        raise InputError(f"process {owner} is fetching into {path.parent}: wait for it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path.parent / ".lock", in_use):
+        _download(url, path, sha256)
+
+
+def _download(url, path, sha256):
     part = path.with_name(path.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
     begin = part.stat().st_size if part.exists() else 0
     try:
         request = Request(url, headers={"Range": f"bytes={begin}-"} if begin else {})

@@ -48,8 +48,8 @@ import train
 from baselines import (ABLATIONS, BASELINES, METHODS, ft_memory, given_prompt, pose,
                        tuning_gradient, with_prompt)
 from data import (GROUPS, RELEASED, ROWS, TASKS, TINY, LabeledTask, atomic_write, few_shot,
-                  fingerprint, load_test, load_texts, load_tokenizer, load_train, locate,
-                  model_fingerprint, model_folder, released_folder, template_fields)
+                  fingerprint, load_test, load_texts, load_tokenizer, load_train, locate, lock,
+                  model_fingerprint, model_folder, released_folder, sweep, template_fields)
 from supmer import REGULARIZERS, Method, knob, load_prompt, measure, score
 from t5 import InputError, load_t5, read_config, weight_files
 from train import TINY_VALUES, fetch_list, import_pyplot, knob_parser, pick_device, read_run
@@ -430,6 +430,7 @@ def workers(t5, folder, dtype, devices, count):
     their number.
     """
     TUNED.mkdir(parents=True, exist_ok=True)
+    sweep(TUNED)
     threads, spawn, pool = torch.get_num_threads(), multiprocessing.get_context("spawn"), None
     begun, ticks = spawn.Value("q", 0), spawn.Value("q", 0)
 
@@ -838,16 +839,25 @@ def predict(settings):
     words' probabilities (they sum to 1). InputError for a prompt of another model."""
     tensors, about = read_result(settings.prompt[0])
     model = model_folder(settings.model)
-    if "task" not in about:
-        raise InputError(f"{settings.prompt[0]} is no tuned prompt: give one that a table names")
+    try:
+        task, baseline = LabeledTask(**about["task"]), BASELINES[about["baseline"]]
+        kinds = [type(tuple(x) if type(x) is list else x) for x in task]
+        if kinds != [*map(type, LabeledTask("", ""))] or not all(
+                type(word) is str for word in task.words) or len(task.words) < 2:
+            raise TypeError("its task is none")
+        about["model_sha256"], about["model"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{settings.prompt[0]} is no tuned prompt ({error!r}): give one that a "
+                         "table names") from None
     if about["model_sha256"] != model_fingerprint(model):
         raise InputError(f"{settings.prompt[0]} was tuned on another model, {about['model']}, than "
                          f"{settings.model} is now: give --model")
-    task = LabeledTask(**about["task"])
     rows = load_texts(settings.predict, task)
     t5 = load_t5(model, getattr(torch, settings.dtype), pick_device(settings.device))
-    examples, = BASELINES[about["baseline"]].pose(load_tokenizer(model, t5.config), "", task, rows,
-                                                  (), 0)
+    if "theta" in tensors and tensors["theta"].shape[1:] != (t5.config.d_model,):
+        raise InputError(f"{settings.prompt[0]}: its theta is not of {settings.model}'s width: give "
+                         "one that a table names")
+    examples, = baseline.pose(load_tokenizer(model, t5.config), "", task, rows, (), 0)
     found, _ = score_job(t5, lambda: None, about["baseline"], tensors, examples)
     chances = found["scores"].softmax(-1)
     lines = io.StringIO()
@@ -894,6 +904,8 @@ def parse(argv):
     if others & {"zero-shot", "few-shot"} and settings.template:
         parser.error("zero-shot and few-shot have no instruction for your own task: leave them out")
     if settings.predict:
+        if vain := given.keys() - {"predict", "prompt", "model", "out", "device", "dtype"}:
+            parser.error(f"--predict takes all else from its prompt: leave {', '.join(vain)} away")
         if len(settings.prompt) != 1 or not Path(settings.prompt[0]).is_file():
             parser.error(f"--predict needs one tuned --prompt, a file from {TUNED}")
         return settings, {}
@@ -1016,9 +1028,14 @@ def main(argv):
     written = {"command": shlex.join(["python", "eval.py", *argv]), "settings": asdict(settings),
                "prompts": {}, "not_run": absent, "results": []}
     ends = time.monotonic() + 60 * settings.max_minutes
+
+    def in_use(owner):
+        raise InputError(f"{out}: process {owner} is at work on it; wait for it, or end it")
     opened = {name: open_candidate(name, t5, settings) for name in settings.prompt
               if name not in PRETRAINED}
-    with workers(t5, model, dtype, devices, count) as work:
+    sweep(out.parent)
+    with workers(t5, model, dtype, devices, count) as work, lock(TUNED / f".{out.name}.lock",
+                                                                 in_use):
         context = Context(settings, load_tokenizer(model, t5.config), work, made_of,
                           unit if settings.rate_scale == "rms" else 1.0, print)
         stopped = work_through(context, found, written, out, count, lambda: in_turn(

@@ -4654,7 +4654,7 @@ def test_an_interrupted_evaluation_goes_on(place, monkeypatch):
     monkeypatch.setattr(evaluation, "tune", tune)
     with pytest.raises(KeyboardInterrupt):
         evaluation.main(command)
-    assert not Path("out.json").exists() and len(list(evaluation.TUNED.iterdir())) == 2
+    assert not Path("out.json").exists() and len(list(evaluation.TUNED.glob("*.s*"))) == 2
     evaluation.main(command)
     assert calls == [(10, 0.1), (10, 0.3), (20, 0.1), (20, 0.1), (20, 0.3)]
     record = tuning_record("out.json")
@@ -4919,7 +4919,7 @@ def test_interrupt_is_one_line(place, monkeypatch, capsys):
     monkeypatch.setattr(baselines, "tuning_gradient", interrupt)
     assert run_script([*SMALL, "--prompt", "random"], monkeypatch) == 130
     assert "stopped" in capsys.readouterr().err
-    assert [path.name for path in place.glob("runs/eval/**/*")] == ["tuned"]
+    assert [path.name for path in place.glob("runs/eval/**/[!.]*")] == ["tuned"]
 
 
 @needs_data
@@ -5631,7 +5631,7 @@ def test_tuning_with_the_authors_files(place, monkeypatch):
     monkeypatch.setitem(data.RELEASED, (16, 32), "t5base")
     monkeypatch.setattr(data, "RELEASED_URL", (place / "theirs").as_uri() + "/")
     evaluation.main([*SMALL, "--prompt-length", "100", "--prompt", "released", "theirs"])
-    assert {path.name for path in (place / "cache/released").iterdir()} == {
+    assert {path.name for path in (place / "cache/released").glob("[!.]*")} == {
         path.name for path in (place / "theirs").iterdir()}
     tuning = json.loads(Path("runs/eval/small-planted.json").read_text())["results"][0]["tuning"]
     curves = {name: [record["validations"] for record in tuning[name]] for name in tuning}
@@ -6610,7 +6610,11 @@ class Training(Killable):
             train.main(["--resume", "run"])
 
     def result(self):
-        return log_without_times(Path("run")), contents(Path("run"), ".safetensors", ".tmp")
+        files = [supmer._read_safetensors(Path("run") / f"{name}.safetensors")
+                 for name in ("state", "prompt")]       # a file's metadata have no fixed order
+        return log_without_times(Path("run")), contents(Path("run"), ".tmp"), [
+            ({name: x.numpy().tobytes() for name, x in tensors.items()}, metadata)
+            for tensors, metadata in files]
 
 
 class Corpus(Killable):
@@ -6705,6 +6709,7 @@ PROGRAMS = (Training, Corpus, Evaluation, Export, Download)
 @contextlib.contextmanager
 def killable(place):
     """The PROGRAMS, ready to be begun in folders of a place."""
+    import torch._dynamo            # torch would do it in each process, and not at all as nobody
     with contextlib.ExitStack() as stack:
         place.chmod(0o755)
         hub, files = (stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))

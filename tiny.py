@@ -53,6 +53,7 @@ from kmeans import kmeans
 from supmer import Method, measure, score
 from t5 import (EOS, InputError, T5, T5Config, decode, embed_tokens, encode, expected_shapes,
                 load_t5, next_token_logits)
+from train import one_line
 
 CONFIG = T5Config(d_model=256, d_kv=64, d_ff=512, num_layers=3, num_decoder_layers=2, num_heads=4,
                   vocab_size=8500, gated=False, tied=False, scaled=False, num_buckets=32,
@@ -1329,8 +1330,9 @@ def build(data, out, work, steps, dtype):
 
 def main(argv):
     """The command line. A user's mistake ends with one line and status 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = one_line(argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter))
     parser.add_argument("--data", default=os.environ.get("SUPMER_DATA"), type=Path,
                         help="the folder of data sets, $SUPMER_DATA")
     parser.add_argument("--out", type=Path, default="tiny", help="where all of it goes")
@@ -1338,8 +1340,8 @@ def main(argv):
     parser.add_argument("--steps", type=int, default=4000, help="of training")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
                         help="of the products; float32 where the CPU knows no bfloat16")
-    options = parser.parse_args(argv)
     try:
+        options = parser.parse_args(argv)
         if options.data is None:
             raise InputError("no data: give --data FOLDER, or set SUPMER_DATA")
         build(options.data, options.out, options.work, options.steps,

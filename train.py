@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import signal
@@ -110,17 +111,27 @@ LIBRARIES = 110 << 20           # measured on shapes of 3 and 6 layers, see the 
 
 # ------------------------------------------------------------------------------- the command line
 
+def one_line(parser):
+    """An ArgumentParser, whose refusals are an InputError, with the valid options for unknown ones,
+    in place of its usage."""
+    def fail(message):
+        if message.startswith("unrecognized"):
+            options = re.findall(r"--[a-z-]+", parser.format_usage())
+            message += f": the options are {', '.join(options)}"
+        raise InputError(f"{message}; see --help")
+    parser.error = fail
+    return parser
+
+
 def knob_parser(description, classes, tiny, choices=()):
     """An ArgumentParser with an option for each knob of the dataclasses; absent ones stay absent.
 
     Its help shows each one's source, default and tiny's value {name: (value, why)}; choices {name:
     values}. What it refuses is an InputError.
     """
-    def fail(message):
-        raise InputError(f"{message}; see --help")
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser = one_line(argparse.ArgumentParser(
+        description=description, allow_abbrev=False, epilog="What names no source is ours.",
+        formatter_class=argparse.RawDescriptionHelpFormatter))
     for entry in (entry for cls in classes for entry in fields(cls)):
         many = isinstance(entry.default, tuple)
         kind = type(entry.default[0] if many else entry.default)
@@ -159,6 +170,10 @@ def parse(argv):
         "plot")})
     if not control.max_minutes > 0:
         raise InputError(f"--max-minutes {control.max_minutes}: it must be more than 0")
+    others = [control.run, control.resume, control.examples, control.ablation, control.dry_run]
+    if (control.export_peft or control.plot) and (
+            given or any(others) or control.export_peft and control.plot):
+        raise InputError("--export-peft and --plot are of a run that is there: add nothing to them")
     if control.resume:
         if given or control.run or control.examples or control.ablation:
             raise InputError("--resume goes on with the run's own numbers: add nothing but --yes, "
@@ -176,6 +191,15 @@ def parse(argv):
     sources |= dict.fromkeys(preset, f"of {control.ablation or given.get('method')}")
     sources |= dict.fromkeys(given, "the run's own" if control.resume else "given")
     training, method = settings({name: value for name, (value, _) in tiny.items()} | preset | given)
+    for name, without, vain in (
+            ("inner_rate", f"--relative-step {method.relative_step}", method.relative_step > 0),
+            ("keep_graphs", "--keep-gib", training.keep_gib > 0),
+            ("keep_gib", "--first-order", method.first_order),
+            ("labeled_share", "no --labeled", not training.labeled),
+            ("labeled_clusters", "no --labeled", not training.labeled)):
+        if vain and name in given and not control.resume:
+            raise InputError(f"--{name.replace('_', '-')} has no effect with {without}: change one "
+                             "of the two")
     if not control.resume:
         method = as_many_examples(training, method, control.examples, "max_steps" in given)
     return training, method, sources, control
