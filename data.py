@@ -665,8 +665,8 @@ def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, prog
                 text = json.dumps({"made_of": made_of, "counts": counts}, indent=1)
                 atomic_write(new / "meta.json", lambda file: file.write(text.encode()))
                 os.rename(new, folder)
-                for file in ("keys.bin", "shares.bin", "text.json", "lock"):
-                    (folder / file).unlink()
+    for file in ("keys.bin", "shares.bin", "text.json", "lock") if ranks.rank == 0 else ():
+        (folder / file).unlink(missing_ok=True)         # an earlier process was killed before that
     ranks.wait()
     made = [folder / file for file in ("meta.json", "centroids.npy", "order.bin")]
     if ranks.world > 1 and len(set(ranks.gather(folder.exists() and fingerprint(made)))) > 1:
