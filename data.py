@@ -294,7 +294,8 @@ def _read_jsonl(path, counts):
             lines = text.split("\n") if isinstance(text, str) else None
             paragraphs = record.get("paragraphs", lines)
             if not isinstance(paragraphs, list) or not all(isinstance(p, str) for p in paragraphs):
-                raise InputError(f"{where}: no `text` (a string) or `paragraphs` (a list of them)")
+                raise InputError(f"{where}: no `text` (a string) or `paragraphs` (a list of them): "
+                                 "mend or drop it")
             yield paragraphs
 
 
@@ -534,7 +535,7 @@ def open_store(folder, made_of=None):
                                                        "anchor", "cluster", "order")}
         if sizes != {"tokens": columns["offsets"][-1], "document": n, "held_out": n, "anchor": n,
                      "first": meta["counts"]["documents"], "cluster": rows * n,
-                     "order": small["bounds"][:, -1].sum()}:
+                     "order": small["bounds"][:, -1].sum()} or (np.diff(small["bounds"]) < 0).any():
             raise ValueError("its files do not fit together")
         other = [key for key in made_of or () if meta["made_of"][key] != made_of[key]]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
@@ -1541,13 +1542,13 @@ def archive_member(path, file):
             found = [(parts[-2] != folder, member) for member in names
                      if (parts := ("", *member.split("/")))[-1] == name and folder in parts[-2]]
             if not found:
-                raise InputError(f"{path} has no {folder}/{name}")
+                raise InputError(f"{path} has no {folder}/{name}: fetch it again")
             member = min(found)[1]
             if not (packed or archive.getmember(member).isfile()):
                 raise InputError(f"{path}: {member} is a link, a folder or a device: do not use it")
             with (archive.open if packed else archive.extractfile)(member) as part:
-                content = part.read(16 * LONGEST + 1)
-            if len(content) > 16 * LONGEST:
+                content = part.read(8 * LONGEST + 1)
+            if len(content) > 8 * LONGEST:
                 raise InputError(f"{path}: {member} is too large for a task: do not use it")
             return content
     except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile,

@@ -618,7 +618,7 @@ def _load_peft(folder, d):
         raise InputError(f"{path} cannot be read ({error!r}): export it again") from None
     if kind != ("PROMPT_TUNING", "SEQ_2_SEQ_LM", int):
         raise InputError(f"{path} is of {kind[0]} for {kind[1]}: PROMPT_TUNING for SEQ_2_SEQ_LM is "
-                         "what can be read")
+                         "what can be read, give such a one")
     tensors, _ = _read_safetensors(folder / "adapter_model.safetensors")
     vectors = tensors.get("prompt_embeddings", torch.zeros(0))
     if len(tensors) != 1 or vectors.shape[:1] not in ((length,), (2 * length,)):

@@ -5,6 +5,7 @@
                                  # and on real data
 """
 
+import ast
 import contextlib
 import copy
 import csv
@@ -35,7 +36,7 @@ import traceback
 import urllib.parse
 import zipfile
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +44,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -6548,6 +6550,532 @@ def test_records_of_any_text(tmp_path):
         path.write_bytes(b'{"text": "Fine."}\n' + line + b"\n")
         with pytest.raises(InputError, match="mine.jsonl, line [012]: no record with `paragraphs`"):
             list(read_records(path))
+
+
+# ------------------------------------------- damaged inputs: one line, which file, what to do then
+
+REMEDY = re.compile(r"fetch it |[Tt]ake |delete|[Gg]ive |mend|drop|put|start a new run|do not use"
+                    r"|use another|export it again|name a |do not fit|[Tt]ry |must ")
+WRONG = [None, True, -1, 0, 3, 2 ** 40, 10 ** 30, 1e300, math.nan, "", "x\ny\x1b[2J", "\ud800", [], {},
+         [1], {"a": 1}, [[[]]], "long " * 999]
+
+
+def damages(whole, n, seed=0):
+    """n damaged versions of some bytes: cut, bits flipped, a part zeroed, doubled, lost, random, or
+    alone."""
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        way, b = rng.integers(7), bytearray(whole)
+        i, j = sorted(rng.integers(0, len(b) + 1, 2))
+        j = min(j, i + 9) if rng.random() < 0.5 else j
+        if way == 1:
+            for place in rng.integers(0, len(b), rng.integers(1, 5)):
+                b[place] ^= 1 << int(rng.integers(8))
+        else:
+            b[i:j] = (b"", b"", bytes(j - i), b[i:j] * 2, b"", rng.bytes(j - i), b[i:j])[way]
+            b = (b[:i], b, b, b, b, b, b[i:j])[way]
+        yield bytes(b)
+
+
+def variants(value):
+    """JSON with something WRONG in each of its places, or without it; nested too deep."""
+    def places(x, path=()):
+        yield path
+        items = x.items() if isinstance(x, dict) else enumerate(x[:2]) if isinstance(x, list) else ()
+        for key, part in items:
+            yield from places(part, (*path, key))
+    for number, path in enumerate(places(value)):
+        for wrong in (WRONG if number < 9 else WRONG[number % 5::5]):
+            changed = copy.deepcopy(value)
+            if not path:
+                yield json.dumps(wrong).encode()
+                continue
+            inner = changed
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = wrong
+            yield json.dumps(changed).encode()
+            if isinstance(inner, dict):
+                del inner[path[-1]]
+                yield json.dumps(changed).encode()
+    yield b"[" * 10 ** 5
+
+
+def tries(path, call, content=damages, n=24):
+    """A family's member: (file, call, its contents to try), of the file as it is."""
+    whole = path.read_bytes()
+    return path, call, [*(variants(json.loads(whole)) if content is variants else
+                          content(whole, n) if whole else [])], whole
+
+
+def of_weights(folder, _):
+    """model.safetensors, also with anything in its header; its index; config.json."""
+    model, sharded = save_model(folder / "m", V10), save_shards(folder / "s", V10)
+    whole = (model / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:end])
+    first = next(iter(header))
+    headers = []
+    for text in variants({first: header[first]}):
+        changed = json.loads(text) if text[1:2] != b"[" else None
+        text = json.dumps(header | changed).encode() if isinstance(changed, dict) else text
+        headers.append(len(text).to_bytes(8, "little") + text + whole[end:])
+    path, call, contents, _ = tries(model / "model.safetensors", lambda: load_t5(model))
+    yield path, call, contents + headers, whole
+    yield tries(model / "config.json", lambda: load_t5(model), variants)
+    yield tries(model / "config.json", lambda: load_t5(model))
+    for content in (damages, variants):
+        yield tries(sharded / T.INDEX, lambda: load_t5(sharded), content)
+
+
+def of_tokenizers(folder, _):
+    """tokenizer.json, of one piece a word."""
+    model, _ = write_model(folder / "m", ["a", "b", "c"])
+
+    def call():
+        tokenizer = load_tokenizer(model, SimpleNamespace(vocab_size=16))
+        found = data.tokenize(tokenizer, ["a b <extra_id_0> zz", "", "\u65e5 \0"])
+        assert all(id < 16 for ids in found for id in ids)
+    for content in (damages, variants):
+        yield tries(model / "tokenizer.json", call, content)
+
+
+def of_corpora(folder, _):
+    """Each format, and what a JSON line may hold."""
+    texts = [f"It rained {i}. We left." for i in range(30)]
+    (folder / "a.txt").write_text("\n\n".join(texts))
+    (folder / "b.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress((folder / "b.jsonl").read_bytes()))
+    openwebtext_tar(folder / "d.tar", [[text.encode() for text in texts[:5]], [b"x"]])
+    with tarfile.open(folder / "e.tar.xz", "w:xz") as packed:
+        packed.add(folder / "a.txt", "a.txt")
+    for path in sorted(folder.iterdir()):
+        yield tries(path, lambda path=path: list(documents([path])))
+    (folder / "f.jsonl").write_text('{"text": "a", "paragraphs": ["a", "b"]}')
+    yield tries(folder / "f.jsonl", lambda: list(documents([folder / "f.jsonl"])), variants)
+
+
+def of_tasks(folder, _):
+    """Every data set's format, a pickle in each protocol."""
+    _, tokenizer = write_model(folder / "m", ["a"])
+    for name, (written, _) in FORMATS.items():
+        write_task(folder, name, written)
+
+        def call(task=TASKS[name]):
+            for row in data.load_train(task, folder):
+                data.tokenize(tokenizer, row.fields.values())
+        yield tries(folder / TASKS[name].train, call)
+        if name in ("cb", "wic"):
+            yield tries(folder / TASKS[name].train, call, variants)
+    for protocol in range(6):
+        path = folder / f"{protocol}"
+        path.write_bytes(pickle.dumps((["A pan.", "Rust."] * 4, [1, 0] * 4), protocol))
+        yield tries(path, lambda path=path: list(data.read_table(path, ("label", "text"))))
+
+
+def of_archives(folder, _):
+    """tar and zip, packed and plain."""
+    members = {"original/CB/x": b"1", "CB/val.jsonl": b"text " * 99, "\u00fc/x": b""}
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    for name, content in (("a.zip", packed.getvalue()), ("b.zip", zip_of(members)),
+                          ("c.tar", tar_of(members)), ("d.tar", gzip.compress(tar_of(members)))):
+        (folder / name).write_bytes(content)
+        yield tries(folder / name, lambda path=folder / name: data.archive_member(
+            path, "superglue/CB/val.jsonl"))
+
+
+def of_prompts(folder, _):
+    """prompt.safetensors, PEFT's two files, the authors' two, and the pickle in one of these."""
+    path, peft_folder = folder / "prompt.safetensors", folder / "peft"
+    supmer.save_prompt(path, torch.ones(3, 8), supmer.init_regularizer(8), {"model": "m"})
+    yield tries(path, lambda: supmer.load_prompt(path, 8))
+    supmer.save_peft(peft_folder, torch.ones(3, 8), V10, "m")
+    for name, content in (("adapter_model.safetensors", damages), ("adapter_config.json", variants),
+                          ("adapter_config.json", damages)):
+        yield tries(peft_folder / name, lambda: supmer.load_prompt(peft_folder, 8), content)
+    theirs = folder / "theirs"
+    released_files(theirs, "t5base", 768)
+    for theta, name in ((torch.ones(3, 768), "prompt_t5base.pt"),
+                        ({"a": torch.ones(2)}, "gradient_edit_t5base.pt")):
+        torch.save(theta, theirs / name)
+        path, call, contents, whole = tries(theirs / name, lambda: supmer.load_prompt(theirs, 768))
+        parts = {part.filename: zipfile.ZipFile(path).read(part)
+                 for part in zipfile.ZipFile(path).filelist}
+        inner = next(part for part in parts if part.endswith("data.pkl"))
+        contents += [zip_of(parts | {inner: content}) for content in damages(parts[inner], 40)]
+        yield path, call, [*contents, zip_of(parts | {inner: pickle.dumps(Evil())})], whole
+
+
+def of_runs(folder, small_world):
+    """state.safetensors, run.json, log.jsonl; the files of a store; a tuned prompt."""
+    run = make_run(small_world, "fuzzed")
+    run.step()
+    run.save()
+    training, method, _, _ = train.parse(small_world[1])
+    train.write_run(run.folder, {
+        "model": "m", "name": "supmer", "training": asdict(training), "method": asdict(method),
+        "made_of": run.made_of, "finished": False, "ended": None})
+    t5, store = run.t5, run.sources[0][1].store
+
+    def resumed():
+        train.load_state(run.folder, supmer.init_state(
+            supmer.init_prompt(t5, 4, 0), supmer.init_regularizer(16), method))
+
+    def parsed():
+        train.parse(["--resume", str(run.folder)])
+        train.check_origin(run.folder, run.made_of)
+    yield tries(run.folder / "state.safetensors", resumed)
+    yield tries(run.folder / "log.jsonl", lambda: list(train.read_log(run.folder)))
+    for content in (damages, variants):
+        yield tries(run.folder / "run.json", parsed, content)
+    shutil.copytree(small_world[0] / store.folder, folder / "store")
+    tokenizer = load_tokenizer(small_world[0] / "model", t5.config)
+    for path in sorted((folder / "store").iterdir()):
+        yield tries(path, lambda: data.open_store(folder / "store"), n=12)
+    yield tries(folder / "store/first.bin", lambda: TaskIndex(
+        data.open_store(folder / "store"), tokenizer, support=4, query=4), n=12)
+    path = folder / "tuned.safetensors"
+    (folder / "new.txt").write_text("a\n")
+    settings = evaluation.Settings(model=str(small_world[0] / "model"), prompt=(str(path),),
+                                   predict=str(folder / "new.txt"), device="cpu")
+    values = {"task": TASKS["movie"]._replace(words=("A", "B"))._asdict(), "baseline": "learned",
+              "model": "m", "model_sha256": data.model_fingerprint(settings.model)}
+    save_file({"theta": torch.ones(3, 16)}, path, {"result": json.dumps(values)})
+    path, call, contents, whole = tries(path, lambda: evaluation.predict(settings), n=10)
+    for text in variants({name: values[name] for name in ("task", "baseline")}):
+        save_file({"theta": torch.ones(3, 16)}, path, {"result": text.decode()})
+        contents.append(path.read_bytes())
+    for theta in (torch.tensor(1.0), torch.ones(3, 17), torch.ones(16)):
+        save_file({"theta": theta}, path, {"result": json.dumps(values)})
+        contents.append(path.read_bytes())
+    yield path, call, contents, whole
+
+
+@pytest.mark.parametrize("family", [of_weights, of_tokenizers, of_corpora, of_tasks, of_archives,
+                                    of_prompts, of_runs])
+def test_damage_is_told_or_harmless(family, tmp_path, small_world, monkeypatch):
+    """Whatever has happened to a file: it is read, or refused in one line that can be printed, names
+    it or its folder, and says what to do. Nothing in it is run."""
+    monkeypatch.chdir(small_world[0])
+    for path, call, contents, whole in family(tmp_path, small_world):
+        refused = 0
+        for content in contents:
+            path.write_bytes(content)
+            try:
+                call()
+            except InputError as error:
+                line, refused = str(error), refused + 1
+                assert line.isprintable() and len(line) < 4100, content
+                assert path.name in line or path.parent.name in line, (line, content)
+                assert REMEDY.search(line), line
+            except OSError as error:        # such as a name that is too long: the system's words
+                assert path.parent.name in str(error) and str(error).isprintable()
+            except Exception as error:
+                raise AssertionError((path.name, content[:500])) from error
+        path.write_bytes(whole)
+        assert refused >= min(10, len(contents) // 4) or path.suffix in (".bin", ".txt"), path
+    assert not list(tmp_path.rglob("executed")) and not Path("executed").exists()
+
+
+def bent(kind, target="", size=0, name="CB/val.jsonl", packed=False):
+    """A tar of one entry that is no plain file, or says that it is larger than it is."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:xz" if packed else "w") as archive:
+        entry = tarfile.TarInfo(name)
+        entry.type, entry.linkname, entry.size = kind, target, size
+        archive.addfile(entry, io.BytesIO(bytes(size)) if size else None)
+    return out.getvalue()
+
+
+def with_bit(content, place):
+    """Some bytes with another one in a place."""
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1:]
+
+
+PHI = {f"phi.{name}": x for name, x in supmer.init_regularizer(8).items()}
+TWO = tar_of({"CB/a.txt": b"It rained.", "CB/val.jsonl": b"It rained."})
+
+
+def prompt_of(theta, metadata=None, **more):
+    """A prompt's file, as bytes."""
+    return safetensors.torch.save({"theta": theta, **PHI, **more},
+                                  {"regularizer": "affine", **(metadata or {})})
+
+
+def saved(value):
+    """torch.save, as bytes."""
+    out = io.BytesIO()
+    torch.save(value, out)
+    return out.getvalue()
+
+
+def read_tar(path):
+    """What both readers of tars do with one."""
+    if path.name[0] == "c":
+        return list(documents([path]))
+    return data.archive_member(path, "superglue/CB/val.jsonl")
+
+
+def read_pickle(path):
+    """A task's rows."""
+    return list(data.read_table(path, ("label", "text")))
+
+
+def read_prompt(path):
+    """A prompt for a T5 of width 8; a file of the authors' stands for both of theirs."""
+    if path.suffix == ".pt":
+        shutil.copy(path, path.with_name("gradient_edit_t5base.pt"))
+        return supmer.load_prompt(path.parent, 768)
+    return supmer.load_prompt(path, 8)
+
+
+@pytest.mark.parametrize("read, name, content, says", [
+    (read_tar, "a.tar", bent(tarfile.SYMTYPE, "/etc/passwd"), "is a link, a folder or a device"),
+    (read_tar, "a.tar", bent(tarfile.SYMTYPE, "CB/val.jsonl"), "is a link, a folder or a device"),
+    (read_tar, "a.tar", bent(tarfile.LNKTYPE, "nowhere"), "is a link, a folder or a device"),
+    (read_tar, "a.tar", bent(tarfile.CHRTYPE), "is a link, a folder or a device"),
+    (read_tar, "a.tar", bent(tarfile.FIFOTYPE), "is a link, a folder or a device"),
+    (read_tar, "a.tar", bent(tarfile.GNUTYPE_LONGNAME, size=1 << 21), "damaged or incomplete"),
+    (read_tar, "c.tar.xz", bent(tarfile.XHDTYPE, size=1 << 26, packed=True), "a header of 67,108,864"),
+    (read_tar, "c.tar", with_bit(TWO, 1024 + 150), "damaged or incomplete"),
+    (read_tar, "a.tar", with_bit(TWO, 1024 + 150), "damaged or incomplete"),
+    (read_tar, "c.tar", TWO[:1024], "damaged or incomplete"),
+    (read_pickle, "p", b"\x80\x02r\xff\xff\xff\x7f.", "no pickle of"),
+    (read_pickle, "p", b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".", "no pickle of"),
+    (read_pickle, "p", pickle.dumps((["\ud800"], [0])), "no pickle of .*surrogates"),
+    (read_prompt, "a.safetensors", prompt_of(torch.tensor(1.0)), "no prompt and regularizer"),
+    (read_prompt, "a.safetensors", prompt_of(torch.zeros(0, 8)), "no prompt and regularizer"),
+    (read_prompt, "a.safetensors", prompt_of(torch.zeros(10_001, 8)), "no prompt and regularizer"),
+    (read_prompt, "a.safetensors", prompt_of(torch.ones(3, 8).int()), "not finite"),
+    (read_prompt, "a.safetensors", prompt_of(torch.ones(3, 8).double() * 1e300), "not finite"),
+    (read_prompt, "a.safetensors", prompt_of(torch.full((3, 8), math.nan).to(torch.float8_e5m2)),
+     "not finite"),
+    (read_prompt, "a.safetensors", prompt_of(torch.ones(3, 8), {"model": "m\nerror: fine"}),
+     "line breaks in its metadata"),
+    (read_prompt, "a.safetensors", prompt_of(torch.ones(3, 8), {"\x1b[2J": "m"}), "line breaks in"),
+    (read_prompt, "prompt_t5base.pt", saved(torch.ones(1).as_strided((2 ** 40, 768), (0, 0))),
+     "does not hold a tensor and a dict"),
+    (read_prompt, "prompt_t5base.pt", saved({"a": torch.ones(3, 8).to_sparse()}), "does not hold"),
+    (read_prompt, "prompt_t5base.pt", saved({"a": torch.ones(3, device="meta")}), "does not hold")])
+def test_each_guard_is_needed(tmp_path, read, name, content, says):
+    """Links, devices, headers and pickles that claim to be large, a damaged header that would pass
+    for an archive's end, halves of surrogates, numbers that are none, forged lines: each is told."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=says) as caught:
+        read(path)
+    assert str(caught.value).isprintable() and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"a": 60_000}, "pieces, the model 16 embeddings"), ({"<unk>": None}, "Missing .UNK."),
+    ({"<pad>": 3}, "must be 0, 1, 2")])
+def test_a_vocabulary_fits_its_model(tmp_path, change, says):
+    """An id beyond the embeddings, whatever the number of pieces; no <unk>, which fails only with
+    the first text that needs it; another <pad>."""
+    path = write_model(tmp_path / "m", ["a", "b", "c"])[0] / "tokenizer.json"
+    values = json.loads(path.read_text())
+    vocabulary = values["model"]["vocab"] | change
+    values["model"]["vocab"] = {piece: id for piece, id in vocabulary.items() if id is not None}
+    values["added_tokens"] = [token for token in values["added_tokens"]
+                              if token["content"] not in change]
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=says):
+        load_tokenizer(tmp_path / "m", SimpleNamespace(vocab_size=16))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("s", math.nan), ("s", 1.5), ("step", -1), ("step", 1.5), ("step", math.inf), ("step", [1, 2]),
+    ("best", math.nan), ("theta", math.nan), ("theta", None), ("adam.theta.exp_avg", math.inf)])
+def test_a_state_is_one_that_a_run_can_have(small_world, name, value):
+    """No NaN or infinity, a whole step, a cosine, one number where one is wanted; else the file is
+    named. A line of the log that is none, or a prompt that is not the run's, is refused as well."""
+    shutil.rmtree(small_world[0] / "stateful", ignore_errors=True)
+    run = make_run(small_world, "stateful")
+    run.step()
+    run.save()
+    path = run.folder / "state.safetensors"
+    tensors = load_file(path)
+    whole = path.read_bytes()
+    like = tensors[name].double()
+    tensors[name] = tensors[name].int() if value is None else \
+        torch.full_like(like, value) if type(value) in (int, float) else torch.tensor(value).double()
+    save_file(tensors, path)
+    with pytest.raises(InputError, match="state.safetensors cannot be resumed from.*start a new"):
+        make_run(small_world, "stateful")
+    path.write_bytes(whole)
+    for line in (b"{}\n", b"[]\n", b"nonsense\n", b"[" * 9999 + b"\n", b'{"step": "1"}\n'):
+        (run.folder / "log.jsonl").write_bytes(line)
+        with pytest.raises(InputError, match="log.jsonl, line 1: no line of a run's log.*drop it"):
+            list(train.read_log(run.folder))
+    (run.folder / "log.jsonl").write_bytes(b"")
+    supmer.save_prompt(run.folder / "prompt.safetensors", run.state.theta, None, {})
+    with pytest.raises(InputError, match="prompt.safetensors is not this run's"):
+        make_run(small_world, "stateful")
+
+
+def test_memory_is_bounded_whatever_a_file_claims(tmp_path):
+    """A line of 100 MB as text and as JSON, a million empty documents, a line that gzip made small,
+    a member of a zip and a bomb of a tar, a config.json of absurd sizes: read or refused within
+    400 MB more than the process has."""
+    (tmp_path / "line.txt").write_bytes(b"a" * 10 ** 8)
+    (tmp_path / "line.jsonl").write_bytes(b'{"text": "' + b"a" * 10 ** 8)
+    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b" " * 10 ** 8, 1))
+    (tmp_path / "bomb.tar.xz").write_bytes(bent(tarfile.XHDTYPE, size=1 << 28, packed=True))
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as bomb:
+        bomb.writestr("CB/val.jsonl", bytes(200 << 20))
+    model = save_model(tmp_path / "m", V10, d_model=2 ** 20 - 1, vocab_size=2 ** 20 - 1)
+    items = ((0.5, [], None) for _ in range(10 ** 6))
+
+    def told(call, *arguments):
+        with pytest.raises(InputError):
+            call(*arguments)
+
+    def work():
+        assert sum(len(text) for text, in documents([tmp_path / "line.txt"])) == 10 ** 8
+        for name in ("line.jsonl", "bomb.jsonl.gz", "bomb.tar.xz"):
+            told(list, documents([tmp_path / name]))
+        told(data.archive_member, tmp_path / "bomb.zip", "superglue/CB/val.jsonl")
+        told(load_t5, model)
+        assert max(len(batch) for batch in data._batches(items)) < 20_000
+
+    def limited():
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + 400_000_000
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    assert ended(forked(work, limited)) == 0
+
+
+def test_nothing_in_a_file_is_run():
+    """By the syntax of every module: no eval or exec, no shell, no pickle but the one that looks
+    nothing up, torch.load of weights only, numpy's files without objects, no code from a hub."""
+    for path in sorted(HERE.glob("*.py")):
+        for call in (node for node in ast.walk(ast.parse(path.read_text()))
+                     if isinstance(node, ast.Call) and path.name != Path(__file__).name):
+            name = ast.unparse(call.func)
+            words = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            assert name not in ("eval", "exec", "os.system", "os.popen", "pickle.load",
+                                "pickle.loads", "pickle.Unpickler", "marshal.loads"), path
+            assert name != "torch.load" or words.get("weights_only") == "True", path
+            assert not words.keys() & {"shell", "allow_pickle", "trust_remote_code"}, (path, name)
+
+
+def test_files_have_the_users_mode_and_no_company(tmp_path):
+    """A file is made with the umask; its temporary one lies in its folder and is gone afterwards; one
+    that a kill left is swept, but not one of a process that lives."""
+    before, seen = os.umask(0o027), []
+    try:
+        data.atomic_write(tmp_path / "a", lambda file: seen.append(Path(file.name).parent))
+        supmer.save_peft(tmp_path / "peft", torch.ones(2, 6), V10, "m")
+    finally:
+        os.umask(before)
+    assert seen == [tmp_path]
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"a": 0o640, "peft": 0o750, "adapter_model.safetensors": 0o640,
+                     "adapter_config.json": 0o640}
+    gone = forked(lambda: None)
+    assert ended(gone) == 0
+    for pid in (gone, os.getpid(), "mine"):
+        (tmp_path / f".a.{pid}.tmp").touch()
+    data.sweep(tmp_path)
+    assert {path.name for path in tmp_path.glob(".*")} == {f".a.{os.getpid()}.tmp", ".a.mine.tmp"}
+
+
+def test_one_process_at_a_time(place):
+    """A second evaluation of the same file and a second download into a folder are refused with the
+    first one's id; what a process that has died has written there stops nobody."""
+    evaluation.TUNED.mkdir(parents=True)
+    (evaluation.TUNED / ".out.json.lock").write_text("12345")
+    argv = [*SMALL, "--prompt", "vocab", "--rates", "0.1", "--seeds", "10", "--out", "out.json"]
+    with data.lock(evaluation.TUNED / ".out.json.lock", lambda _: pytest.fail("it has died")):
+        with pytest.raises(InputError, match=f"out.json: process {os.getpid()} is at work on it"):
+            evaluation.main(argv)
+    evaluation.main(argv)
+    with data.lock(place / ".lock", lambda _: pytest.fail("nobody has it")):
+        with pytest.raises(InputError, match=f"process {os.getpid()} is fetching into"):
+            data.download("http://127.0.0.1:9/x", place / "x")
+
+
+# Five steps of Alg. 1 on random tasks: s, the query loss, the length of theta after it.
+GOLDEN = []
+
+
+@pytest.mark.parametrize("threads, micro_tokens", [(1, 2048), (2, 2048), (1, 1)])
+def test_golden_run(threads, micro_tokens):
+    """Five steps have these numbers to 1e-4, on any machine, whatever the threads or micro-batches
+    (bits may differ: a product's sums are split otherwise)."""
+    method = Method(inner_rate=5.0, max_steps=9, micro_tokens=micro_tokens)
+    t5, state = small_state(method)
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
+        for step in range(5):
+            pairs = [(random_task(4 * step + i), random_task(4 * step + i + 2)) for i in (0, 1)]
+            log = supmer.meta_step(t5, state, pairs, method, 3)
+            found.append((log["s"], log["query_loss"], float(state.theta.norm())))
+    finally:
+        torch.set_num_threads(before)
+    assert np.allclose(found, GOLDEN, rtol=0, atol=1e-4), found
+
+
+@pytest.mark.parametrize("rate", [1e-4, 1e-2, 1.0, 1e3, 1e29])
+@pytest.mark.parametrize("n, P", [(1, 1), (2, 3)])
+def test_inner_rates_stay_finite_or_say_so(rate, n, P):
+    """From 1e-4 to 1e3, a prompt of one vector, a set of one example: all is finite. Beyond, the
+    step, the task and what to try are told, and nothing has changed."""
+    method = Method(inner_rate=rate, max_steps=3)
+    t5, state = small_state(method, P=P)
+    before = state.theta.clone()
+    pairs = [(random_task(1, n), random_task(2, n))]
+    if rate > 1e20:
+        with pytest.raises(InputError, match="step 0: .* sp-next task is not finite.*inner_rate"):
+            supmer.meta_step(t5, state, pairs, method, 0)
+        assert torch.equal(state.theta, before)
+    else:
+        log = supmer.meta_step(t5, state, pairs, method, 0)
+        assert all(map(math.isfinite, [*(x for x in log.values() if type(x) is float)]))
+        assert state.theta.isfinite().all() and all(x.isfinite().all() for x in state.phi.values())
+
+
+@pytest.mark.parametrize("script, argv, says", [
+    (train, ["--inner-rate", "0.5"], "--inner-rate has no effect with --relative-step 0.03"),
+    (train, ["--keep-gib", "1", "--keep-graphs", "2"], "--keep-graphs has no effect with --keep-gib"),
+    (train, ["--keep-gib", "1", "--first-order"], "--keep-gib has no effect with --first-order"),
+    (train, ["--labeled-share", "1"], "--labeled-share has no effect with no --labeled"),
+    (train, ["--labeled-clusters", "3"], "--labeled-clusters has no effect with no --labeled"),
+    (train, ["--plot", "a", "--steps", "3"], "--plot are of a run that is there"),
+    (train, ["--export-peft", "a", "b", "--plot", "c"], "add nothing to them"),
+    (train, ["--export-peft", "a", "b", "--dry-run"], "add nothing to them"),
+    (train, ["--stepz", "3"], "--stepz 3: the options are --model, --corpus, .*--export-peft"),
+    (evaluation, ["--nope"], "--nope: the options are --model, --task, .*--quick"),
+    (evaluation, ["--predict", "a", "--prompt", "b", "--epochs", "3"], "leave epochs away"),
+    (bench, ["--dtype", "int8"], "invalid choice: 'int8' .choose from 'float32', 'bfloat16'")])
+def test_options_without_effect_are_refused(script, argv, says):
+    """What would be ignored or does not exist is told, with what there is, before anything is read."""
+    with pytest.raises(InputError, match=says) as caught:
+        (script.main if script is bench else script.parse)(argv)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("script", [train, evaluation])
+def test_help_tells_defaults_and_sources(script, capsys):
+    """Each number has its default in brackets, and tiny's; the help says whose it is that names no
+    source; the paper's numbers name their place."""
+    with pytest.raises(SystemExit):
+        script.parse(["--help"])
+    text = "".join(capsys.readouterr().out.split())         # it is broken at hyphens, too
+    assert text.endswith("Whatnamesnosourceisours.")
+    classes = (train.Training, Method) if script is train else (evaluation.Settings,)
+    for entry in (entry for cls in classes for entry in fields(cls)):
+        values = entry.default if type(entry.default) is tuple else [entry.default]
+        told = "".join(entry.metadata["help"].split()) + "[" + "".join(map(str, values))
+        assert told in text, entry.name
+        assert type(values[0]) not in (int, float) or re.search(
+            r"Table|section|Alg|Fig|4\.1|C\.1|MetaPT|ours|released|of the prompt|0: (on|one|never)",
+            entry.metadata["help"]), entry.name
 
 
 # -------------------------------------------------- a kill at any moment: python test_supmer.py

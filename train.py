@@ -190,7 +190,13 @@ def parse(argv):
     sources |= {name: why for name, (_, why) in tiny.items()}
     sources |= dict.fromkeys(preset, f"of {control.ablation or given.get('method')}")
     sources |= dict.fromkeys(given, "the run's own" if control.resume else "given")
-    training, method = settings({name: value for name, (value, _) in tiny.items()} | preset | given)
+    try:
+        training, method = settings({name: value for name, (value, _) in tiny.items()} | preset |
+                                    given)
+    except InputError as error:
+        if control.resume:
+            raise InputError(f"{control.resume}/run.json: {error}; start a new run") from None
+        raise
     for name, without, vain in (
             ("inner_rate", f"--relative-step {method.relative_step}", method.relative_step > 0),
             ("keep_graphs", "--keep-gib", training.keep_gib > 0),
