@@ -6127,7 +6127,8 @@ tune_job(t5, lambda: None, "ft", lambda t5: baselines.ft_start(t5, 0, 0), None, 
 
 @pytest.mark.parametrize("options, name", [
     ([], "supmer"), (["--method", "ppt"], "ppt"), (["--ablation", "no-mgr"], "no-mgr"),
-    (["--no-regularizer"], "no-mgr"), (["--only", "mc"], "only-mc"), (["--first-order"], "variant"),
+    (["--no-regularizer"], "no-mgr"), (["--only", "mc"], "only-mc"),
+    (["--first-order"], "first-order"),
     (["--no-regularizer", "--no-curriculum"], "variant")])
 def test_what_is_not_supmer_is_not_called_so(options, name):
     """A run without a part has the ablation's name, however it was asked for; none is "newest"."""
