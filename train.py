@@ -568,9 +568,9 @@ def load_state(folder, state):
         state.step = int(step)
         if not (-1 <= state.s <= 1 and state.step == step >= 0):
             raise ValueError(f"it is of step {step}, s {state.s}")
-        if state.step:                          # one step of nothing makes Adam's tensors, to fill
-            for x in (state.theta, *state.phi.values()):
-                x.grad = torch.zeros_like(x)
+        if state.step:          # a step of nothing makes Adam's tensors; phi may have none
+            for name, x in state_tensors(state).items():
+                x.grad = torch.zeros_like(x) if f"adam.{name}.step" in saved else None
             for optimizer in (state.theta_adam, state.phi_adam):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
