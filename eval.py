@@ -402,7 +402,7 @@ def _read(path, what):
     try:
         with safe_open(path, framework="pt") as file:
             return what(file)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is no result of eval.py ({error}): give one from {TUNED}, or "
                          "delete it") from None
 
@@ -863,7 +863,7 @@ def predict(settings):
     rows = load_texts(settings.predict, task)
     t5 = load_t5(model, getattr(torch, settings.dtype), pick_device(settings.device))
     if "theta" in tensors and tensors["theta"].shape[1:] != (t5.config.d_model,):
-        raise InputError(f"{settings.prompt[0]}: its theta is not of {settings.model}'s width: give "
+        raise InputError(f"{settings.prompt[0]}: theta is not of {settings.model}'s width: give "
                          "one that a table names")
     examples, = baseline.pose(load_tokenizer(model, t5.config), "", task, rows, (), 0)
     found, _ = score_job(t5, lambda: None, about["baseline"], tensors, examples)
