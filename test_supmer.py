@@ -5126,7 +5126,24 @@ def test_labeled_sets_are_mixed_in(small_world, tmp_path, monkeypatch, capsys):
                         "1", "--corpus", "nowhere", "--run", "labeled")
     log = log_without_times(folder / "labeled")
     assert code == 0 and [line["variants"] for line in log if "s" in line] == [["topics.csv"] * 2]
-    assert "corpus" in json.loads((folder / "labeled" / "run.json").read_text())["made_of"]
+    made = train.read_run(folder / "labeled")
+    assert "corpus" in made["made_of"]
+    assert [*made["versions"]] == ["python", "torch", "numpy", "tokenizers", "safetensors"]
+
+
+def test_a_resumed_run_keeps_as_many_graphs(small_world, monkeypatch):
+    """--keep-gib is turned into a number of graphs once: what run.json holds is gone on with."""
+    folder, options = small_world
+    monkeypatch.chdir(folder)
+    assert train.main([*options, "--steps", "1", "--keep-gib", "0.1", "--run", "graphs"]) == 0
+    kept = train.read_run(folder / "graphs")
+    assert kept["method"]["keep_graphs"] > 0
+    train.write_run(folder / "graphs", kept | {"finished": False})
+    monkeypatch.setattr(train, "graphs_that_fit", lambda *_: pytest.fail("counted again"))
+    seen, run = [], train.Run
+    monkeypatch.setattr(train, "Run", lambda *a: (seen.append(a[2]), run(*a))[1])
+    assert train.main(["--resume", "graphs"]) == 0
+    assert seen[0].keep_graphs == kept["method"]["keep_graphs"]
 
 
 def test_a_log_becomes_a_picture(small_world, monkeypatch, capsys):
@@ -5165,8 +5182,8 @@ def test_what_came_after_the_last_save_is_replayed_exactly(small_world):
     """
     first = make_run(small_world, "replayed")
     entries = [first.step() for _ in range(3)]
-    first.log.file.write('{"step": 4, "torn')
-    first.log.file.close()
+    first.log.write('{"step": 4, "torn')
+    first.log.close()
     second = make_run(small_world, "replayed")
     assert second.state.step == 0 and len(log_without_times(second.folder)) == 1
     again = [second.step() for _ in range(3)]
@@ -5438,6 +5455,30 @@ def test_memory_does_not_grow_with_the_support_set():
             assert count == 2 and peak_and_kept(8, 2)[1] == pytest.approx(2 * graph, rel=0.02)
 
 
+def test_the_time_is_that_of_the_methods_own_step(monkeypatch, small_world):
+    """A dry run measures PPT's two gradients, MetaPT's meta-gradient without a partner to mix in,
+    SUPMER's with one."""
+    t5, seen = train.stand_in(V11, torch.float32, "cpu"), []
+    monkeypatch.setattr(train, "prompt_gradient", lambda *_: seen.append("gradient"))
+    monkeypatch.setattr(train, "meta_gradient", lambda *a: seen.append(a[5]))
+    for name, of_a_task in (("ppt", ["gradient"] * 2), ("metapt", [0]), ("supmer", [0.5])):
+        training, method, _, _ = train.parse(["--method", name, "--labeled", "sets"])
+        training = replace(training, corpus=(str(small_world[0] / "corpus.jsonl"),))
+        train.time_lines(t5, training, method)
+        assert seen == of_a_task * 2
+        seen.clear()
+
+
+def test_a_gpu_that_is_named_is_the_current_one(monkeypatch):
+    """--device cuda:1: what names no GPU goes there as well."""
+    current = []
+    monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(
+        device=torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert train.pick_device("cuda:1") == torch.device("cuda:1") and train.pick_device("cpu")
+    assert current == [torch.device("cuda:1")]
+
+
 @pytest.mark.parametrize("model, rows, tokens", [("t5-base", 1, 90)])
 def test_the_memory_estimate_is_what_a_step_takes(model, rows, tokens):
     """t5-base's shape, for which nothing was calibrated: an exact second-order meta-gradient in a
@@ -5537,7 +5578,7 @@ def test_damaged_states_are_refused(small_world):
     """
     run = make_run(small_world, "damaged")
     run.step()
-    train.save_state(run.folder, run.state, run.best)
+    run.save()
     path = run.folder / "state.safetensors"
     whole = path.read_bytes()
     for cut in (0, 5, 100, len(whole) - 1):
@@ -6050,7 +6091,7 @@ def test_every_method_draws_as_many_examples():
 
 def test_the_recipes_are_the_papers():
     """MetaPT: inner 0.08, outer 0.025, patience 6, no regularizer, no augmentation (C.2); PPT: rate
-    0.1; Table 4's rows leave out what their names say, and nothing else."""
+    0.1; Table 4's rows, and first-order, leave out what their names say, and nothing else."""
     def recipe(*argv):
         training, method, _, control = train.parse(["--model", "t5-base", *argv])
         return asdict(training) | asdict(method), control
@@ -6069,7 +6110,8 @@ def test_the_recipes_are_the_papers():
     assert {name: differs("--ablation", name) for name in baselines.ABLATIONS} == {
         "only-sp": {"only": "sp"}, "only-mc": {"only": "mc"}, "only-ss": {"only": "ss"},
         "no-ta": {"augmentation": False, "max_steps": 150_000},
-        "no-curriculum": {"curriculum": False}, "no-mgr": {"regularizer": False}}
+        "no-curriculum": {"curriculum": False}, "no-mgr": {"regularizer": False},
+        "first-order": {"first_order": True}}
     assert usual["prompt_rate"] == 0.1
 
 
@@ -6128,7 +6170,7 @@ tune_job(t5, lambda: None, "ft", lambda t5: baselines.ft_start(t5, 0, 0), None, 
 @pytest.mark.parametrize("options, name", [
     ([], "supmer"), (["--method", "ppt"], "ppt"), (["--ablation", "no-mgr"], "no-mgr"),
     (["--no-regularizer"], "no-mgr"), (["--only", "mc"], "only-mc"),
-    (["--first-order"], "first-order"),
+    (["--first-order"], "first-order"), (["--no-regularizer", "--first-order"], "variant"),
     (["--no-regularizer", "--no-curriculum"], "variant")])
 def test_what_is_not_supmer_is_not_called_so(options, name):
     """A run without a part has the ablation's name, however it was asked for; none is "newest"."""
