@@ -4389,13 +4389,13 @@ def planted_plan():
 def test_tuning_needs_no_test_file(place):
     """With the test file absent the tuning record is the same, byte for byte, as with it."""
     t5, choices = small_t5(), eval_settings(shots=(4,), seeds=(10,), rates=(0.1,))
-    prompts = [evaluation.open_candidate("vocab", t5, choices)]
+    prompt = evaluation.open_candidate("vocab", t5, choices)
 
     def record():
         with context(t5, choices) as c:
             samples = evaluation.draw_samples(c, planted_plan(), 4)
-            records, kept = evaluation.tune_task(c, planted_plan(), prompts, samples, 4)
-        return json.dumps(without_times(records)), kept["vocab"][0][0]["theta"].numpy().tobytes()
+            records, kept = evaluation.tune_task(c, planted_plan(), prompt, samples, 4)
+        return json.dumps(without_times(records)), kept[0][0]["theta"].numpy().tobytes()
 
     present = record()
     os.remove("data/planted/test.csv")
@@ -4433,10 +4433,10 @@ def test_sampled_texts_are_not_tested(place, monkeypatch):
     train = Path("data/planted/train.csv").read_text()
     Path("data/planted/test.csv").write_text(train + "1,good film\n")
     t5, said, choices = small_t5(), [], eval_settings(shots=(4,), seeds=(10, 20), rates=(0.1,))
-    prompts = [evaluation.open_candidate("vocab", t5, choices)]
+    prompt = evaluation.open_candidate("vocab", t5, choices)
     with context(t5, choices, said) as c:
         samples = evaluation.draw_samples(c, planted_plan(), 4)
-        records, kept = evaluation.tune_task(c, planted_plan(), prompts, samples, 4)
+        records, kept = evaluation.tune_task(c, planted_plan(), prompt, samples, 4)
         # predict the label of every row that a seed has sampled wrongly, the others rightly
         rows = load_test(TASKS["planted"], "data")
         wrong = [[evaluation.texts_of(row) in sample.texts() for row in rows] for sample in samples]
@@ -4448,7 +4448,7 @@ def test_sampled_texts_are_not_tested(place, monkeypatch):
                 yield {"scores": F.one_hot(right, 2).float()}, {}
         monkeypatch.setattr(evaluation, "read_result", lambda result: result)
         test = evaluation.test_task(c._replace(work=scores), "planted", TASKS["planted"], "data",
-                                    prompts, kept, samples)
+                                    [prompt], {"vocab": kept}, samples)
     assert [len(sample.texts()) for sample in samples] == [16, 16] == test["left_out"]
     assert test["prompts"]["vocab"]["tuned"] == [100, 100] and test["no_prompt"] == 100
     assert test["prompts"]["vocab"]["untuned"] == [100, 100]
@@ -4559,6 +4559,25 @@ def test_papers_figures_are_those_of_the_same_backbone():
     several = shown(("sst2",), "t5-base", base, (8, 16))
     assert several[0] == ["accuracy in %", "sst2, 8 shots", "sst2, 16 shots"]
     assert several[-1] == ["the paper's t5-base: supmer", "", "87.3 ± 0.5"]
+
+
+def test_a_stop_leaves_out_of_a_study_what_was_not_done(tmp_path):
+    """Of Fig. 4 stopped in its second task: a column "not run" for each number of shots that is
+    missing, a picture of what there is."""
+    tested = {"tuned": [60.0], "mean": 60.0}
+    test = {"no_prompt": 50.0, "majority": 55.0, "prompts": {"vocab": tested, "random": tested}}
+    half = test | {"prompts": {"vocab": tested}}
+    written = {"not_run": {"subj": "stopped", "sst5": "stopped"}, "results": [
+        {"task": "sst5", "shots": n, "test": {"sst5": x}} for n, x in ((4, test), (8, half))]}
+    shots = eval_settings(study="shots", shots=(4, 8, 16), prompt=("vocab", "random"))
+    rows = [line.split(" | ") for line in
+            evaluation.table(written, small_config(), shots).splitlines()]
+    assert rows[0][1:] == ["sst5, 4 shots", "sst5, 8 shots", "subj, 4 shots", "subj, 8 shots",
+                           "subj, 16 shots", "sst5, 16 shots |"]
+    assert rows[3] == ["| random", "60.0", *["not run"] * 4, "not run |"]
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    evaluation.draw(written, shots, tmp_path / "half.png")
+    assert (tmp_path / "half.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_newest_finished_run(place):
