@@ -174,8 +174,8 @@ def tune(t5, baseline, start, psi, sample, seed, rate, settings, unit=1.0, tick=
     each step. InputError: a loss is not finite (a gradient that was not shows in the next
     validation at the latest).
     """
-    (train, held_out), method = sample, Method(words_only=settings.words_only)
-    baseline, n = BASELINES[baseline], len(train.ids)
+    (examples, held_out), method = sample, Method(words_only=settings.words_only)
+    baseline, n = BASELINES[baseline], len(examples.ids)
     parameters = {name: x.clone() for name, x in start(t5).items()}
     theta, cosine_psi, steps = parameters.get("theta"), None, steps_of(n, settings)
     begun = theta.clone() if theta is not None else None
@@ -194,9 +194,9 @@ def tune(t5, baseline, start, psi, sample, seed, rate, settings, unit=1.0, tick=
                    "accuracy": 100 * found["correct"] / len(held_out.ids)}, kept
         if step < steps:
             rows = batch_rows(n, step, seed, settings.batch)
-            batch = train._replace(
-                ids=[train.ids[row] for row in rows], slots=[train.slots[row] for row in rows],
-                vectors=train.vectors[rows], labels=train.labels[rows])
+            batch = examples._replace(
+                ids=[examples.ids[row] for row in rows], vectors=examples.vectors[rows],
+                slots=[examples.slots[row] for row in rows], labels=examples.labels[rows])
             gradient, H = tuning_gradient(t5, baseline, parameters, batch, method)
             for name, x in parameters.items():
                 x.grad = psi(gradient[name], H) if psi else gradient[name]
@@ -413,11 +413,11 @@ def predicted_labels(context, name, task, rows, candidates, kept, samples):
     return chosen
 
 
-def work_through(context, plans, written, out, count, candidates):
+def work_through(context, planned, written, out, count, candidates):
     """Evaluate each number of shots and plan, write and tell each result -> whether it was stopped.
     written: the JSON file `out`, to be filled. candidates: () -> an iterable for each plan. What a
     stop leaves undone is put down as not run; with no result at all KeyboardInterrupt goes on."""
-    todo, stopped = [(shots, plan) for shots in context.settings.shots for plan in plans], False
+    todo, stopped = [(shots, plan) for shots in context.settings.shots for plan in planned], False
     try:
         while todo and not stopped:
             result, stopped = evaluate(context, *todo[0], candidates())
