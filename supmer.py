@@ -87,8 +87,8 @@ class Method:
 # ----------------------------------------------------- the prompted model and its loss (Eq. 1)
 
 def encode_with_prompt(t5, theta, batch):
-    """Encode [theta ; text]: theta (P, d), a Batch of B rows -> H (B, S, d), mask (B, S). In the
-    batch's slots a vector (a cluster's centroid) stands in place of a token."""
+    """Encode [theta ; text]: theta (P, d), a Batch of B rows -> H (B, S, d), mask (B, S).
+    In the batch's slots a vector (a cluster's centroid) stands in place of a token."""
     text = embed_tokens(t5, batch.ids).to(theta.dtype)                             # (B, T, d)
     slots = batch.slots[:, :, None].expand(-1, -1, text.shape[-1])                 # (B, V, d)
     text = text.scatter(1, slots, batch.vectors.to(text.dtype))
@@ -138,10 +138,8 @@ def loss_share(t5, theta, batch, other, lam, words, n, method):
 
 def micro_batches(examples, theta, method, partner=None):
     """Batches of examples of similar length -> (rows, batch, partner's or None).
-
     Each has at most method.micro_tokens positions, theta's (P, d) and padding included, or is one
-    example. Row r of the partner stays with row r of the examples, whatever the sorting.
-    """
+    example. Row r of the partner stays with row r of the examples, whatever the sorting."""
     both = zip(examples.ids, (partner or examples).ids, strict=True)
     lengths = [len(theta) + max(len(ids), len(other)) for ids, other in both]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -159,10 +157,8 @@ def micro_batches(examples, theta, method, partner=None):
 
 def first_derivative(function, theta):
     """function: theta -> (scalar, more). -> its gradient, (the scalar, more).
-
     torch.func.grad_and_value(function, has_aux=True) gives the same, but always records its own
-    backward pass for a next derivative. Where none is taken this needs half the memory.
-    """
+    backward pass for a next derivative. Where none is taken this needs half the memory."""
     value, pull_back, more = vjp(function, theta, has_aux=True)
     gradient, = pull_back(torch.ones_like(value), retain_graph=False, create_graph=False)
     return gradient, (value, more)
@@ -232,9 +228,7 @@ def curriculum(s, curve):
 
 def draw_lambda(b, alpha, seed, step, i):
     """Task i's mixing ratio ~ Beta(b alpha, alpha), of mean b / (1 + b); 0 at b = 0 (Alg. 2).
-
-    Eq. 10 prints the parameters the other way round, which would begin with the strongest mixing.
-    """
+    Eq. 10 prints the parameters the other way round: mixing would be strongest at first."""
     return float(np.random.default_rng((seed, step, i)).beta(b * alpha, alpha)) if b > 0 else 0.0
 
 
@@ -305,9 +299,7 @@ def init_released_regularizer(d):
 
 def regularize_released(phi, g, H):
     """psi as released: (1 - z) h(g) + z g, ONE gate z for all, h of two factored ReLU layers.
-
-    h's rows get the length of g's. There H averaged padding, too: with ours psi is approximate.
-    """
+    h's rows get the length of g's. There H averaged padding, too: with ours psi is approximate."""
     hidden = F.relu(phi["mlp.linear_1.weight"] @ H + phi["mlp.linear_1.bias"])          # (24,)
     z = torch.sigmoid(phi["mlp.linear_2.weight"] @ hidden + phi["mlp.linear_2.bias"])   # (1,)
     h = g
@@ -332,9 +324,7 @@ REGULARIZERS = {"affine": (init_regularizer, regularize),
 
 def inner_step(theta, phi, g, H, method):
     """theta' = theta - a1 psi(g), Eq. 6 (Eq. 2 where psi is the identity) -> (P, d).
-
-    relative_step > 0: a1 = relative_step |theta| / |psi(g)|, and the meta-gradient runs through it.
-    """
+    relative_step > 0 makes a1 = relative_step |theta| / |psi(g)|, which is differentiated, too."""
     psi = regularize(phi, g, H)
     if method.relative_step > 0:
         direction, _ = direction_and_length(psi.flatten())
@@ -584,7 +574,8 @@ def _load_peft(folder):
 
 def save_peft(folder, theta, config, model, revision=None):
     """Write theta (P, d) as a new folder that peft.PeftModel.from_pretrained loads on a model, a
-    hub id or folder, of this T5Config. psi has no place there: only tuning as here uses it."""
+    hub id or folder, of this T5Config.
+    psi has no place there: only tuning as here uses it."""
     folder.mkdir(parents=True)
     values = {"peft_type": "PROMPT_TUNING", "task_type": "SEQ_2_SEQ_LM", "inference_mode": True,
               "base_model_name_or_path": model, "revision": revision,

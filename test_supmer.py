@@ -6278,7 +6278,7 @@ def test_benchs_ratios_by_hand():
     assert all({row[0], row[1]} <= names for row in bench.RATIOS)
 
 
-@pytest.mark.parametrize("argv, says", [(["--repeat", "0"], "1 or more"),
+@pytest.mark.parametrize("argv, says", [(["--threads", "0"], "1 or more"),
                                         (["--json", "no/such/file"], "no such folder")])
 def test_benchs_mistakes(argv, says):
     """Told in one line before anything is measured."""
