@@ -359,9 +359,9 @@ def name_of(training, method):
     parts = {"only": training.only, "augmentation": method.augmentation,
              "curriculum": method.curriculum, "regularizer": method.regularizer}
     left_out = {key: x for key, x in parts.items() if x not in ("", True)}
-    if training.method != "supmer" or not left_out and not method.first_order:
+    if training.method != "supmer":
         return training.method
-    return next((name for name, preset in ABLATIONS.items()
+    return next((name for name, preset in {"supmer": {}, **ABLATIONS}.items()
                  if preset == left_out and not method.first_order), "variant")
 
 

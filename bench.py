@@ -21,6 +21,7 @@ import platform
 import resource
 import statistics
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -330,8 +331,10 @@ READY = []          # in a contender's process: the function to measure, the byt
 
 
 def measure(contender, s, threads):
-    """In a contender's process: run it -> (seconds, peak MB, its value)."""
+    """In a contender's process, which ends with its parent: run it -> (seconds, peak MB, value)."""
     if not READY:
+        threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)),
+                         daemon=True).start()
         torch.set_num_threads(threads)
         contender(replace(s, **WARM))()         # libraries load parts of themselves at first use
         READY.extend((contender(s), peak_bytes(s.device, reset=True)))

@@ -32,6 +32,7 @@ float64 passes through untouched, for proofs.
 import json
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -100,14 +101,13 @@ def encode_with_prompt(t5, theta, batch):
 def word_log_probs(t5, H, mask, words, words_only=False):
     """log p(<X> = word | theta, x) of each label word: H (B, S, d), mask (B, S) -> (B, K).
 
-    words: K decoder targets [<extra_id_0>, piece, ...]; the decoder reads <pad> before them. Pieces
-    of one word add up. The distribution is over the full vocabulary; words_only renormalizes it
-    over the K words.
+    words: K decoder targets [<extra_id_0>, piece, ...], which the decoder reads after <pad>; a word
+    of several pieces has the sum of their log-probabilities. The distribution is over the full
+    vocabulary; words_only renormalizes it over the K words.
     """
     def after(prefix):                                                             # (B, vocabulary)
         ids = torch.LongTensor([[PAD, *prefix]]).to(H.device).expand(len(H), -1)
         return torch.log_softmax(next_token_logits(t5, decode(t5, ids, H, mask)[:, -1]), dim=-1)
-
     first = after(words[0][:1])
     scores = torch.stack([first[:, word[1]] + sum(after(word[:end])[:, word[end]]
                                                   for end in range(2, len(word)))
@@ -196,17 +196,15 @@ def gradient_and_hessian(t5, theta, examples, method, ranks=SOLO, partner=None, 
     # In float64, so that neither the micro-batches' order nor the number of ranks shows in the sums
     sums = [torch.zeros_like(x, dtype=torch.float64) for x in (theta, theta[0], theta[0, 0])]
     for _, batch, other in ranks.share(micro_batches(examples, theta, method, partner)):
-        def share(theta, batch=batch, other=other):
-            return loss_share(t5, theta, batch, other, lam, examples.words, n, method)
+        share = partial(loss_share, t5, batch=batch, other=other, lam=lam, words=examples.words,
+                        n=n, method=method)
         if len(products) < method.keep_graphs and not method.first_order:
             g, (loss, H), product = second_derivative(share, theta)
+            products.append(product)
         else:
             g, (loss, H) = first_derivative(share, theta)
-
-            def product(u, share=share):
-                return second_derivative(share, theta)[2](u)
+            products.append(lambda u, share=share: second_derivative(share, theta)[2](u))
         sums = [total + part for total, part in zip(sums, (g, H, loss))]
-        products.append(product)
 
     def hessian(u):
         zero = torch.zeros_like(theta, dtype=torch.float64)
