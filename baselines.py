@@ -358,9 +358,9 @@ def name_of(training, method):
     with other parts left out."""
     if training.method != "supmer":
         return training.method
-    chosen, whole = vars(training) | vars(method), {
-        "only": "", "augmentation": True, "curriculum": True, "regularizer": True,
-        "first_order": False}
+    whole = {"only": "", "augmentation": True, "curriculum": True, "regularizer": True,
+             "first_order": False}
+    chosen = vars(training) | vars(method)
     left_out = {key: chosen[key] for key in whole if chosen[key] != whole[key]}
     return next((name for name, preset in {"supmer": {}, **ABLATIONS}.items()
                  if preset == left_out), "variant")
