@@ -6069,7 +6069,8 @@ def test_the_recipes_are_the_papers():
     assert {name: differs("--ablation", name) for name in baselines.ABLATIONS} == {
         "only-sp": {"only": "sp"}, "only-mc": {"only": "mc"}, "only-ss": {"only": "ss"},
         "no-ta": {"augmentation": False, "max_steps": 150_000},
-        "no-curriculum": {"curriculum": False}, "no-mgr": {"regularizer": False}}
+        "no-curriculum": {"curriculum": False}, "no-mgr": {"regularizer": False},
+        "first-order": {"first_order": True}}
     assert usual["prompt_rate"] == 0.1
 
 
