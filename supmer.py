@@ -32,7 +32,6 @@ float64 passes through untouched, for proofs.
 import json
 import math
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -196,8 +195,8 @@ def gradient_and_hessian(t5, theta, examples, method, ranks=SOLO, partner=None, 
     # In float64, so that neither the micro-batches' order nor the number of ranks shows in the sums
     sums = [torch.zeros_like(x, dtype=torch.float64) for x in (theta, theta[0], theta[0, 0])]
     for _, batch, other in ranks.share(micro_batches(examples, theta, method, partner)):
-        share = partial(loss_share, t5, batch=batch, other=other, lam=lam, words=examples.words,
-                        n=n, method=method)
+        def share(theta, batch=batch, other=other):
+            return loss_share(t5, theta, batch, other, lam, examples.words, n, method)
         if len(products) < method.keep_graphs and not method.first_order:
             g, (loss, H), product = second_derivative(share, theta)
             products.append(product)
