@@ -6359,7 +6359,23 @@ def test_benchs_ratios_by_hand():
     assert all({row[0], row[1]} <= names for row in bench.RATIOS)
 
 
-@pytest.mark.parametrize("argv, says", [(["--repeat", "0"], "1 or more"),
+class Dies:
+    """What reads this from a pickle, as a contender's process does, ends."""
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_contender_that_dies_loses_no_others_figures():
+    """It is told as not run, with the reason; its neighbour's run is there."""
+    s = replace(bench.QUICK, documents=1)
+    found, failed = bench.measure_group({"dies": (Dies(), s), "tokens": (bench.token_ids, s)}, 1, 1)
+    assert found["dies"] == [] and list(failed) == ["dies"]
+    assert failed["dies"].startswith("BrokenProcessPool: A process in the process pool was")
+    (seconds, mb, value), = found["tokens"]
+    assert seconds > 0 and mb >= 0 and value is None
+
+
+@pytest.mark.parametrize("argv, says", [(["--threads", "0"], "1 or more"),
                                         (["--json", "no/such/file"], "no such folder")])
 def test_benchs_mistakes(argv, says):
     """Told in one line before anything is measured."""
