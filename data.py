@@ -38,7 +38,7 @@ from bisect import bisect_right
 from collections import Counter
 from contextlib import ExitStack
 from http.client import HTTPException
-from itertools import chain, islice
+from itertools import chain, islice, tee
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import Request, urlopen
@@ -208,11 +208,11 @@ def corpus_files(paths):
     for path in map(Path, paths):
         if not path.exists():
             raise InputError(f"{path} does not exist: give files or folders of text")
-        found = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
-                 if file.is_file() and file.name.endswith(tuple(READERS))]
-        if not found and (path.suffix == ".parquet" or any(path.rglob("*.parquet"))):
-            raise InputError(f"{path}: parquet is not read; take the corpus's .tar or .json.gz, or "
-                             "with pandas read_parquet(FILE).to_json(FILE + '.jsonl', "
+        inside = sorted(filter(Path.is_file, path.rglob("*") if path.is_dir() else [path]))
+        found = [file for file in inside if file.name.endswith(tuple(READERS))]
+        if parquet := next((file for file in inside if file.suffix == ".parquet"), None):
+            raise InputError(f"{parquet}: parquet is not read; take the corpus's .tar or .json.gz, "
+                             "or with pandas read_parquet(FILE).to_json(FILE + '.jsonl', "
                              "orient='records', lines=True)")
         if not found:
             raise InputError(f"{path}: no text there; files, or folders of files, must be"
@@ -238,15 +238,21 @@ def documents(paths, max_bytes=None, counts=None):
     counts = Counter() if counts is None else counts
     for path in corpus_files(paths):
         read = next(READERS[end] for end in READERS if path.name.endswith(end))
-        try:
-            for paragraphs in read(path, counts):
+        with open(path, "rb") as file:
+            for paragraphs in _undamaged(read, file, path, counts):
                 if max_bytes is not None and counts["bytes"] >= max_bytes:
                     return
                 raw = [p.encode("utf-8", "replace") for p in paragraphs]    # JSON's lone surrogates
                 counts["bytes"] += sum(map(len, raw))
                 yield [p.decode() for p in raw]
-        except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, gzip.BadGzipFile) as error:
-            raise InputError(f"{path} is damaged or incomplete ({error}): fetch it again") from None
+
+
+def _undamaged(read, file, where, counts):
+    """read's documents of an open file; where, for errors: its path, and its name in an archive."""
+    try:
+        yield from read(file, where, counts)
+    except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, gzip.BadGzipFile) as error:
+        raise InputError(f"{where} is damaged or incomplete ({error}): fetch it again") from None
 
 
 def _decode(raw, where, counts):
@@ -257,63 +263,59 @@ def _decode(raw, where, counts):
     return text.replace("\0", "\ufffd")
 
 
-def _read_txt(path, counts):
-    with open(path, "rb") as file:
-        lines, size = [], 0
-        while raw := file.readline(LONGEST):
-            line = _decode(raw, path, counts).strip()
-            size += len(raw)
-            counts["long documents parted"] += size >= LONGEST
-            if line:
-                lines.append(line)
-            if size >= LONGEST or lines and not line:
-                yield [" ".join(lines)]
-                lines = []
-            size *= bool(lines)
+def _read_txt(file, path, counts):
+    lines, size = [], 0
+    while raw := file.readline(LONGEST):
+        line = _decode(raw, path, counts).strip()
+        size += len(raw)
+        counts["long documents parted"] += size >= LONGEST
+        if line:
+            lines.append(line)
+        if size >= LONGEST or lines and not line:
+            yield [" ".join(lines)]
+            lines = []
+        size *= bool(lines)
+    if lines:
         yield [" ".join(lines)]
 
 
-def _read_jsonl(path, counts):
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for number, raw in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
-            where = f"{path}, line {number}"
-            if len(raw) == LONGEST:
-                raise InputError(f"{where}: {LONGEST:,} bytes or more; give a document a line")
-            line = _decode(raw, where, counts)
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: not JSON ({error}); mend or drop it") from None
-            record = record if isinstance(record, dict) else {}
-            text = record.get("text")
-            lines = text.split("\n") if isinstance(text, str) else None
-            paragraphs = record.get("paragraphs", lines)
-            if not isinstance(paragraphs, list) or not all(isinstance(p, str) for p in paragraphs):
-                raise InputError(f"{where}: no `text` (a string) or `paragraphs` (a list of them)")
-            yield paragraphs
+def _read_jsonl(file, path, counts):
+    file = gzip.open(file) if path.suffix == ".gz" else file
+    for number, raw in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
+        where = f"{path}, line {number}"
+        if len(raw) == LONGEST:
+            raise InputError(f"{where}: {LONGEST:,} bytes or more; give a document a line")
+        line = _decode(raw, where, counts)
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON ({error}); mend or drop it") from None
+        record = record if isinstance(record, dict) else {}
+        text = record.get("text")
+        lines = text.split("\n") if isinstance(text, str) else None
+        paragraphs = record.get("paragraphs", lines)
+        if not isinstance(paragraphs, list) or not all(isinstance(p, str) for p in paragraphs):
+            raise InputError(f"{where}: no `text` (a string) or `paragraphs` (a list of them)")
+        yield paragraphs
 
 
-def _read_tar(path, counts):
-    with tarfile.open(path, "r|*") as outer:
-        for part in filter(tarfile.TarInfo.isfile, outer):
-            content = outer.extractfile(part)
-            if part.name.endswith(".txt"):
-                yield from _parts(content, f"{path}, {part.name}", counts)
-            elif part.name.endswith(".xz"):
-                with tarfile.open(fileobj=content, mode="r|xz") as inner:
-                    for file in filter(tarfile.TarInfo.isfile, inner):
-                        yield from _parts(inner.extractfile(file), f"{path}, {file.name}", counts)
-
-
-def _parts(file, where, counts):
-    """A document; of one larger than LONGEST, its parts."""
-    raw = file.read(LONGEST)
-    yield _decode(raw, where, counts).split("\n")
-    while len(raw) == LONGEST and (raw := file.read(LONGEST)):
-        counts["long documents parted"] += 1
-        yield _decode(raw, where, counts).split("\n")
+def _read_tar(file, where, counts):
+    kinds = set()
+    with tarfile.open(fileobj=file, mode="r|*") as archive:
+        for member in filter(tarfile.TarInfo.isfile, archive):
+            content, name = archive.extractfile(member), f"{where}, {member.name}"
+            kind = Path(member.name).suffix
+            kinds.add(kind)
+            if kind == ".xz":
+                yield from _undamaged(_read_tar, content, name, counts)
+            elif kind == ".txt":
+                for part, raw in enumerate(iter(lambda: content.read(LONGEST), b"")):
+                    counts["long documents parted"] += part > 0
+                    yield _decode(raw, name, counts).split("\n")
+    if kinds.isdisjoint({".txt", ".xz"}):
+        raise InputError(f"{where} has no document: its files must be .txt, or .xz tars of .txt")
 
 
 READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl,
@@ -412,8 +414,8 @@ SOLO = Ranks()
 # --------------------------------------------------------------------------- the store on disk
 SHORT = 4                   # tokens; see join_short
 SAMPLE = 256                # sentences per centroid that K-means sees
-SLICE = 1 << 13             # sentences that are tokenized together: a book may have no end
-SAVED = 1 << 26             # bytes of text between saved states
+SLICE = 1 << 13             # sentences that are tokenized together, whatever documents they are of
+SAVED = 1 << 24             # tokens between saved states of the text
 CHUNK = 1 << 14             # sentences that are sorted by length together, and saved together
 BATCH_TOKENS = {"cpu": 1 << 9, "cuda": 1 << 17}     # embedded together; a CPU's cache likes few
 # Plain numbers, each a file NAME.bin and its type; see Store. keys, shares: only while it is made.
@@ -443,66 +445,18 @@ class Store(NamedTuple):
     meta: dict              # "made_of": fingerprints and "options"; "counts"
 
 
-def atomic_write(path, write):
-    """Make a file whole or not at all: write(binary file) fills a temporary one, then renamed."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)        # now the new name is on the disk, too
-    os.close(folder)
-
-
-def lock(path, busy):
-    """Make path this process's own, until the file returned is closed or the process dies: then the
-    kernel gives it free. If another has it busy(its id) is called; unless that raises, wait."""
-    file = open(path, "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        busy(file.read())
-        fcntl.flock(file, fcntl.LOCK_EX)
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
-
-
-def fingerprint(files):
-    """sha256 over the files' contents, in this order."""
-    whole = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
-
-
-def model_fingerprint(folder):
-    """sha256 of a model folder's config.json and weights: what a prompt or a store belongs to."""
-    return fingerprint([Path(folder) / "config.json", *weight_files(folder)])
-
-
 def open_store(folder, made_of=None):
     """Open a store. InputError if it is damaged or, made_of given, was made of something else."""
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text())
         columns = {name: _column(folder, name) for name in COLUMNS if name in Store._fields}
-        small = {name: np.load(folder / f"{name}.npy") for name in ("centroids", "bounds")}
-        n, rows = len(columns["offsets"]) - 1, len(small["bounds"])
-        sizes = {name: len(columns[name]) for name in ("tokens", "document", "first", "held_out",
-                                                       "anchor", "cluster", "order")}
-        if sizes != {"tokens": columns["offsets"][-1], "document": n, "held_out": n, "anchor": n,
-                     "first": meta["counts"]["documents"], "cluster": rows * n,
-                     "order": small["bounds"][:, -1].sum()}:
+        columns |= {name: np.load(folder / f"{name}.npy") for name in ("centroids", "bounds")}
+        n, rows = len(columns["offsets"]) - 1, len(columns["bounds"])
+        sizes = dict.fromkeys(("document", "held_out", "anchor"), n) | {
+            "tokens": columns["offsets"][-1], "first": meta["counts"]["documents"],
+            "cluster": rows * n, "order": columns["bounds"][:, -1].sum()}
+        if any(len(columns[name]) != size for name, size in sizes.items()):
             raise ValueError("its files do not fit together")
         other = [key for key in made_of or () if meta["made_of"][key] != made_of[key]]
     except (OSError, ValueError, KeyError, IndexError) as error:
@@ -511,9 +465,9 @@ def open_store(folder, made_of=None):
         raise InputError(f"{folder} was built with another {', another '.join(other)}: delete it")
     columns["cluster"] = columns["cluster"].reshape(n, rows).T
     columns["order"] = columns["order"].reshape(rows, -1)
-    for_each_format = {name: np.broadcast_to(x, (len(FORMATS), *x.shape[1:])) for name, x in (
-        *small.items(), *((name, columns.pop(name)) for name in ("cluster", "order")))}
-    return Store(folder, **columns, **for_each_format, meta=meta)
+    for name in ("cluster", "order", "centroids", "bounds"):    # one clustering serves all formats
+        columns[name] = np.broadcast_to(columns[name], (len(FORMATS), *columns[name].shape[1:]))
+    return Store(folder, **columns, meta=meta)
 
 
 def _column(folder, name):
@@ -547,14 +501,13 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
         [seed, seed + 1, seed + 2] if one_per_format else [seed], embed, progress, ranks)
 
 
-def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, words=(), embed=None,
+def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, embed=None,
                   progress=lambda stage, done, total: None, ranks=SOLO):
     """A labeled file, of `label` and `text` as read_table has them -> Store, as build_store's.
 
     A sentence of it is a whole text, cut at MAX_TOKENS, and a document; `label` is the place of its
-    word in meta["made_of"]["options"]["words"]. words: the label words, which the file has as they
-    are or as 0, 1, ...; without them the file's labels are the words, or integers of two or five
-    values, which are SENTIMENT's in rising order.
+    word in meta["made_of"]["options"]["words"]. The file's labels are those words, or integers of
+    two or five values, which are SENTIMENT's in rising order.
     """
     path, columns = Path(path), ("label", "text")
 
@@ -563,28 +516,20 @@ def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, words=()
             if not row or not row[0] or not row[1].strip():
                 raise InputError(f"{where}: {row}; a row is a label and a text: mend or drop it")
             yield row
-    words, place = _label_words(path, {label for label, _ in rows()}, words)
+    labels = {label for label, _ in rows()}
+    numbers = all(re.fullmatch(r"\d+", label) for label in labels)
+    places = sorted(labels, key=int if numbers else None)
+    words = list(SENTIMENT.get(len(labels), ())) if numbers else places
+    if len(words) < 2:
+        raise InputError(f"{path} has the labels {', '.join(sorted(labels)[:9])}: write two "
+                         "label words or more, or numbers of two or five classes of sentiment")
 
     def read(path, counts):
         for label, text in rows():
             counts["bytes"] += len(text.encode())
-            yield hash_share([text]), [text], place[label]
+            yield hash_share([text]), [text], places.index(label)
     return _build(Path(cache), [path], read, {"words": words, "clusters": clusters, "seed": seed},
                   tokenizer, t5, model, [seed], embed, progress, ranks)
-
-
-def _label_words(path, labels, words):
-    """The labels that a file has -> label words, {label: its word's place}; see build_labeled."""
-    numbers = all(re.fullmatch(r"\d+", label) for label in labels)
-    if words:
-        places = [str(k) for k in range(len(words))] if numbers else words
-    else:
-        places = sorted(labels, key=int if numbers else None)
-        words = SENTIMENT.get(len(labels), ()) if numbers else places
-    if len(words) < 2 or not labels <= set(places):
-        raise InputError(f"{path} has the labels {', '.join(sorted(labels)[:9])}: write two "
-                         "label words or more, or numbers of two or five classes of sentiment")
-    return list(words), {label: k for k, label in enumerate(places)}
 
 
 def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, progress, ranks):
@@ -692,83 +637,74 @@ def join_short(sentences):
 def _write_text(folder, files, read, tokenizer, progress):
     """Append the files' sentences to the TEXT columns -> counts.
 
-    After each SAVED bytes text.json says how many documents they hold: the next call reads those
+    After each SAVED tokens text.json says how many documents they hold: the next call reads those
     again, for it must, but does not tokenize them.
     """
-    path, counts = folder / "text.json", Counter()
-    whole, done, saved = json.loads(path.read_text()) if path.exists() else (False, 0, {})
-    items = chain.from_iterable(read(file, counts) for file in files if not whole)
+    path, found = folder / "text.json", Counter()       # found: of what is read, also ahead of
+    whole, done, counts = json.loads(path.read_text()) if path.exists() else (False, 0, {})
+    counts = Counter(counts)                            # what is written
+    items = chain.from_iterable(read(file, found) for file in files if not whole)
+
+    def tell():
+        progress("reading text, bytes", found["bytes"] or counts["bytes"], None)
     for _ in islice(items, done):
-        progress("reading text, bytes", counts["bytes"], None)
-    counts.clear()
-    counts.update(saved)
+        tell()
+    tell()
+    items, ahead = tee(items)
+    waiting = (text for _, texts, _ in ahead for text in texts)
+    slices = iter(lambda: list(islice(waiting, SLICE)), [])
+    encoded = (ids for part in slices for ids in tokenize(tokenizer, part))
     with ExitStack() as stack:
         columns = {name: stack.enter_context(open(folder / f"{name}.bin", "ab")) for name in TEXT}
         for name, file in columns.items():
             length = counts[TEXT[name]] + (name == "offsets")   # it has one more, at first a 0
             file.truncate(length * array(COLUMNS[name]).itemsize)
 
-        def save(whole):
+        def save(whole, counts):
             for file in columns.values():
                 file.flush()
                 os.fsync(file.fileno())
             state = json.dumps([whole, done, counts]).encode()
             atomic_write(path, lambda file: file.write(state))
-            return counts["bytes"]
-        progress("reading text, bytes", counts["bytes"], None)
-        last = counts["bytes"]
-        for batch in _batches(items):
-            for name, values in _columns_of(batch, tokenizer, counts).items():
-                columns[name].write(values)
-            done += len(batch)
-            progress("reading text, bytes", counts["bytes"], None)
-            if counts["bytes"] - last >= SAVED:
-                last = save(False)
-        save(True)
-    return counts
+        saved, told = counts["tokens"], 0
+        for share, texts, label in items:
+            for name, values in _document(share, [next(encoded) for _ in texts], label, counts):
+                columns[name].write(array(COLUMNS[name], values))
+            done += 1
+            if found["bytes"] != told:      # another slice was read
+                told = found["bytes"]
+                tell()
+            if counts["tokens"] - saved >= SAVED:
+                saved = counts["tokens"]
+                save(False, counts)
+        tell()
+        found.update(counts)
+        save(True, found)
+    return found
 
 
-def _batches(items, size=1 << 20):
-    """Lists of what read() yields, of some `size` characters: a novel alone, or many pages."""
-    batch, total = [], 0
-    for item in items:
-        batch.append(item)
-        total += sum(map(len, item[1]))
-        if total >= size:
-            yield batch
-            batch, total = [], 0
-    yield batch
-
-
-def _columns_of(batch, tokenizer, counts):
-    """What a batch appends to each of the TEXT columns -> {name: array}; counts go on."""
-    new = {name: array(COLUMNS[name]) for name in TEXT}
-    waiting = (text for _, texts, _ in batch for text in texts)
-    slices = iter(lambda: list(islice(waiting, SLICE)), [])
-    encoded = chain.from_iterable(tokenize(tokenizer, part) for part in slices)
-    for share, texts, label in batch:
-        sentences = [next(encoded) for _ in texts]
-        whole = join_short(sentences) if label is None else list(filter(None, sentences))
-        counts["short sentences joined"] += len(texts) - len(whole)
-        if not whole:
-            counts["empty documents"] += 1
-            continue
-        new["first"].append(counts["sentences"])
-        new["shares"].append(share)
-        for ids in whole:
-            counts["long sentences cut"] += len(ids) > MAX_TOKENS
-            tokens = array("H", ids[:MAX_TOKENS])
-            counts["tokens"] += len(tokens)
-            new["tokens"] += tokens
-            new["offsets"].append(counts["tokens"])
-            new["document"].append(counts["documents"])
-            new["keys"].append(int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest()))
-        if label is not None:
-            new["label"].append(label)
-            counts["labels"] += 1
-        counts["sentences"] += len(whole)
-        counts["documents"] += 1
-    return new
+def _document(share, sentences, label, counts):
+    """What a document appends to the TEXT columns -> pairs: name, values; counts go on."""
+    joined = join_short(sentences) if label is None else list(filter(None, sentences))
+    counts["short sentences joined"] += len(sentences) - len(joined)
+    if not joined:
+        counts["empty documents"] += 1
+        return
+    counts["long sentences cut"] += sum(len(ids) > MAX_TOKENS for ids in joined)
+    joined = [array("H", ids[:MAX_TOKENS]) for ids in joined]
+    yield "first", [counts["sentences"]]
+    yield "shares", [share]
+    yield "document", [counts["documents"]] * len(joined)
+    for tokens in joined:
+        counts["tokens"] += len(tokens)
+        yield "tokens", tokens
+        yield "offsets", [counts["tokens"]]
+        yield "keys", [int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest())]
+    if label is not None:
+        yield "label", [label]
+        counts["labels"] += 1
+    counts["sentences"] += len(joined)
+    counts["documents"] += 1
 
 
 def embed_sentences(t5, ids, mask):
@@ -855,12 +791,11 @@ def _cluster(folder, clusters, seeds, embed, budget, progress, ranks):
 
 def _group(folder, clusters, rows, progress):
     """Writes order and bounds for each of the `rows` clusterings."""
+    document, first, held_out, anchor, cluster = (_column(folder, name) for name in (
+        "document", "first", "held_out", "anchor", "cluster"))
     progress("grouping", 0, None)
-    document, first, held_out, anchor = (_column(folder, name) for name in (
-        "document", "first", "held_out", "anchor"))
-    cluster = _column(folder, "cluster").reshape(-1, rows).T
     orders, bounds = zip(*(group_anchors(row, held_out, anchor, document, first, clusters)
-                           for row in cluster))
+                           for row in cluster.reshape(-1, rows).T))
     atomic_write(folder / "order.bin", lambda file: file.writelines(orders))
     atomic_write(folder / "bounds.npy", lambda file: np.save(file, np.stack(bounds)))
     progress("grouping", len(document), len(document))
@@ -875,23 +810,17 @@ def group_anchors(cluster, held_out, anchor, document, first, K, chunk=1 << 20):
     """
     ends = np.append(first[1:], len(document))
     long = ends - first >= 4
-
-    def grouped():
-        for begin in range(0, len(document), chunk):
-            rows = begin + np.flatnonzero(anchor[begin:begin + chunk])
-            of = document[rows]
-            follows = long[of] & (ends[of] - 1 != rows)
-            yield rows, 2 * (held_out[rows] * K + cluster[rows]) + ~follows
-    sizes = sum(np.bincount(group, minlength=4 * K) for _, group in grouped())
-    bounds = np.concatenate([[0], np.cumsum(sizes)])
-    order, filled = np.empty(bounds[-1], dtype=np.uint32), bounds[:-1].copy()
-    for rows, group in grouped():
-        by = np.argsort(group, kind="stable")
-        sizes = np.bincount(group, minlength=4 * K)
-        places = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        order[np.repeat(filled, sizes) + places] = rows[by]
-        filled += sizes
-    return order, bounds
+    groups = [[] for _ in range(4 * K)]         # each one's rows, chunk by chunk: memory is flat
+    for begin in range(0, len(document), chunk):
+        rows = begin + np.flatnonzero(anchor[begin:begin + chunk])
+        of = document[rows]
+        follows = long[of] & (ends[of] - 1 != rows)
+        group = 2 * (held_out[rows] * K + cluster[rows]) + ~follows
+        by, sizes = np.argsort(group, kind="stable"), np.bincount(group, minlength=4 * K)
+        for parts, part in zip(groups, np.split(rows[by].astype(np.uint32), np.cumsum(sizes)[:-1])):
+            parts.append(part)
+    sizes = [sum(map(len, parts)) for parts in groups]
+    return np.concatenate([*chain(*groups)]), np.cumsum([0, *sizes])
 
 
 # --------------------------------------------------------------------------- meta tasks
@@ -1763,6 +1692,53 @@ def released_folder(config):
                                  f"pretrain_prompt of github.com/beepkh/SUPMER into {folder}"
                                  ) from None
     return folder
+
+
+def atomic_write(path, write):
+    """Make a file whole or not at all: write(binary file) fills a temporary one, then renamed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)        # now the new name is on the disk, too
+    os.close(folder)
+
+
+def lock(path, busy):
+    """Make path this process's own, until the file returned is closed or the process dies: then the
+    kernel gives it free. If another has it busy(its id) is called; unless that raises, wait."""
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        busy(file.read())
+        fcntl.flock(file, fcntl.LOCK_EX)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def fingerprint(files):
+    """sha256 over the files' contents, in this order."""
+    whole = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def model_fingerprint(folder):
+    """sha256 of a model folder's config.json and weights: what a prompt or a store belongs to."""
+    return fingerprint([Path(folder) / "config.json", *weight_files(folder)])
 
 
 def demonstrate():
