@@ -147,6 +147,11 @@ def word_pieces(tokenizer, word):
     return pieces
 
 
+def decoder_targets(tokenizer, words):
+    """K label words -> [[<extra_id_0>, piece, ...], ...]: what the decoder is asked for (Eq. 1)."""
+    return [[tokenizer.token_to_id(MASK), *word_pieces(tokenizer, word)] for word in words]
+
+
 def compile_template(tokenizer, template):
     """A template as parts: ids of what is literal, names of what is not. InputError unless one <X>.
 
@@ -495,7 +500,12 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
     def read(path, counts):
         return ((hash_share(text), [s for paragraph in text for s in split_sentences(paragraph)],
                  None) for text in documents([path], max_bytes, counts))
-    return _build(Path(cache), corpus_files(paths), read, {
+    files = corpus_files(paths)
+    inside = chain.from_iterable(Path(path).rglob("*") for path in paths)
+    unread = sorted(file.name for file in {*filter(Path.is_file, inside)} - {*files})
+    if unread:
+        progress(f"not read, {len(unread)} other file(s): {', '.join(unread)}", 0, None)
+    return _build(Path(cache), files, read, {
         "clusters": clusters, "seed": seed, "max_bytes": max_bytes,
         "one_per_format": one_per_format}, tokenizer, t5, model,
         [seed, seed + 1, seed + 2] if one_per_format else [seed], embed, progress, ranks)
@@ -844,21 +854,18 @@ class TaskIndex:
 
     support, query: the sets' sizes; variants: those that meta_task draws from; max_tokens: the
     longest source; recast: {variant: (template, words)} to put in place of its own (Unified-PPT). A
-    cluster is usable with support + query anchors: sentences of different text,
-    for next-sentence variants not the last of their document, and that of 4 or more. InputError,
-    with the number that is lacking, unless each variant has a usable cluster (ss: four) in training
-    and in held-out documents.
+    cluster is usable with support + query anchors: sentences of different text, for next-sentence
+    variants not the last of their document, and that of 4 or more. InputError, with what each
+    cluster lacks, unless a variant has a usable one (ss: four) in training and held-out documents.
     """
 
     def __init__(self, store, tokenizer, *, support=32, query=32, variants=VARIANTS,
                  max_tokens=MAX_TOKENS, recast={}):
         self.store, self.sizes, self.max_tokens = store, (support, query), max_tokens
         self.variants = tuple(variants)
-        mask = tokenizer.token_to_id(MASK)
         cast = {v: (TEMPLATES[v[:2]], WORDS[v]) for v in VARIANTS} | recast
         self.parts = {v: compile_template(tokenizer, template) for v, (template, _) in cast.items()}
-        self.words = {v: [[mask, *word_pieces(tokenizer, w)] for w in words]
-                      for v, (_, words) in cast.items()}
+        self.words = {v: decoder_targets(tokenizer, words) for v, (_, words) in cast.items()}
         if any(len(word) != 2 for words in self.words.values() for word in words):
             raise InputError("yes, no, maybe, A, B, C, D must be a piece each: take T5's tokenizer")
         self.first = np.append(store.first, len(store.document))
@@ -880,12 +887,13 @@ class TaskIndex:
     def _check(self, split, variant):
         pool, kind = self.pools[split, variant[:2]], variant[3:]
         wanted, need = 4 if variant[:2] == "ss" else 1, sum(self.sizes)
-        fullest = np.sort(np.append(pool.count[kind], [0] * wanted))[:-wanted - 1:-1]
-        lacking = np.maximum(need - fullest, 0)
-        if lacking.any():
-            raise InputError(f"{variant}: {lacking.sum()} {split} sentences are lacking: of {need}"
-                             f" usable ones {', '.join(map(str, lacking))} in the {wanted} fullest "
-                             "cluster(s): give more text, or fewer clusters")
+        lacking = np.maximum(need - pool.count[kind], 0)
+        fewest = [*sorted(lacking), *[need] * wanted][:wanted]
+        if any(fewest):
+            raise InputError(f"{variant}: {sum(fewest)} {split} sentences are lacking: of {need} "
+                             f"usable ones {', '.join(map(str, fewest))} in the {wanted} fullest "
+                             f"cluster(s), {', '.join(map(str, lacking))} in each one, from cluster"
+                             " 0 on: give more text, or fewer clusters")
         if kind == "cluster" and len(pool.order) - pool.count[kind].max() < 3:
             raise InputError(f"one cluster holds all {split} sentences: ask for more clusters")
 
@@ -993,7 +1001,7 @@ def _related(index, rng, split, form, cluster, anchor, relation):
         low, high = pool.start[cluster:cluster + 2]
         return int(pool.order[rng.integers(low, high) if relation == "same" else
                               _outside(rng, low, high, len(pool.order))])
-    document = index.store.document[anchor]
+    document = np.searchsorted(index.first, anchor, "right") - 1    # in memory
     first, end = index.first[document:document + 2]
     if relation == "near":                  # of its document, not adjacent
         low, high = max(anchor - 1, first), min(anchor + 2, end)
@@ -1264,28 +1272,25 @@ def task_examples(tokenizer, task, rows):
     names = template_fields(task.template)
     texts = zip(*(tokenize(tokenizer, [row.fields[name] for row in rows]) for name in names))
     ids = [fill_template(parts, dict(zip(names, text)), task.max_tokens)[0] for text in texts]
-    words = [[tokenizer.token_to_id(MASK), *word_pieces(tokenizer, word)] for word in task.words]
-    labels = torch.tensor([row.label for row in rows])
-    return Examples(ids, [[] for _ in rows], torch.empty(len(rows), 0, 0), labels, words)
+    return Examples(ids, [[] for _ in rows], torch.empty(len(rows), 0, 0), torch.tensor(
+        [row.label for row in rows]), decoder_targets(tokenizer, task.words))
 
 
 class LabeledIndex:
     """What drawing a meta task from labeled sets needs (Table 3: labeled data as meta tasks).
 
-    stores: {name: build_labeled's}; template: with {text} and <X>. A cluster is usable if it has
-    ceil(support / K) + ceil(query / K) different texts of each label. InputError, with the number
-    that is lacking, unless each set has a usable cluster in training and in held-out texts.
+    stores: {name: build_labeled's}. A cluster is usable if it has ceil(support / K) +
+    ceil(query / K) different texts of each label. InputError, with what each cluster lacks, unless
+    each set has a usable one in training and in held-out texts.
     """
 
-    def __init__(self, stores, tokenizer, *, support=32, query=32,
-                 template=LabeledTask._field_defaults["template"], max_tokens=MAX_TOKENS):
+    def __init__(self, stores, tokenizer, *, support=32, query=32, max_tokens=MAX_TOKENS):
         self.stores, self.sizes, self.max_tokens = stores, (support, query), max_tokens
-        self.variants, self.parts = tuple(stores), compile_template(tokenizer, template)
-        mask = tokenizer.token_to_id(MASK)
-        self.words, self.rows, self.usable = {}, {}, {}
+        self.variants, self.words, self.rows, self.usable = tuple(stores), {}, {}, {}
+        self.parts = compile_template(tokenizer, LabeledTask("", "").template)
         for name, store in stores.items():
             words = store.meta["made_of"]["options"]["words"]
-            self.words[name] = [[mask, *word_pieces(tokenizer, word)] for word in words]
+            self.words[name] = decoder_targets(tokenizer, words)
             K, need = len(words), sum(-(-size // len(words)) for size in self.sizes)
             clusters = store.centroids.shape[1]
             for split, inside in (("train", ~store.held_out), ("validation", store.held_out)):
@@ -1297,9 +1302,9 @@ class LabeledIndex:
                 lacking = np.maximum(need - counts, 0).reshape(clusters, K).sum(1)
                 self.usable[split, name] = np.flatnonzero(lacking == 0)
                 if lacking.all():
-                    raise InputError(f"{name}: {lacking.min()} {split} texts are lacking for a "
-                                     f"cluster with {need} of each label: give more rows, or fewer "
-                                     "clusters")
+                    raise InputError(f"{name}: {', '.join(map(str, lacking))} {split} texts are "
+                                     f"lacking in each cluster for {need} of each label: give more "
+                                     "rows, or fewer clusters")
 
 
 def labeled_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):
