@@ -21,6 +21,7 @@ import csv
 import fcntl
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -94,9 +95,7 @@ class Batch(NamedTuple):
 
 def collate(examples, rows, device="cpu"):
     """The given rows of Examples as a Batch, padded to the longest of them.
-
-    ids [[7, 9, 1], [8, 1]] -> ids [[7, 9, 1], [8, 1, 0]], mask [[T, T, T], [T, T, F]]
-    """
+    ids [[7, 9, 1], [8, 1]] -> ids [[7, 9, 1], [8, 1, 0]], mask [[T, T, T], [T, T, F]]"""
     rows = list(rows)
     lengths = torch.tensor([len(examples.ids[r]) for r in rows])
     ids = torch.full((len(rows), int(lengths.max())), PAD)
@@ -129,9 +128,7 @@ def load_tokenizer(folder, config):
 
 def tokenize(tokenizer, texts):
     """Texts -> token ids, no </s>. Markers written in a text (`</s>`, `<extra_id_0>`) are left out.
-
-    ["That is good."] -> [[466, 19, 207, 5]] at T5
-    """
+    ["That is good."] -> [[466, 19, 207, 5]] at T5"""
     added = tokenizer.get_added_tokens_decoder()
     markers = {id for id, token in added.items() if token.special} - {UNK}
     encoded = (e.ids for e in tokenizer.encode_batch(list(texts), add_special_tokens=False))
@@ -154,9 +151,7 @@ def decoder_targets(tokenizer, words):
 
 def compile_template(tokenizer, template):
     """A template as parts: ids of what is literal, names of what is not. InputError unless one <X>.
-
-    "{text} It was <X> ?" -> ["text", [94, 47], [32099], [3, 58]] at T5
-    """
+    "{text} It was <X> ?" -> ["text", [94, 47], [32099], [3, 58]] at T5"""
     if template.count("<X>") != 1:
         raise InputError(f"the template {template!r} must hold the mask <X> exactly once")
     parts = [part for part in re.split(r"(\{\w+\}|<X>)", template) if part.strip()]
@@ -227,6 +222,9 @@ def corpus_files(paths):
 
 
 LONGEST = 1 << 24           # bytes of a document or line that are held at a time
+# What is raised for an archive that is not whole.
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, gzip.BadGzipFile,
+          zipfile.BadZipFile)
 
 
 def documents(paths, max_bytes=None, counts=None):
@@ -256,7 +254,7 @@ def _undamaged(read, file, where, counts):
     """read's documents of an open file; where, for errors: its path, and its name in an archive."""
     try:
         yield from read(file, where, counts)
-    except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, gzip.BadGzipFile) as error:
+    except DAMAGE as error:
         raise InputError(f"{where} is damaged or incomplete ({error}): fetch it again") from None
 
 
@@ -341,10 +339,8 @@ STARTERS = set("""the a an this that these those he she it we they you i his her
 
 def split_sentences(text):
     """A paragraph of English prose -> its sentences, white space normalized; by rules.
-
     'Mr. J. R. Fox paid 3.14 dollars. "Why?" he said. (He left.) Yes!' ->
-    ['Mr. J. R. Fox paid 3.14 dollars.', '"Why?" he said.', '(He left.)', 'Yes!']
-    """
+    ['Mr. J. R. Fox paid 3.14 dollars.', '"Why?" he said.', '(He left.)', 'Yes!']"""
     text = " ".join(text.split())
     sentences, start = [], 0
     for match in STOP.finditer(text):
@@ -370,15 +366,13 @@ def _ends_sentence(text, start, match):
 
 
 # --------------------------------------------------------------------------- several processes
-class Ranks:
+class Ranks(NamedTuple):
     """The processes that share a run's work, as torchrun starts them; without it this one alone.
-
     All call the same methods in the same order. patient: a process group whose barrier may take
-    hours; the others give up after torch.distributed's time limit, with an InputError.
-    """
-
-    def __init__(self, rank=0, world=1, patient=None):
-        self.rank, self.world, self.patient = rank, world, patient
+    hours; the others give up after torch.distributed's time limit, with an InputError."""
+    rank: int = 0
+    world: int = 1
+    patient: object = None
 
     def share(self, items):
         """This rank's of the items: every world-th one."""
@@ -399,6 +393,10 @@ class Ranks:
         if self.world > 1:
             self._together(distributed.all_gather_object, values, value)
         return values
+
+    def agree(self, value):
+        """Whether all call this with the same."""
+        return len(set(self.gather(value))) == 1
 
     def wait(self):
         """Until all have come here, however long one of them works alone."""
@@ -497,18 +495,17 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
     ranks share the embedding; all must see cache. Memory: SAMPLE * K embeddings, and for moments 10
     bytes a sentence. InputError for too small a corpus.
     """
-    def read(path, counts):
+    def read(counts):
         return ((hash_share(text), [s for paragraph in text for s in split_sentences(paragraph)],
-                 None) for text in documents([path], max_bytes, counts))
+                 None) for text in documents(files, max_bytes, counts))
     files = corpus_files(paths)
     inside = chain.from_iterable(Path(path).rglob("*") for path in paths)
     unread = sorted(file.name for file in {*filter(Path.is_file, inside)} - {*files})
     if unread:
         progress(f"not read, {len(unread)} other file(s): {', '.join(unread)}", 0, None)
-    return _build(Path(cache), files, read, {
-        "clusters": clusters, "seed": seed, "max_bytes": max_bytes,
-        "one_per_format": one_per_format}, tokenizer, t5, model,
-        [seed, seed + 1, seed + 2] if one_per_format else [seed], embed, progress, ranks)
+    options = {"clusters": clusters, "seed": seed, "max_bytes": max_bytes,
+               "one_per_format": one_per_format}
+    return _build(cache, files, read, options, tokenizer, t5, model, embed, progress, ranks)
 
 
 def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, embed=None,
@@ -534,24 +531,27 @@ def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, embed=No
         raise InputError(f"{path} has the labels {', '.join(sorted(labels)[:9])}: write two "
                          "label words or more, or numbers of two or five classes of sentiment")
 
-    def read(path, counts):
+    def read(counts):
         for label, text in rows():
             counts["bytes"] += len(text.encode())
             yield hash_share([text]), [text], places.index(label)
-    return _build(Path(cache), [path], read, {"words": words, "clusters": clusters, "seed": seed},
-                  tokenizer, t5, model, [seed], embed, progress, ranks)
+    options = {"words": words, "clusters": clusters, "seed": seed}
+    return _build(cache, [path], read, options, tokenizer, t5, model, embed, progress, ranks)
 
 
-def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, progress, ranks):
-    """Find or make the store of what read(file, counts) yields: (hash_share, [sentence], label or
-    None), see build_store."""
+def _build(cache, files, read, options, tokenizer, t5, model, embed, progress, ranks):
+    """Find or make the store of what read(counts) yields of files: (hash_share, [sentence], label
+    or None), see build_store."""
+    clusters, seeds = options["clusters"], [options["seed"]]
+    if options.get("one_per_format"):
+        seeds = [seeds[0] + i for i in range(len(FORMATS))]
     made_of = {"corpus": fingerprint(files), "model": model_fingerprint(model),
                "tokenizer": fingerprint([tokenizer_file(model)]), "options": options}
     name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     ranks.wait()
-    if len(set(ranks.gather(name))) > 1:
+    if not ranks.agree(name):
         raise InputError("the ranks have different corpora, models or options: give all the same")
-    folder, new = cache / name, cache / f".building-{name}"
+    folder, new = Path(cache, name), Path(cache, f".building-{name}")
     with ExitStack() as stack:
         if ranks.rank == 0 and not folder.exists():
             new.mkdir(parents=True, exist_ok=True)
@@ -565,19 +565,17 @@ def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, prog
                 raise InputError("the process that was making this store gave up: see its message")
         ranks.wait()
         if not ranks.gather(folder.exists())[0]:
-            embed = embed or (lambda ids, mask: embed_sentences(t5, ids, mask))
-            budget = BATCH_TOKENS[t5.weights["shared.weight"].device.type if t5 else "cpu"]
             if ranks.rank == 0:
                 try:
-                    counts = _write_text(new, files, read, tokenizer, progress)
-                    _choose(new, options["clusters"], counts)
+                    counts = _write_text(new, read, tokenizer, progress)
+                    _choose(new, clusters, counts)
                 except InputError:      # it would come again: nothing here is of use
                     shutil.rmtree(new)
                     raise
             ranks.wait()
-            _cluster(new, options["clusters"], seeds, embed, budget, progress, ranks)
+            _cluster(new, clusters, seeds, t5, embed, progress, ranks)
             if ranks.rank == 0:
-                _group(new, options["clusters"], len(seeds), progress)
+                _group(new, clusters, len(seeds), progress)
                 text = json.dumps({"made_of": made_of, "counts": counts}, indent=1)
                 atomic_write(new / "meta.json", lambda file: file.write(text.encode()))
                 os.rename(new, folder)
@@ -585,7 +583,7 @@ def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, prog
                     (folder / file).unlink()
     ranks.wait()
     made = [folder / file for file in ("meta.json", "centroids.npy", "order.bin")]
-    if ranks.world > 1 and len(set(ranks.gather(folder.exists() and fingerprint(made)))) > 1:
+    if ranks.world > 1 and not ranks.agree(folder.exists() and fingerprint(made)):
         raise InputError(f"{folder} is not the same for all ranks: put cache/ on a disk that they "
                          "share, or copy it to each machine")
     return open_store(folder, made_of)
@@ -593,9 +591,7 @@ def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, prog
 
 def hash_share(paragraphs):
     """A document's place in [0, 1), uniform, by sha256 of its text: the same in every corpus.
-
-    ["It rained."] -> 0.5...
-    """
+    ["It rained."] -> 0.5..."""
     digest = hashlib.sha256("\n".join(paragraphs).encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8]) / 2 ** 64
 
@@ -614,9 +610,9 @@ def _choose(folder, clusters, counts):
     if sentences < clusters or n < 4:
         raise InputError(f"the corpus has {sentences} sentences in {n} documents; {clusters}"
                          " clusters and 4 documents are wanted: give more text, or fewer clusters")
-    chosen, anchor = hold_out(_column(folder, "shares")), np.zeros(sentences, dtype=bool)
+    keys, first, shares = (_column(folder, name) for name in ("keys", "first", "shares"))
+    chosen, anchor = hold_out(shares), np.zeros(sentences, dtype=bool)
     counts["documents held out"] = int(chosen.sum())
-    keys, first = _column(folder, "keys"), _column(folder, "first")
     for part in range(16):          # a sixteenth of the keys at a time, to be sorted
         rows = np.flatnonzero(keys.view(np.uint8)[::8] % 16 == part)
         anchor[rows[np.unique(keys[rows], return_index=True)[1]]] = True
@@ -644,16 +640,14 @@ def join_short(sentences):
     return joined[:-1] + [joined[-1] + waiting] if joined else []
 
 
-def _write_text(folder, files, read, tokenizer, progress):
-    """Append the files' sentences to the TEXT columns -> counts.
-
+def _write_text(folder, read, tokenizer, progress):
+    """Append the sentences of what read(counts) yields to the TEXT columns -> counts.
     After each SAVED tokens text.json says how many documents they hold: the next call reads those
-    again, for it must, but does not tokenize them.
-    """
+    again, for it must, but does not tokenize them."""
     path, found = folder / "text.json", Counter()       # found: of what is read, also ahead of
     whole, done, counts = json.loads(path.read_text()) if path.exists() else (False, 0, {})
     counts = Counter(counts)                            # what is written
-    items = chain.from_iterable(read(file, found) for file in files if not whole)
+    items = iter(()) if whole else read(found)
 
     def tell():
         progress("reading text, bytes", found["bytes"] or counts["bytes"], None)
@@ -719,9 +713,7 @@ def _document(share, sentences, label, counts):
 
 def embed_sentences(t5, ids, mask):
     """ids, mask (B, T) -> (B, d): the mean over a sentence's tokens of the encoder's last states.
-
-    Without prompt and </s>; the paper does not say.
-    """
+    Without prompt and </s>; the paper does not say."""
     device = t5.weights["shared.weight"].device
     ids, mask = ids.to(device), mask.to(device)[..., None]                          # (B, T, 1)
     with torch.no_grad():
@@ -746,51 +738,53 @@ def _embedded(tokens, offsets, rows, embed, budget):
             yield begin + batch, embed(ids, mask)
 
 
-def _cluster(folder, clusters, seeds, embed, budget, progress, ranks):
+def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
     """Fit K-means on a sample of training sentences, one for each seed, and assign all: writes
     centroids.npy, shared (seeds, K, d), and cluster, (n, seeds), of which what is there is kept."""
     tokens, offsets, held_out, anchor = (_column(folder, name) for name in (
         "tokens", "offsets", "held_out", "anchor"))
-    n = len(anchor)
-    if not ranks.gather((folder / "centroids.npy").exists())[0]:
-        training = np.flatnonzero(anchor & ~held_out)
-        size, points, done = min(len(training), SAMPLE * clusters), None, 0
-        sample = np.random.default_rng((seeds[0], 0, 0, 2)).choice(training, size, replace=False)
-        progress("embedding a sample", 0, size)
-        own = np.arange(ranks.rank, size, ranks.world)
-        for positions, H in _embedded(tokens, offsets, sample[own], embed, budget):
-            points = H.new_zeros(size, H.shape[1]) if points is None else points
-            points[torch.from_numpy(own[positions]).to(H.device)] = H
+    n, path = len(anchor), folder / "centroids.npy"
+    embed = embed or (lambda ids, mask: embed_sentences(t5, ids, mask))
+    budget = BATCH_TOKENS[t5.weights["shared.weight"].device.type if t5 else "cpu"]
+
+    def embedded(stage, own, done, total):      # own: this rank's share of the sentences
+        progress(stage, done, total)
+        for positions, H in _embedded(tokens, offsets, own, embed, budget):
+            yield positions, H
             done += len(H) * ranks.world
-            progress("embedding a sample", min(done, size), size)
+            progress(stage, min(done, total), total)
+    if not ranks.gather(path.exists())[0]:
+        training = np.flatnonzero(anchor & ~held_out)
+        size, points = min(len(training), SAMPLE * clusters), None
+        sample = np.random.default_rng((seeds[0], 0, 0, 2)).choice(training, size, replace=False)
         if size < ranks.world:
             raise InputError(f"{size} sentences for {ranks.world} processes: start fewer")
+        own = np.arange(ranks.rank, size, ranks.world)
+        for positions, H in embedded("embedding a sample", sample[own], 0, size):
+            points = H.new_zeros(size, H.shape[1]) if points is None else points
+            points[torch.from_numpy(own[positions]).to(H.device)] = H
         points = torch.cat([ranks.all_sum(part)[0] for part in points.split(CHUNK)])
         if not points.isfinite().all():
             raise InputError("sentence embeddings are not finite: the model's weights are damaged")
         if ranks.rank == 0:
             progress("K-means", 0, size)
             fitted = torch.stack([kmeans(points, clusters, seed).centroids for seed in seeds])
-            atomic_write(folder / "centroids.npy",
-                         lambda file: np.save(file, fitted.float().cpu().numpy()))
+            atomic_write(path, lambda file: np.save(file, fitted.float().cpu().numpy()))
             progress("K-means", size, size)
         ranks.wait()
-    centroids = torch.from_numpy(np.load(folder / "centroids.npy"))
-    path, row = folder / "cluster.bin", 4 * len(seeds)
+    centroids, path = torch.from_numpy(np.load(path)), folder / "cluster.bin"
     path.touch()
+    row = 4 * len(seeds)                        # bytes
     done = ranks.gather(min(path.stat().st_size // row // CHUNK * CHUNK, n))[0]
     with open(path, "r+b" if ranks.rank == 0 else "rb") as file:
         file.seek(row * done)
-        progress("assigning clusters", done, n)
         while done < n:
             found = torch.zeros(CHUNK * ranks.world, len(seeds), dtype=torch.int64)
             begin = ranks.rank * CHUNK
-            own, count = np.arange(done + begin, min(done + begin + CHUNK, n)), 0
-            for positions, H in _embedded(tokens, offsets, own, embed, budget):
+            own = np.arange(done + begin, min(done + begin + CHUNK, n))
+            for positions, H in embedded("assigning clusters", own, done, n):
                 for column, c in enumerate(centroids.to(H)):
                     found[begin + positions, column] = nearest(H, c)[0].cpu()
-                count += len(H) * ranks.world
-                progress("assigning clusters", min(done + count, n), n)
             found = ranks.all_sum(found)[0][:n - done].int().numpy()
             done += len(found)
             if ranks.rank == 0:
@@ -1082,9 +1076,7 @@ GROUPS = {"all": tuple(TASKS)[:12], "dg": tuple(TASKS)[12:18]}      # Tables 1 a
 
 def load_train(task, folder=TINY, say=lambda line: None):
     """A LabeledTask's training split -> [Row]. What was odd is said: say(line).
-
-    a line `1,"It works, and well."` of a .csv -> Row(1, {"text": "It works, and well."})
-    """
+    a line `1,"It works, and well."` of a .csv -> Row(1, {"text": "It works, and well."})"""
     return read_rows(locate(task.train, folder), task, task.sizes[0], say)
 
 
@@ -1095,10 +1087,8 @@ def load_test(task, folder=TINY, say=lambda line: None):
 
 def read_rows(path, task, size=0, say=lambda line: None):
     """Labeled rows of a file. InputError (file, line) for what is not a task's row.
-
     RTE's `0 TAB A dog ran. TAB It moved. TAB entailment` under its header ->
-    Row(0, {"hypothesis": "It moved", "premise": "A dog ran."})
-    """
+    Row(0, {"hypothesis": "It moved", "premise": "A dog ran."})"""
     fields, rows, left = template_fields(task.template), [], 0
     known = {label: k for k, label in enumerate(task.labels or task.words)}
     known |= {} if task.labels else {str(k): k for k in range(len(task.words))}
@@ -1114,11 +1104,11 @@ def read_rows(path, task, size=0, say=lambda line: None):
                              "this order: mend or drop it")
         rows.append(make_row(task, known[label], texts))
     if task.incomplete == "kept":
-        if rows and not any(text.strip() for text in rows[-1].fields.values()):
+        blank = [not any(map(str.strip, row.fields.values())) for row in rows]
+        if blank and blank.pop():
             rows.pop()
             say(f"{path}: the last row, which has no text, is left out")
-        blank = sum(not any(text.strip() for text in row.fields.values()) for row in rows)
-        say(f"{path}: {blank} rows without text are kept")
+        say(f"{path}: {sum(blank)} rows without text are kept")
     if left:
         say(f"{path}: {left:,} rows with missing texts are left out")
     if not rows:
@@ -1130,9 +1120,7 @@ def read_rows(path, task, size=0, say=lambda line: None):
 
 def load_texts(path, task):
     """Rows without labels, to be predicted: the template's texts only -> [Row], all of label 0.
-
-    a line `What a joy.` of a .txt -> Row(0, {"text": "What a joy."})
-    """
+    a line `What a joy.` of a .txt -> Row(0, {"text": "What a joy."})"""
     fields, rows, path = template_fields(task.template), [], Path(path)
     for where, texts in read_table(path, fields):
         if not texts or not all(text.strip() for text in texts):
@@ -1158,10 +1146,8 @@ def template_fields(template):
 
 def read_table(path, columns):
     """The columns of a file's rows -> (file and line, [a text of each column]; None if ragged).
-
     A .csv `text,label`, `ok,1`; columns ("label", "text") -> ("my.csv, line 2", ["1", "ok"])
-    InputError for what cannot be read as its name's end says.
-    """
+    InputError for what cannot be read as its name's end says."""
     read = ROWS.get(path.suffix)
     if not read:
         raise InputError(f"{path}: give {', '.join(filter(None, ROWS))}")
@@ -1221,14 +1207,12 @@ class Plain(pickle.Unpickler):
 
 def _pickle_rows(path, columns):
     """PERL's (texts, labels)."""
+    content = io.BytesIO(path.read_bytes())
     try:
-        with open(path, "rb") as file:
-            texts, labels = Plain(file).load()
+        texts, labels = Plain(content).load()
         rows = list(zip(labels, texts, strict=True))
         if not all(type(label) is int and type(text) is str for label, text in rows):
             raise ValueError("not texts and numbers")
-    except FileNotFoundError:
-        raise
     except Exception as error:      # a damaged pickle raises almost anything
         raise InputError(f"{path} is no pickle of (texts, labels): {error}; fetch it again"
                          ) from None
@@ -1265,9 +1249,7 @@ def few_shot(rows, shots, seed, classes=2):
 
 def task_examples(tokenizer, task, rows):
     """Labeled rows as Examples; long texts are cut, never the template or the mask.
-
-    Row(1, {"text": "A fine film."}) -> `A fine film. It was <extra_id_0> ?</s>`, target `great`
-    """
+    Row(1, {"text": "A fine film."}) -> `A fine film. It was <extra_id_0> ?</s>`, target `great`"""
     parts = compile_template(tokenizer, task.template)
     names = template_fields(task.template)
     texts = zip(*(tokenize(tokenizer, [row.fields[name] for row in rows]) for name in names))
@@ -1309,10 +1291,8 @@ class LabeledIndex:
 
 def labeled_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):
     """As meta_task, of a LabeledIndex: one cluster of one labeled set, which is the variant.
-
     Labels are balanced in each set, no text is in both.
-    `A fine film. It was <extra_id_0> ?</s>` -> `great`
-    """
+    `A fine film. It was <extra_id_0> ?</s>` -> `great`"""
     rng = np.random.default_rng((seed, step, i, stream))
     drawn = index.variants[rng.integers(len(index.variants))]
     variant = variant or drawn
@@ -1381,9 +1361,7 @@ CHECKSUMS = {
 def locate(file, folder=TINY):
     """The path of a task's file: in the folder, in tiny/, or fetched before into cache/data; else
     it is taken out of its archive, which lies there or is downloaded.
-
-    InputError, with where to put what, if it cannot be had.
-    """
+    InputError, with where to put what, if it cannot be had."""
     places = (Path(folder), TINY, FETCHED)
     for place in places:
         if (place / file).is_file():
@@ -1420,8 +1398,9 @@ def archive_member(path, file):
     """
     *_, folder, name = file.split("/")
     try:
-        with (zipfile.ZipFile if path.suffix == ".zip" else tarfile.open)(path) as archive:
-            names = archive.namelist() if path.suffix == ".zip" else archive.getnames()
+        zipped = path.suffix == ".zip"
+        with (zipfile.ZipFile if zipped else tarfile.open)(path) as archive:
+            names = archive.namelist() if zipped else archive.getnames()
             for member in names:
                 if ".." in member.split("/") or member.startswith("/"):
                     raise InputError(f"{path} has {member!r}, which leads outside: do not use it")
@@ -1429,11 +1408,8 @@ def archive_member(path, file):
                      if (parts := ("", *member.split("/")))[-1] == name and folder in parts[-2]]
             if not found:
                 raise InputError(f"{path} has no {folder}/{name}")
-            member = min(found)[1]
-            return (archive.read(member) if path.suffix == ".zip" else
-                    archive.extractfile(member).read())
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile,
-            AttributeError, RuntimeError) as error:     # AttributeError: it is a folder or device
+            return (archive.open if zipped else archive.extractfile)(min(found)[1]).read()
+    except (*DAMAGE, OSError, AttributeError, RuntimeError) as error:   # it is a folder or device
         reason = _reason(error).rstrip(":")
         raise InputError(f"{path} is damaged or incomplete ({reason}): delete it, fetch it again"
                          ) from None
@@ -1514,21 +1490,19 @@ def model_downloads(name):
     source = hub_source(name)
     config = _fetch("config.json", **source)
     commit = source | {"revision": config.parent.name}
-    weights = [_look_up(SINGLE, commit)]
-    if not weights[0]:
-        weights = [_look_up(INDEX, commit)]
-        if not weights[0]:
-            raise InputError(_no_safetensors(source))
-        shards = shard_names(_fetch(INDEX, **commit))
-        weights += [_look_up(file, commit) for file in shards]
-        if None in weights:
-            raise InputError(f"{source['repo_id']} lacks {shards[weights.index(None) - 1]}, which "
-                             "its index names: try another @REVISION")
+    weights = _look_up(SINGLE, commit) or _look_up(INDEX, commit)
+    if not weights:
+        raise InputError(_no_safetensors(source))
+    files = shard_names(_fetch(INDEX, **commit)) if weights.file == INDEX else []
+    shards = [_look_up(file, commit) for file in files]
+    if None in shards:
+        raise InputError(f"{source['repo_id']} lacks {files[shards.index(None)]}, which its index "
+                         "names: try another @REVISION")
     tokenizer = _look_up("tokenizer.json", commit)
     if not tokenizer and read_config(config.parent).vocab_size == OFFICIAL_ROWS:
         tokenizer = _look_up("tokenizer.json", hub_source("t5-base"))       # see tokenizer_file
-    return [Download("config.json", config.stat().st_size, True, commit), *weights,
-            *([tokenizer] if tokenizer else [])]
+    config = Download("config.json", config.stat().st_size, True, commit)
+    return [config, weights, *shards, *filter(None, [tokenizer])]
 
 
 def hub_source(name):
@@ -1572,9 +1546,8 @@ def _no_safetensors(source):
 
 def model_config(name):
     """The T5Config of a model; of one on the hub only config.json is fetched."""
-    if is_local(name):
-        return read_config(TINY if name == "tiny" else name)
-    return read_config(_fetch("config.json", **hub_source(name)).parent)
+    return read_config(model_folder(name) if is_local(name) else
+                       _fetch("config.json", **hub_source(name)).parent)
 
 
 def tokenizer_file(folder):
@@ -1646,9 +1619,7 @@ def _not_fetched(file, source, error):
 
 def download(url, path, sha256=""):
     """Fetch an address to path, with a bar. What is there of it stays as .part, to go on with.
-
-    InputError if it stops short, or if its sha256 does not begin as given.
-    """
+    InputError if it stops short, or if its sha256 does not begin as given."""
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     begin = part.stat().st_size if part.exists() else 0
@@ -1680,9 +1651,7 @@ def download(url, path, sha256=""):
 
 def released_folder(config):
     """Where the authors' meta-trained prompt for a T5 of this shape is, fetched if it is not there.
-
-    InputError for another shape than t5-base's and flan-t5-xl's.
-    """
+    InputError for another shape than t5-base's and flan-t5-xl's."""
     name = RELEASED.get((config.d_model, config.d_ff))
     if not name:
         raise InputError("the authors released prompts for t5-base and flan-t5-xl only: take one "
