@@ -74,133 +74,6 @@ RELATIONS = {"sp-next": ("next", "far", "near"), "sp-cluster": ("same", "other")
              "mc-cluster": ("same", "other", "other", "other"), "ss-cluster": ()}
 
 
-# --------------------------------------------------------------------------- tokens and templates
-class Examples(NamedTuple):
-    """n classification examples with the same label words, as the encoder will read them."""
-    ids: list[list[int]]      # <extra_id_0> exactly once, </s> last
-    slots: list[list[int]]    # the V positions in ids where a vector stands in place of a token
-    vectors: torch.Tensor     # (n, V, d) float32; (n, 0, d) or (n, 0, 0) where there are none
-    labels: torch.Tensor      # (n,) long, index into words
-    words: list[list[int]]    # K decoder targets [<extra_id_0>, piece, ...]
-
-
-class Batch(NamedTuple):
-    """Rows of Examples as padded tensors."""
-    ids: torch.Tensor         # (B, T) long
-    mask: torch.Tensor        # (B, T) bool, false at padding
-    slots: torch.Tensor       # (B, V) long
-    vectors: torch.Tensor     # (B, V, d)
-    targets: torch.Tensor     # (B, K) float32, one-hot
-
-
-def collate(examples, rows, device="cpu"):
-    """The given rows of Examples as a Batch, padded to the longest of them.
-    ids [[7, 9, 1], [8, 1]] -> ids [[7, 9, 1], [8, 1, 0]], mask [[T, T, T], [T, T, F]]"""
-    rows = list(rows)
-    lengths = torch.tensor([len(examples.ids[r]) for r in rows])
-    ids = torch.full((len(rows), int(lengths.max())), PAD)
-    for line, r in zip(ids, rows):
-        line[:len(examples.ids[r])] = torch.tensor(examples.ids[r])
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]                            # (B, T)
-    slots = torch.tensor([examples.slots[r] for r in rows], dtype=torch.long)       # (B, V)
-    targets = torch.eye(len(examples.words))[examples.labels[rows]]                 # (B, K)
-    return Batch(*(x.to(device) for x in (ids, mask, slots, examples.vectors[rows], targets)))
-
-
-def load_tokenizer(folder, config):
-    """The tokenizer.json of a model folder. InputError if it is not this T5Config's vocabulary."""
-    path = tokenizer_file(folder)
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the tokenizers package raises nothing more precise
-        raise InputError(f"{path} is not a tokenizer ({error}): fetch it again") from None
-    ids = [tokenizer.token_to_id(piece) for piece in ("<pad>", "</s>", "<unk>", MASK)]
-    if ids[:3] != [PAD, EOS, UNK] or ids[3] is None:
-        raise InputError(f"{path}: <pad>, </s>, <unk> must be 0, 1, 2, with {MASK}: take a T5's")
-    size, rows = tokenizer.get_vocab_size(), config.vocab_size
-    if not size <= rows < min(size + 128, 2**16):   # T5 pads its rows to 128s; we store 16 bits
-        raise InputError(f"{path} has {size} pieces, the model {rows} embeddings (at most 65,535):"
-                         " take the tokenizer.json and the weights of one model")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def tokenize(tokenizer, texts):
-    """Texts -> token ids, no </s>. Markers written in a text (`</s>`, `<extra_id_0>`) are left out.
-    ["That is good."] -> [[466, 19, 207, 5]] at T5"""
-    added = tokenizer.get_added_tokens_decoder()
-    markers = {id for id, token in added.items() if token.special} - {UNK}
-    encoded = (e.ids for e in tokenizer.encode_batch(list(texts), add_special_tokens=False))
-    return [ids if markers.isdisjoint(ids) else [id for id in ids if id not in markers]
-            for ids in encoded]
-
-
-def word_pieces(tokenizer, word):
-    """A label word's pieces, word-initial: "yes" -> [4273] at T5. InputError if one is <unk>."""
-    pieces = tokenize(tokenizer, [word])[0]
-    if not pieces or UNK in pieces:
-        raise InputError(f"label word {word!r} is not in the model's vocabulary: choose another")
-    return pieces
-
-
-def decoder_targets(tokenizer, words):
-    """K label words -> [[<extra_id_0>, piece, ...], ...]: what the decoder is asked for (Eq. 1)."""
-    return [[tokenizer.token_to_id(MASK), *word_pieces(tokenizer, word)] for word in words]
-
-
-def compile_template(tokenizer, template):
-    """A template as parts: ids of what is literal, names of what is not. InputError unless one <X>.
-    "{text} It was <X> ?" -> ["text", [94, 47], [32099], [3, 58]] at T5"""
-    if template.count("<X>") != 1:
-        raise InputError(f"the template {template!r} must hold the mask <X> exactly once")
-    parts = [part for part in re.split(r"(\{\w+\}|<X>)", template) if part.strip()]
-    return [[tokenizer.token_to_id(MASK)] if part == "<X>" else
-            part[1:-1] if part[0] == "{" else tokenize(tokenizer, [part])[0] for part in parts]
-
-
-def fill_template(parts, fields, max_tokens=MAX_TOKENS):
-    """Put texts into a compiled template -> (ids, slots).
-
-    fields: name -> token ids, or None where a vector is to stand (its position goes to slots). Of a
-    source too long the LONGEST texts are cut, to one length; template and mask never are.
-    ["a", [5], "b"], {"a": [7, 8, 9], "b": [4]}, max_tokens 5 -> [7, 8, 5, 4, 1], []
-    """
-    lengths = [len(fields[p]) for p in parts if isinstance(p, str) and fields[p] is not None]
-    fixed = sum(1 if isinstance(p, str) else len(p) for p in parts) - len(lengths) + 1    # and </s>
-    budget = max_tokens - fixed
-    if budget < len(lengths):
-        raise InputError(f"a template of {fixed} tokens leaves no room in {max_tokens}: "
-                         "shorten it, or allow more tokens")
-    caps = range(max(lengths, default=0) + 1)       # the largest cap that keeps within the budget:
-    cap = bisect_right(caps, budget, key=lambda c: sum(min(n, c) for n in lengths)) - 1
-    ids, slots = [], []
-    for part in parts:
-        if isinstance(part, str) and fields[part] is None:
-            slots.append(len(ids))
-            ids.append(UNK)
-        else:
-            ids += fields[part][:cap] if isinstance(part, str) else part
-    return ids + [EOS], slots
-
-
-def examples_as_text(tokenizer, examples, row, clusters=()):
-    """One example, to be read: (source, target); a vector is [vector], or its cluster if given.
-
-    ("It rained. <extra_id_0> . We left.</s>", "yes") or ("It rained. ? A. [centroid 3] B. ..", "C")
-    """
-    ids, slots = list(examples.ids[row]), examples.slots[row]
-    names = {MASK: MASK}
-    for v, slot in enumerate(slots):
-        ids[slot] = tokenizer.token_to_id(f"<extra_id_{v + 1}>")    # something that decode keeps
-        names[f"<extra_id_{v + 1}>"] = f"[centroid {clusters[v]}]" if clusters else "[vector]"
-    text = tokenizer.decode(ids, skip_special_tokens=False)
-    for marker, name in names.items():
-        text = text.replace(marker, f" {name} ")
-    target = tokenizer.decode(examples.words[int(examples.labels[row])][1:])
-    return " ".join(text.split()).replace(" </s>", "</s>"), target
-
-
 # --------------------------------------------------------------------------- documents, sentences
 def corpus_files(paths):
     """Files and folders -> corpus files; of a folder, sorted, those whose ends READERS knows."""
@@ -365,6 +238,131 @@ def _ends_sentence(text, start, match):
     return following.lower() in STARTERS if initials or word in CLOSERS else True
 
 
+# --------------------------------------------------------------------------- tokens and templates
+class Examples(NamedTuple):
+    """n classification examples with the same label words, as the encoder will read them."""
+    ids: list[list[int]]      # <extra_id_0> exactly once, </s> last
+    slots: list[list[int]]    # the V positions in ids where a vector stands in place of a token
+    vectors: torch.Tensor     # (n, V, d) float32; (n, 0, d) or (n, 0, 0) where there are none
+    labels: torch.Tensor      # (n,) long, index into words
+    words: list[list[int]]    # K decoder targets [<extra_id_0>, piece, ...]
+
+
+class Batch(NamedTuple):
+    """Rows of Examples as padded tensors."""
+    ids: torch.Tensor         # (B, T) long
+    mask: torch.Tensor        # (B, T) bool, false at padding
+    slots: torch.Tensor       # (B, V) long
+    vectors: torch.Tensor     # (B, V, d)
+    targets: torch.Tensor     # (B, K) float32, one-hot
+
+
+def collate(examples, rows, device="cpu"):
+    """The given rows of Examples as a Batch, padded to the longest of them.
+    ids [[7, 9, 1], [8, 1]] -> ids [[7, 9, 1], [8, 1, 0]], mask [[T, T, T], [T, T, F]]"""
+    rows = list(rows)
+    lengths = torch.tensor([len(examples.ids[r]) for r in rows])
+    ids = torch.full((len(rows), int(lengths.max())), PAD)
+    for line, r in zip(ids, rows):
+        line[:len(examples.ids[r])] = torch.tensor(examples.ids[r])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]                            # (B, T)
+    slots = torch.tensor([examples.slots[r] for r in rows], dtype=torch.long)       # (B, V)
+    targets = torch.eye(len(examples.words))[examples.labels[rows]]                 # (B, K)
+    return Batch(*(x.to(device) for x in (ids, mask, slots, examples.vectors[rows], targets)))
+
+
+def load_tokenizer(folder, config):
+    """The tokenizer.json of a model folder. InputError if it is not this T5Config's vocabulary."""
+    path = tokenizer_file(folder)
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the tokenizers package raises nothing more precise
+        raise InputError(f"{path} is not a tokenizer ({error}): fetch it again") from None
+    ids = [tokenizer.token_to_id(piece) for piece in ("<pad>", "</s>", "<unk>", MASK)]
+    if ids[:3] != [PAD, EOS, UNK] or ids[3] is None:
+        raise InputError(f"{path}: <pad>, </s>, <unk> must be 0, 1, 2, with {MASK}: take a T5's")
+    size, rows = tokenizer.get_vocab_size(), config.vocab_size
+    if not size <= rows < min(size + 128, 2**16):   # T5 pads its rows to 128s; we store 16 bits
+        raise InputError(f"{path} has {size} pieces, the model {rows} embeddings (at most 65,535):"
+                         " take the tokenizer.json and the weights of one model")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def tokenize(tokenizer, texts):
+    """Texts -> token ids, no </s>. Markers written in a text (`</s>`, `<extra_id_0>`) are left out.
+    ["That is good."] -> [[466, 19, 207, 5]] at T5"""
+    added = tokenizer.get_added_tokens_decoder()
+    markers = {id for id, token in added.items() if token.special} - {UNK}
+    encoded = (e.ids for e in tokenizer.encode_batch(list(texts), add_special_tokens=False))
+    return [ids if markers.isdisjoint(ids) else [id for id in ids if id not in markers]
+            for ids in encoded]
+
+
+def word_pieces(tokenizer, word):
+    """A label word's pieces, word-initial: "yes" -> [4273] at T5. InputError if one is <unk>."""
+    pieces = tokenize(tokenizer, [word])[0]
+    if not pieces or UNK in pieces:
+        raise InputError(f"label word {word!r} is not in the model's vocabulary: choose another")
+    return pieces
+
+
+def decoder_targets(tokenizer, words):
+    """K label words -> [[<extra_id_0>, piece, ...], ...]: what the decoder is asked for (Eq. 1)."""
+    return [[tokenizer.token_to_id(MASK), *word_pieces(tokenizer, word)] for word in words]
+
+
+def compile_template(tokenizer, template):
+    """A template as parts: ids of what is literal, names of what is not. InputError unless one <X>.
+    "{text} It was <X> ?" -> ["text", [94, 47], [32099], [3, 58]] at T5"""
+    if template.count("<X>") != 1:
+        raise InputError(f"the template {template!r} must hold the mask <X> exactly once")
+    parts = [part for part in re.split(r"(\{\w+\}|<X>)", template) if part.strip()]
+    return [[tokenizer.token_to_id(MASK)] if part == "<X>" else
+            part[1:-1] if part[0] == "{" else tokenize(tokenizer, [part])[0] for part in parts]
+
+
+def fill_template(parts, fields, max_tokens=MAX_TOKENS):
+    """Put texts into a compiled template -> (ids, slots).
+    fields: name -> token ids, or None where a vector is to stand (its position goes to slots). Of a
+    source too long the LONGEST texts are cut, to one length; template and mask never are.
+    ["a", [5], "b"], {"a": [7, 8, 9], "b": [4]}, max_tokens 5 -> [7, 8, 5, 4, 1], []"""
+    lengths = [len(fields[p]) for p in parts if isinstance(p, str) and fields[p] is not None]
+    fixed = sum(1 if isinstance(p, str) else len(p) for p in parts) - len(lengths) + 1    # and </s>
+    budget = max_tokens - fixed
+    if budget < len(lengths):
+        raise InputError(f"a template of {fixed} tokens leaves no room in {max_tokens}: "
+                         "shorten it, or allow more tokens")
+    caps = range(max(lengths, default=0) + 1)       # the largest cap that keeps within the budget:
+    cap = bisect_right(caps, budget, key=lambda c: sum(min(n, c) for n in lengths)) - 1
+    ids, slots = [], []
+    for part in parts:
+        if isinstance(part, str) and fields[part] is None:
+            slots.append(len(ids))
+            ids.append(UNK)
+        else:
+            ids += fields[part][:cap] if isinstance(part, str) else part
+    return ids + [EOS], slots
+
+
+def examples_as_text(tokenizer, examples, row, clusters=()):
+    """One example, to be read: (source, target); a vector is [vector], or its cluster if given.
+
+    ("It rained. <extra_id_0> . We left.</s>", "yes") or ("It rained. ? A. [centroid 3] B. ..", "C")
+    """
+    ids, slots = list(examples.ids[row]), examples.slots[row]
+    names = {MASK: MASK}
+    for v, slot in enumerate(slots):
+        ids[slot] = tokenizer.token_to_id(f"<extra_id_{v + 1}>")    # something that decode keeps
+        names[f"<extra_id_{v + 1}>"] = f"[centroid {clusters[v]}]" if clusters else "[vector]"
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    for marker, name in names.items():
+        text = text.replace(marker, f" {name} ")
+    target = tokenizer.decode(examples.words[int(examples.labels[row])][1:])
+    return " ".join(text.split()).replace(" </s>", "</s>"), target
+
+
 # --------------------------------------------------------------------------- several processes
 class Ranks(NamedTuple):
     """The processes that share a run's work, as torchrun starts them; without it this one alone.
@@ -447,6 +445,10 @@ class Store(NamedTuple):
     label: np.ndarray       # (n,) int16 in a labeled set; else empty
     meta: dict              # "made_of": fingerprints and "options"; "counts"
 
+    def sentence(self, i):
+        """Its tokens (T,) uint16."""
+        return self.tokens[self.offsets[i]:self.offsets[i + 1]]
+
 
 def open_store(folder, made_of=None):
     """Open a store. InputError if it is damaged or, made_of given, was made of something else."""
@@ -485,8 +487,8 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
     """Text files -> Store: sentences, K-means clusters of their embeddings (section 3.2, Eq. 16).
 
     A store is a folder in cache, named by all that it is made of; the same one is made once only.
-    What is there of it after a kill is gone on with: whole files of text, centroids, and each CHUNK
-    of assignments. A second process that wants it waits for the first.
+    What is there of it after a kill is gone on with: each SAVED tokens of text, centroids, each
+    CHUNK of assignments. A second process that wants it waits for the first.
     clusters: K; one clustering serves the three formats, or one_per_format has three, of seed,
     seed + 1, seed + 2. model: the folder that holds tokenizer and t5, to be fingerprinted.
     embed(ids (B, T), mask (B, T)) -> (B, d) may replace t5's embedding.
@@ -511,11 +513,9 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
 def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, embed=None,
                   progress=lambda stage, done, total: None, ranks=SOLO):
     """A labeled file, of `label` and `text` as read_table has them -> Store, as build_store's.
-
     A sentence of it is a whole text, cut at MAX_TOKENS, and a document; `label` is the place of its
     word in meta["made_of"]["options"]["words"]. The file's labels are those words, or integers of
-    two or five values, which are SENTIMENT's in rising order.
-    """
+    two or five values, which are SENTIMENT's in rising order."""
     path, columns = Path(path), ("label", "text")
 
     def rows():
@@ -807,11 +807,9 @@ def _group(folder, clusters, rows, progress):
 
 def group_anchors(cluster, held_out, anchor, document, first, K, chunk=1 << 20):
     """A store's columns, one clustering -> order (anchors,) uint32, bounds (4 K + 1,) int64.
-
     order[bounds[k]:bounds[k + 1]] are the anchors, in rising order, of group k: the training ones
     of cluster 0 that next-sentence variants can use (one follows in the document, and that has 4 or
-    more), its others, those of cluster 1, ...; from 2 K on the held-out ones.
-    """
+    more), its others, those of cluster 1, ...; from 2 K on the held-out ones."""
     ends = np.append(first[1:], len(document))
     long = ends - first >= 4
     groups = [[] for _ in range(4 * K)]         # each one's rows, chunk by chunk: memory is flat
@@ -891,10 +889,6 @@ class TaskIndex:
         if kind == "cluster" and len(pool.order) - pool.count[kind].max() < 3:
             raise InputError(f"one cluster holds all {split} sentences: ask for more clusters")
 
-    def tokens(self, sentence):
-        """Its tokens (T,) uint16."""
-        return self.store.tokens[self.store.offsets[sentence]:self.store.offsets[sentence + 1]]
-
 
 def meta_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):
     """Task i of a step, a pure function of its arguments (section 3.2, A.2; Eq. 17-19).
@@ -961,7 +955,7 @@ def _examples(index, rng, variant, split, clusters, anchors, n):
         if chosen is None:
             raise InputError(f"{variant}: cluster {clusters[which]} has too few different sentences"
                              f" in {split}: give more text")
-        texts = [index.tokens(sentence).tolist() for sentence in chosen] + [None] * len(options)
+        texts = [index.store.sentence(s).tolist() for s in chosen] + [None] * len(options)
         fields = dict(zip("01234", texts))
         filled.append(fill_template(index.parts[variant], fields, index.max_tokens))
     ids, slots = map(list, zip(*filled))
@@ -972,14 +966,14 @@ def _examples(index, rng, variant, split, clusters, anchors, n):
 def _sentences(index, rng, variant, split, cluster, anchor, label):
     """An example's sentences in the template's order, no two alike; None where none were found."""
     form, relations = variant[:2], RELATIONS[variant]
-    chosen, texts = [anchor], {index.tokens(anchor).tobytes()}
+    chosen, texts = [anchor], {index.store.sentence(anchor).tobytes()}
     for relation in [relations[label]] if form == "sp" else relations:
         drawn = (_related(index, rng, split, form, cluster, anchor, relation) for _ in range(20))
-        new = next((s for s in drawn if index.tokens(s).tobytes() not in texts), None)
+        new = next((s for s in drawn if index.store.sentence(s).tobytes() not in texts), None)
         if new is None:         # rare: all that stands around the anchor reads like it
             return None
         chosen.append(new)
-        texts.add(index.tokens(new).tobytes())
+        texts.add(index.store.sentence(new).tobytes())
     if form == "mc":            # the right one to its place among the wrong ones
         wrong = rng.permutation(chosen[2:]).tolist()
         chosen = [anchor, *wrong[:label], chosen[1], *wrong[label:]]
@@ -1027,6 +1021,95 @@ class LabeledTask(NamedTuple):
     bare: str = ""              # the field that loses its final punctuation
 
 
+def few_shot(rows, shots, seed, classes=2):
+    """Sample `shots` rows a label for training, as many for validation (section 4.1) -> both lists.
+
+    Ordered by sha256 of seed and row: the same on every machine. No text comes twice. A class of
+    fewer than 2 * shots texts gives half to each; InputError for fewer than two texts in a class.
+    rows [Row(0, a), Row(1, b), Row(0, c), Row(1, d)], shots 1 -> [Row(0, c), Row(1, b)],
+    [Row(0, a), Row(1, d)]
+    """
+    def key(row):
+        parts = (str(seed), str(row.label), *row.fields.values())
+        return hashlib.sha256("\t".join(parts).encode()).digest()
+    first = {tuple(row.fields.values()): row for row in sorted(rows, key=key, reverse=True)}
+    train, validation = [], []
+    for label in range(classes):
+        members = sorted((row for row in first.values() if row.label == label), key=key)
+        half = min(shots, len(members) // 2)
+        if not half:
+            raise InputError(f"label {label} has {len(members)} different texts, 2 are the least:"
+                             " give more labeled rows")
+        train += members[:half]
+        validation += members[half:2 * half]
+    return train, validation
+
+
+def task_examples(tokenizer, task, rows):
+    """Labeled rows as Examples; long texts are cut, never the template or the mask.
+    Row(1, {"text": "A fine film."}) -> `A fine film. It was <extra_id_0> ?</s>`, target `great`"""
+    parts = compile_template(tokenizer, task.template)
+    names = template_fields(task.template)
+    texts = zip(*(tokenize(tokenizer, [row.fields[name] for row in rows]) for name in names))
+    ids = [fill_template(parts, dict(zip(names, text)), task.max_tokens)[0] for text in texts]
+    return Examples(ids, [[] for _ in rows], torch.empty(len(rows), 0, 0), torch.tensor(
+        [row.label for row in rows]), decoder_targets(tokenizer, task.words))
+
+
+class LabeledIndex:
+    """What drawing a meta task from labeled sets needs (Table 3: labeled data as meta tasks).
+    stores: {name: build_labeled's}. A cluster is usable if it has ceil(support / K) +
+    ceil(query / K) different texts of each label. InputError, with what each cluster lacks, unless
+    each set has a usable one in training and in held-out texts."""
+
+    def __init__(self, stores, tokenizer, *, support=32, query=32, max_tokens=MAX_TOKENS):
+        self.stores, self.sizes, self.max_tokens = stores, (support, query), max_tokens
+        self.variants, self.words, self.rows, self.usable = tuple(stores), {}, {}, {}
+        self.parts = compile_template(tokenizer, LabeledTask("", "").template)
+        for name, store in stores.items():
+            words = store.meta["made_of"]["options"]["words"]
+            self.words[name] = decoder_targets(tokenizer, words)
+            K, need = len(words), sum(-(-size // len(words)) for size in self.sizes)
+            clusters = store.centroids.shape[1]
+            for split, inside in (("train", ~store.held_out), ("validation", store.held_out)):
+                rows = np.flatnonzero(inside & store.anchor)
+                group = store.cluster[0][rows] * K + store.label[rows]
+                counts = np.bincount(group, minlength=clusters * K)
+                self.rows[split, name] = np.split(rows[np.argsort(group, kind="stable")],
+                                                  np.cumsum(counts)[:-1])
+                lacking = np.maximum(need - counts, 0).reshape(clusters, K).sum(1)
+                self.usable[split, name] = np.flatnonzero(lacking == 0)
+                if lacking.all():
+                    raise InputError(f"{name}: {', '.join(map(str, lacking))} {split} texts are "
+                                     f"lacking in each cluster for {need} of each label: give more "
+                                     "rows, or fewer clusters")
+
+
+def labeled_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):
+    """As meta_task, of a LabeledIndex: one cluster of one labeled set, which is the variant.
+    Labels are balanced in each set, no text is in both.
+    `A fine film. It was <extra_id_0> ?</s>` -> `great`"""
+    rng = np.random.default_rng((seed, step, i, stream))
+    drawn = index.variants[rng.integers(len(index.variants))]
+    variant = variant or drawn
+    store, words = index.stores[variant], index.words[variant]
+    usable = np.setdiff1d(index.usable[split, variant], avoid)
+    if not len(usable):
+        raise InputError(f"{variant}: one usable {split} cluster, mixing needs two: give more rows")
+    cluster, K = int(rng.choice(usable)), len(words)
+    texts = [_shuffled(rng, rows)
+             for rows in index.rows[split, variant][cluster * K:(cluster + 1) * K]]
+    sets = []
+    for n in index.sizes:
+        labels = _balanced(rng, K, n)
+        rows = [next(texts[label]) for label in labels]
+        ids = [fill_template(index.parts, {"text": store.sentence(r).tolist()}, index.max_tokens)[0]
+               for r in rows]
+        sets.append(Examples(ids, [[]] * n, torch.empty(n, 0, 0), torch.from_numpy(labels), words))
+    return Task(variant, (cluster,), *sets)
+
+
+# --------------------------------------------------------------------------- data sets
 ENTAILMENT = '" {hypothesis} " ? <X> , " {premise} "'
 SAME = "Do {a} and {b} have the same meaning? <X> ."
 # Templates and words as the authors released them; test sets as the paper's (of GLUE: dev; of
@@ -1223,97 +1306,6 @@ ROWS = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _jsonl_rows, ".txt": _tx
         "": _pickle_rows}
 
 
-def few_shot(rows, shots, seed, classes=2):
-    """Sample `shots` rows a label for training, as many for validation (section 4.1) -> both lists.
-
-    Ordered by sha256 of seed and row: the same on every machine. No text comes twice. A class of
-    fewer than 2 * shots texts gives half to each; InputError for fewer than two texts in a class.
-    rows [Row(0, a), Row(1, b), Row(0, c), Row(1, d)], shots 1 -> [Row(0, c), Row(1, b)],
-    [Row(0, a), Row(1, d)]
-    """
-    def key(row):
-        parts = (str(seed), str(row.label), *row.fields.values())
-        return hashlib.sha256("\t".join(parts).encode()).digest()
-    first = {tuple(row.fields.values()): row for row in sorted(rows, key=key, reverse=True)}
-    train, validation = [], []
-    for label in range(classes):
-        members = sorted((row for row in first.values() if row.label == label), key=key)
-        half = min(shots, len(members) // 2)
-        if not half:
-            raise InputError(f"label {label} has {len(members)} different texts, 2 are the least:"
-                             " give more labeled rows")
-        train += members[:half]
-        validation += members[half:2 * half]
-    return train, validation
-
-
-def task_examples(tokenizer, task, rows):
-    """Labeled rows as Examples; long texts are cut, never the template or the mask.
-    Row(1, {"text": "A fine film."}) -> `A fine film. It was <extra_id_0> ?</s>`, target `great`"""
-    parts = compile_template(tokenizer, task.template)
-    names = template_fields(task.template)
-    texts = zip(*(tokenize(tokenizer, [row.fields[name] for row in rows]) for name in names))
-    ids = [fill_template(parts, dict(zip(names, text)), task.max_tokens)[0] for text in texts]
-    return Examples(ids, [[] for _ in rows], torch.empty(len(rows), 0, 0), torch.tensor(
-        [row.label for row in rows]), decoder_targets(tokenizer, task.words))
-
-
-class LabeledIndex:
-    """What drawing a meta task from labeled sets needs (Table 3: labeled data as meta tasks).
-
-    stores: {name: build_labeled's}. A cluster is usable if it has ceil(support / K) +
-    ceil(query / K) different texts of each label. InputError, with what each cluster lacks, unless
-    each set has a usable one in training and in held-out texts.
-    """
-
-    def __init__(self, stores, tokenizer, *, support=32, query=32, max_tokens=MAX_TOKENS):
-        self.stores, self.sizes, self.max_tokens = stores, (support, query), max_tokens
-        self.variants, self.words, self.rows, self.usable = tuple(stores), {}, {}, {}
-        self.parts = compile_template(tokenizer, LabeledTask("", "").template)
-        for name, store in stores.items():
-            words = store.meta["made_of"]["options"]["words"]
-            self.words[name] = decoder_targets(tokenizer, words)
-            K, need = len(words), sum(-(-size // len(words)) for size in self.sizes)
-            clusters = store.centroids.shape[1]
-            for split, inside in (("train", ~store.held_out), ("validation", store.held_out)):
-                rows = np.flatnonzero(inside & store.anchor)
-                group = store.cluster[0][rows] * K + store.label[rows]
-                counts = np.bincount(group, minlength=clusters * K)
-                self.rows[split, name] = np.split(rows[np.argsort(group, kind="stable")],
-                                                  np.cumsum(counts)[:-1])
-                lacking = np.maximum(need - counts, 0).reshape(clusters, K).sum(1)
-                self.usable[split, name] = np.flatnonzero(lacking == 0)
-                if lacking.all():
-                    raise InputError(f"{name}: {', '.join(map(str, lacking))} {split} texts are "
-                                     f"lacking in each cluster for {need} of each label: give more "
-                                     "rows, or fewer clusters")
-
-
-def labeled_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):
-    """As meta_task, of a LabeledIndex: one cluster of one labeled set, which is the variant.
-    Labels are balanced in each set, no text is in both.
-    `A fine film. It was <extra_id_0> ?</s>` -> `great`"""
-    rng = np.random.default_rng((seed, step, i, stream))
-    drawn = index.variants[rng.integers(len(index.variants))]
-    variant = variant or drawn
-    store, words = index.stores[variant], index.words[variant]
-    usable = np.setdiff1d(index.usable[split, variant], avoid)
-    if not len(usable):
-        raise InputError(f"{variant}: one usable {split} cluster, mixing needs two: give more rows")
-    cluster, K = int(rng.choice(usable)), len(words)
-    texts = [_shuffled(rng, rows)
-             for rows in index.rows[split, variant][cluster * K:(cluster + 1) * K]]
-    sets = []
-    for n in index.sizes:
-        labels = _balanced(rng, K, n)
-        rows = [next(texts[label]) for label in labels]
-        ids = [fill_template(index.parts, {"text": store.tokens[store.offsets[r]:store.offsets[
-            r + 1]].tolist()}, index.max_tokens)[0] for r in rows]
-        sets.append(Examples(ids, [[]] * n, torch.empty(n, 0, 0), torch.from_numpy(labels), words))
-    return Task(variant, (cluster,), *sets)
-
-
-# --------------------------------------------------------------------------- where tasks come from
 FETCHED = Path("cache/data")
 LMBFF = "https://nlp.cs.princeton.edu/projects/lm-bff/datasets.tar"
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
@@ -1362,27 +1354,26 @@ def locate(file, folder=TINY):
     """The path of a task's file: in the folder, in tiny/, or fetched before into cache/data; else
     it is taken out of its archive, which lies there or is downloaded.
     InputError, with where to put what, if it cannot be had."""
-    places = (Path(folder), TINY, FETCHED)
-    for place in places:
-        if (place / file).is_file():
-            return place / file
-    tried = []
+    def have(name):
+        places = (place / name for place in (Path(folder), TINY, FETCHED))
+        return next(filter(Path.is_file, places), None)
+    if found := have(file):
+        return found
+    tried, path, sha256 = [], FETCHED / file, CHECKSUMS.get(file, "")
     for url in next((urls for start, urls in SOURCES.items() if file.startswith(start)), ()):
         name = url.rpartition("/")[2]
         try:
             if not name.endswith((".tar", ".zip")):
-                download(url, FETCHED / file, CHECKSUMS.get(file, ""))
-                return FETCHED / file
-            archive = next((place / name for place in places if (place / name).is_file()), None)
-            if not archive:
-                archive = FETCHED / name
-                download(url, archive)
-            content = archive_member(archive, file)
-            if not hashlib.sha256(content).hexdigest().startswith(CHECKSUMS.get(file, "")):
-                raise InputError(f"{file} of {archive} has another checksum than it should")
-            (FETCHED / file).parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(FETCHED / file, lambda out: out.write(content))
-            return FETCHED / file
+                download(url, path, sha256)
+                return path
+            if not have(name):
+                download(url, FETCHED / name)
+            content = archive_member(have(name), file)
+            if not hashlib.sha256(content).hexdigest().startswith(sha256):
+                raise InputError(f"{file} of {have(name)} has another checksum than it should")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, lambda out: out.write(content))
+            return path
         except InputError as error:
             tried.append(str(error))
     raise InputError("; ".join([f"{file} is not in {folder}: put it there, or give --data FOLDER "
@@ -1392,10 +1383,8 @@ def locate(file, folder=TINY):
 def archive_member(path, file):
     """A task's file out of a tar or zip, as bytes. Nothing is unpacked: no name in an archive can
     make anything be written. InputError for damage, and for names that lead outside.
-
     original/SST-2/dev.tsv of members original/GLUE-SST-2/dev.tsv, original/SST-2/dev.tsv -> the
-    latter; the other one (QQP-clean for QQP) only if it is alone.
-    """
+    latter; the other one (QQP-clean for QQP) only if it is alone."""
     *_, folder, name = file.split("/")
     try:
         zipped = path.suffix == ".zip"
@@ -1519,13 +1508,8 @@ def _look_up(file, source):
     """A Download, or None where the hub (the cache, when offline) has no such file."""
     if try_to_load_from_cache(filename=file, **source) is _CACHED_NO_EXIST:
         return None                         # the hub said so before: it need not be asked again
-    try:
-        found = hf_hub_download(filename=file, dry_run=True, **source)
-    except EntryNotFoundError:
-        return None
-    except FETCH_ERRORS as error:
-        raise _not_fetched(file, source, error) from None
-    return Download(file, found.file_size, found.is_cached, source)
+    found = _hub(file, source, dry_run=True)
+    return found and Download(file, found.file_size, found.is_cached, source)
 
 
 def _no_safetensors(source):
@@ -1589,10 +1573,7 @@ REASONS = {LocalEntryNotFoundError: "the hub was not reached, and it is not in t
 def _fetch(file, **source):
     """A file of the hub -> its path in the cache. There nothing is left that is not what its name
     says (a web page under its name), nor the part that a killed download leaves."""
-    try:
-        path = Path(hf_hub_download(filename=file, **source))
-    except FETCH_ERRORS as error:
-        raise _not_fetched(file, source, error) from None
+    path = Path(_hub(file, source))
     blob = path.resolve()
     for part in blob.parent.glob(f"{blob.name}.*.incomplete"):
         part.unlink(missing_ok=True)
@@ -1610,11 +1591,18 @@ def _reason(error):
     return next((REASONS[kind] for kind in REASONS if isinstance(error, kind)), first_line)
 
 
-def _not_fetched(file, source, error):
-    where = "@".join(filter(None, (source["repo_id"], source.get("revision"))))
-    option = "corpus" if "repo_type" in source else "model"
-    return InputError(f"{file} of {where} was not fetched ({_reason(error)}): check name, revision "
-                      f"and network, or put its files into a folder and give --{option} FOLDER")
+def _hub(file, source, **how):
+    """hf_hub_download's answer; None where a dry run finds no such file. InputError, else."""
+    try:
+        return hf_hub_download(filename=file, **source, **how)
+    except FETCH_ERRORS as error:
+        if how and isinstance(error, EntryNotFoundError):
+            return None
+        where = "@".join(filter(None, (source["repo_id"], source.get("revision"))))
+        option = "corpus" if "repo_type" in source else "model"
+        raise InputError(f"{file} of {where} was not fetched ({_reason(error)}): check name, "
+                         "revision and network, or put its files into a folder and give "
+                         f"--{option} FOLDER") from None
 
 
 def download(url, path, sha256=""):
@@ -1668,6 +1656,7 @@ def released_folder(config):
     return folder
 
 
+# --------------------------------------------------------------------------- files
 def atomic_write(path, write):
     """Make a file whole or not at all: write(binary file) fills a temporary one, then renamed."""
     path = Path(path)

@@ -2117,7 +2117,7 @@ def test_a_store_holds_the_text_in_order(planted):
     """Decoding every sentence gives the corpus back; documents, first occurrences and counts are
     right."""
     tokenizer, store, index = planted
-    texts = tokenizer.decode_batch([index.tokens(i).tolist() for i in range(8000)])
+    texts = tokenizer.decode_batch([index.store.sentence(i).tolist() for i in range(8000)])
     assert texts == [sentence(d, s) for d in range(200) for s in range(40)]
     assert store.document.tolist() == [d for d in range(200)
                                        for _ in range(40)] and store.anchor.all()
