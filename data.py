@@ -53,6 +53,7 @@ from huggingface_hub.errors import (EntryNotFoundError, HFValidationError, HTTPE
                                     RevisionNotFoundError)
 from tokenizers import Tokenizer
 from torch import distributed
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from kmeans import kmeans, nearest
@@ -261,11 +262,9 @@ def collate(examples, rows, device="cpu"):
     """The given rows of Examples as a Batch, padded to the longest of them.
     ids [[7, 9, 1], [8, 1]] -> ids [[7, 9, 1], [8, 1, 0]], mask [[T, T, T], [T, T, F]]"""
     rows = list(rows)
-    lengths = torch.tensor([len(examples.ids[r]) for r in rows])
-    ids = torch.full((len(rows), int(lengths.max())), PAD)
-    for line, r in zip(ids, rows):
-        line[:len(examples.ids[r])] = torch.tensor(examples.ids[r])
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]                            # (B, T)
+    ids = pad_sequence([torch.tensor(examples.ids[r]) for r in rows], True, PAD)    # (B, T)
+    lengths = torch.tensor([[len(examples.ids[r])] for r in rows])                  # (B, 1)
+    mask = torch.arange(ids.shape[1]) < lengths                                     # (B, T)
     slots = torch.tensor([examples.slots[r] for r in rows], dtype=torch.long)       # (B, V)
     targets = torch.eye(len(examples.words))[examples.labels[rows]]                 # (B, K)
     return Batch(*(x.to(device) for x in (ids, mask, slots, examples.vectors[rows], targets)))
@@ -656,8 +655,12 @@ def _write_text(folder, read, tokenizer, progress):
     tell()
     items, ahead = tee(items)
     waiting = (text for _, texts, _ in ahead for text in texts)
-    slices = iter(lambda: list(islice(waiting, SLICE)), [])
-    encoded = (ids for part in slices for ids in tokenize(tokenizer, part))
+
+    def encode_slices():
+        while part := list(islice(waiting, SLICE)):
+            tell()
+            yield from tokenize(tokenizer, part)
+    encoded = encode_slices()
     with ExitStack() as stack:
         columns = {name: stack.enter_context(open(folder / f"{name}.bin", "ab")) for name in TEXT}
         for name, file in columns.items():
@@ -670,18 +673,14 @@ def _write_text(folder, read, tokenizer, progress):
                 os.fsync(file.fileno())
             state = json.dumps([whole, done, counts]).encode()
             atomic_write(path, lambda file: file.write(state))
-        saved, told = counts["tokens"], 0
+        saved = counts["tokens"]
         for share, texts, label in items:
             for name, values in _document(share, [next(encoded) for _ in texts], label, counts):
                 columns[name].write(array(COLUMNS[name], values))
             done += 1
-            if found["bytes"] != told:      # another slice was read
-                told = found["bytes"]
-                tell()
             if counts["tokens"] - saved >= SAVED:
                 saved = counts["tokens"]
                 save(False, counts)
-        tell()
         found.update(counts)
         save(True, found)
     return found
@@ -730,10 +729,8 @@ def _embedded(tokens, offsets, rows, embed, budget):
         while len(order):       # lengths rise: the last sentence of a batch sets its width
             padded = lengths[order[:budget]] * np.arange(1, len(order[:budget]) + 1)
             batch, order = np.split(order, [max(1, np.searchsorted(padded, budget, "right"))])
-            ids = torch.zeros(len(batch), lengths[batch[-1]], dtype=torch.long)
-            for line, i in zip(ids, part[batch]):
-                line[:offsets[i + 1] - offsets[i]] = torch.from_numpy(
-                    tokens[offsets[i]:offsets[i + 1]].astype(np.int64))
+            ids = pad_sequence([torch.from_numpy(tokens[offsets[i]:offsets[i + 1]].astype(np.int64))
+                                for i in part[batch]], True, PAD)
             mask = torch.arange(ids.shape[1]) < torch.from_numpy(lengths[batch])[:, None]
             yield begin + batch, embed(ids, mask)
 

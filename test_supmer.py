@@ -3153,8 +3153,8 @@ def test_long_documents_are_whole(tmp_path, monkeypatch):
         return original(*arguments)
     monkeypatch.setattr(data, "join_short", stopped)
 
-    def build():
-        return data.build_store(tmp_path / "cache", [tmp_path / "0.jsonl", tmp_path / "1.jsonl"],
+    def build(cache="cache"):
+        return data.build_store(tmp_path / cache, [tmp_path / "0.jsonl", tmp_path / "1.jsonl"],
                                 tokenizer, None, 3, 0, model=model,
                                 embed=lambda ids, mask: ids[:, :4].float())
     with pytest.raises(KeyboardInterrupt):
@@ -3164,6 +3164,7 @@ def test_long_documents_are_whole(tmp_path, monkeypatch):
     found = [[store.tokens[store.offsets[i]:store.offsets[i + 1]].tolist()
               for i in np.flatnonzero(store.document == d)] for d in range(len(lengths))]
     assert found == expected and store.meta["counts"]["documents"] == len(lengths)
+    assert build("unbroken").meta == store.meta
 
 
 def test_labeled_sets_become_meta_tasks(tmp_path):
