@@ -262,7 +262,8 @@ def collate(examples, rows, device="cpu"):
     """The given rows of Examples as a Batch, padded to the longest of them.
     ids [[7, 9, 1], [8, 1]] -> ids [[7, 9, 1], [8, 1, 0]], mask [[T, T, T], [T, T, F]]"""
     rows = list(rows)
-    ids = pad_sequence([torch.tensor(examples.ids[r]) for r in rows], True, PAD)    # (B, T)
+    ids = pad_sequence([torch.tensor(examples.ids[r]) for r in rows],
+                       batch_first=True, padding_value=PAD)                         # (B, T)
     lengths = torch.tensor([[len(examples.ids[r])] for r in rows])                  # (B, 1)
     mask = torch.arange(ids.shape[1]) < lengths                                     # (B, T)
     slots = torch.tensor([examples.slots[r] for r in rows], dtype=torch.long)       # (B, V)
@@ -541,9 +542,8 @@ def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, embed=No
 def _build(cache, files, read, options, tokenizer, t5, model, embed, progress, ranks):
     """Find or make the store of what read(counts) yields of files: (hash_share, [sentence], label
     or None), see build_store."""
-    clusters, seeds = options["clusters"], [options["seed"]]
-    if options.get("one_per_format"):
-        seeds = [seeds[0] + i for i in range(len(FORMATS))]
+    clusters, rows = options["clusters"], len(FORMATS) if options.get("one_per_format") else 1
+    seeds = [options["seed"] + row for row in range(rows)]
     made_of = {"corpus": fingerprint(files), "model": model_fingerprint(model),
                "tokenizer": fingerprint([tokenizer_file(model)]), "options": options}
     name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
@@ -574,7 +574,7 @@ def _build(cache, files, read, options, tokenizer, t5, model, embed, progress, r
             ranks.wait()
             _cluster(new, clusters, seeds, t5, embed, progress, ranks)
             if ranks.rank == 0:
-                _group(new, clusters, len(seeds), progress)
+                _group(new, clusters, rows, progress)
                 text = json.dumps({"made_of": made_of, "counts": counts}, indent=1)
                 atomic_write(new / "meta.json", lambda file: file.write(text.encode()))
                 os.rename(new, folder)
@@ -730,7 +730,7 @@ def _embedded(tokens, offsets, rows, embed, budget):
             padded = lengths[order[:budget]] * np.arange(1, len(order[:budget]) + 1)
             batch, order = np.split(order, [max(1, np.searchsorted(padded, budget, "right"))])
             ids = pad_sequence([torch.from_numpy(tokens[offsets[i]:offsets[i + 1]].astype(np.int64))
-                                for i in part[batch]], True, PAD)
+                                for i in part[batch]], batch_first=True, padding_value=PAD)
             mask = torch.arange(ids.shape[1]) < torch.from_numpy(lengths[batch])[:, None]
             yield begin + batch, embed(ids, mask)
 
@@ -953,8 +953,8 @@ def _examples(index, rng, variant, split, clusters, anchors, n):
             raise InputError(f"{variant}: cluster {clusters[which]} has too few different sentences"
                              f" in {split}: give more text")
         texts = [index.store.sentence(s).tolist() for s in chosen] + [None] * len(options)
-        fields = dict(zip("01234", texts))
-        filled.append(fill_template(index.parts[variant], fields, index.max_tokens))
+        filled.append(fill_template(index.parts[variant], dict(zip("01234", texts)),
+                                    index.max_tokens))
     ids, slots = map(list, zip(*filled))
     vectors = vectors.expand(n, *vectors.shape)                                         # (n, V, d)
     return Examples(ids, slots, vectors, torch.from_numpy(labels), index.words[variant])
@@ -1323,29 +1323,20 @@ SOURCES = {
         ("electronics", "7e97408fa9eaa25bed2d2d3f16b7a76b3534962c", "data/"),
         ("kitchen", "7e97408fa9eaa25bed2d2d3f16b7a76b3534962c", "data/"))},
 }
-# The first half of their sha256, of those that were at hand.
-CHECKSUMS = {
-    "domain/airline/test": "d85588256f052153598b2f731c028df5",
-    "domain/airline/train": "b08470f5d334d3b90e2e0773bb7f8546",
-    "domain/books/test": "e139c133cae66c6cf38c33cc40554f02",
-    "domain/electronics/test": "adf96b0275ac369e74894c1c7584878b",
-    "original/MRPC/dev.tsv": "9e8f284788040f7c9ecde2e1b3c07237",
-    "original/MRPC/train.tsv": "69abcedee3cf738c6ce58d772e43e1b7",
-    "original/RTE/dev.tsv": "80230dfa1347282e7b532b06a1004a76",
-    "original/RTE/train.tsv": "41e3a9b063433392343fad9e962cf2f5",
-    "original/SST-2/dev.tsv": "628b5f860a1584f172b9c7b032331553",
-    "original/SST-2/train.tsv": "0e2eb9cad237f8bc597742bdc136d338",
-    "original/cr/test.csv": "7fab6959f8ce0d761bdbb0fef247d8a8",
-    "original/cr/train.csv": "0eb8e119ee76f8cca33cfee9fee1ed88",
-    "original/mr/test.csv": "11884f83ada1fbec5ece0190e06598e5",
-    "original/mr/train.csv": "c1e2cc34d7d271f274c0e8ef24241716",
-    "original/sst-5/test.csv": "3efa2c4190831c212fe618e3a35567df",
-    "original/sst-5/train.csv": "8801a7029ccdf549a2900d0ce7662cc4",
-    "original/subj/test.csv": "33ce3835e915977e590e6b27b5051402",
-    "original/subj/train.csv": "d281041f21d4d0336d9cd336a5490dd4",
-    "superglue/CB/train.jsonl": "32017480d3a10508646e3efd64502c63",
-    "superglue/CB/val.jsonl": "c6125587e9601560cb16ea223c33964c",
-}
+# The first half of the sha256 of a task's train and test file, of those that were at hand.
+CHECKSUMS = {file: start for task, starts in {
+    "sst2": ("0e2eb9cad237f8bc597742bdc136d338", "628b5f860a1584f172b9c7b032331553"),
+    "sst5": ("8801a7029ccdf549a2900d0ce7662cc4", "3efa2c4190831c212fe618e3a35567df"),
+    "mr": ("c1e2cc34d7d271f274c0e8ef24241716", "11884f83ada1fbec5ece0190e06598e5"),
+    "cr": ("0eb8e119ee76f8cca33cfee9fee1ed88", "7fab6959f8ce0d761bdbb0fef247d8a8"),
+    "subj": ("d281041f21d4d0336d9cd336a5490dd4", "33ce3835e915977e590e6b27b5051402"),
+    "cb": ("32017480d3a10508646e3efd64502c63", "c6125587e9601560cb16ea223c33964c"),
+    "rte": ("41e3a9b063433392343fad9e962cf2f5", "80230dfa1347282e7b532b06a1004a76"),
+    "mrpc": ("69abcedee3cf738c6ce58d772e43e1b7", "9e8f284788040f7c9ecde2e1b3c07237"),
+    "airlines": ("b08470f5d334d3b90e2e0773bb7f8546", "d85588256f052153598b2f731c028df5"),
+    "books": ("", "e139c133cae66c6cf38c33cc40554f02"),
+    "electronics": ("", "adf96b0275ac369e74894c1c7584878b"),
+}.items() for file, start in zip(TASKS[task][:2], starts)}
 
 
 def locate(file, folder=TINY):
@@ -1702,6 +1693,7 @@ def model_fingerprint(folder):
     return fingerprint([Path(folder) / "config.json", *weight_files(folder)])
 
 
+# --------------------------------------------------------------------------- a demonstration
 def demonstrate():
     """Print a task of each variant, 3 support examples and 1 query, of a part of tiny/'s corpus."""
     folder = model_folder("tiny")
