@@ -1387,7 +1387,7 @@ def archive_member(path, file):
             if not found:
                 raise InputError(f"{path} has no {folder}/{name}")
             return (archive.open if zipped else archive.extractfile)(min(found)[1]).read()
-    except (*DAMAGE, OSError, AttributeError, RuntimeError) as error:   # it is a folder or device
+    except (*DAMAGE, OSError, RuntimeError, AttributeError) as error:   # a folder has no read()
         reason = _reason(error).rstrip(":")
         raise InputError(f"{path} is damaged or incomplete ({reason}): delete it, fetch it again"
                          ) from None
