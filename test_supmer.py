@@ -15,6 +15,7 @@ import http.server
 import inspect
 import io
 import json
+import lzma
 import math
 import os
 import pickle
@@ -1836,6 +1837,17 @@ def test_sentences_of_novels_look_like_sentences():
 
 # ---------------------------------------------------------------------------------- data: documents
 
+def tar_of(members):
+    """A tar {name: bytes}, as bytes."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return out.getvalue()
+
+
 def openwebtext_tar(path, parts):
     """A tar of .xz files, each a tar.xz of documents, as the subsets of OpenWebText are."""
     with tarfile.open(path, "w") as outer:
@@ -1871,7 +1883,7 @@ def test_documents_of_each_format_literally(tmp_path):
                 ["Five."],
                 ["Six.", "", "Seven."], ["Eight."], ["N\u00efne."],
                 ["It rained.", "We left.", "", " ", "The sun rose."], ["Ten."], ["Eleven."]]
-    assert [d for d in documents([tmp_path]) if d != [""]] == expected
+    assert list(documents([tmp_path])) == expected
     found = list(documents([tmp_path / "d.tar", tmp_path / "b.jsonl"]))
     assert found == expected[5:8] + expected[2:4]
 
@@ -1895,7 +1907,7 @@ def test_no_document_is_held_beyond_a_limit(tmp_path, monkeypatch):
     counts = Counter()
     found = [text for [text] in documents([tmp_path], counts=counts)]
     parts = ["01234567", "89abcdef", "gh"]
-    assert [text for text in found if text] == ["1234 5678", "90", "abcdefgh", "ijkl", "ok",
+    assert found == ["1234 5678", "90", "abcdefgh", "ijkl", "ok",
                                                 *parts, *parts]
     assert counts["long documents parted"] == 1 + 1 + 2 + 2
     (tmp_path / "d.jsonl").write_text('{"text": ""}')
@@ -1924,7 +1936,10 @@ def test_broken_utf8_is_replaced_and_counted(tmp_path):
     ("a.txt", "not UTF-8".encode("utf-16"), "a.txt: NUL"),
     ("a.jsonl.gz", b"not gzip", "damaged or incomplete"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "ok"}' * 99)[:-9], "damaged or incomplete"),
-    ("a.tar", b"not a tar", "damaged or incomplete"), ("a.csv", b"1,ok", "a.csv: no text there"),
+    ("a.tar", b"not a tar", "damaged or incomplete"),
+    ("a.tar", tar_of({"b.jsonl": b'{"text": "ok"}'}), "a.tar has no document: its files must be"),
+    ("a.tar", tar_of({"b.xz": lzma.compress(b"x" * 999)[:-9]}), "a.tar, b.xz is damaged"),
+    ("a.csv", b"1,ok", "a.csv: no text there"),
     ("a.parquet", b"PAR1", "a.parquet: parquet is not read; take the corpus's .tar"),
 ])
 def test_bad_corpus_files_are_refused_with_file_and_reason(tmp_path, name, content, says):
@@ -1933,6 +1948,21 @@ def test_bad_corpus_files_are_refused_with_file_and_reason(tmp_path, name, conte
     with pytest.raises(InputError, match=re.escape(says)) as error:
         list(documents([tmp_path / name]))
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_parquet_in_a_folder_is_refused_as_it_is_alone(tmp_path):
+    """Beside files that are read: nothing is skipped in silence."""
+    (tmp_path / "a.txt").write_text("It rained.")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="b.parquet: parquet is not read; take the corpus's .tar"):
+        list(documents([tmp_path]))
+
+
+def test_blank_lines_are_no_documents(tmp_path):
+    """At the beginning, between and at the end of a .txt and of a .jsonl."""
+    (tmp_path / "a.txt").write_text("\n\nIt rained.\n\n\n\nWe left.\n\n\n")
+    (tmp_path / "b.jsonl").write_text('\n{"text": "Yes."}\n\n \n')
+    assert list(documents([tmp_path])) == [["It rained."], ["We left."], ["Yes."]]
 
 
 def test_a_truncated_openwebtext_subset_is_refused(tmp_path):
@@ -2087,7 +2117,7 @@ def test_a_store_holds_the_text_in_order(planted):
     """Decoding every sentence gives the corpus back; documents, first occurrences and counts are
     right."""
     tokenizer, store, index = planted
-    texts = tokenizer.decode_batch([index.tokens(i).tolist() for i in range(8000)])
+    texts = tokenizer.decode_batch([index.store.sentence(i).tolist() for i in range(8000)])
     assert texts == [sentence(d, s) for d in range(200) for s in range(40)]
     assert store.document.tolist() == [d for d in range(200)
                                        for _ in range(40)] and store.anchor.all()
@@ -2238,6 +2268,17 @@ def test_a_store_is_made_once_for_the_same_things(planted, tmp_path):
         folders.add(build_again(planted, tmp_path).folder)
         (tmp_path / file).write_bytes(content)
     assert len(folders) == 9 and sorted(folders) == sorted((tmp_path / "cache").iterdir())
+
+
+def test_what_a_corpus_folder_has_beside_text_is_told(planted, tmp_path):
+    """By name, before the text is read."""
+    (tmp_path / "text").mkdir()
+    planted_paths(tmp_path / "text", 20)
+    (tmp_path / "text" / "notes.csv").write_text("1,ok")
+    model, said = write_model(tmp_path / "m", [])[0], []
+    data.build_store(tmp_path, [tmp_path / "text"], planted[0], None, 3, 0, model=model,
+                     embed=by_topic(planted[0]), progress=lambda stage, *_: said.append(stage))
+    assert said[0] == "not read, 1 other file(s): notes.csv"
 
 
 def test_a_store_of_other_things_is_not_opened(planted, tmp_path):
@@ -2784,7 +2825,8 @@ def test_too_few_sentences_for_the_tasks_are_counted(planted):
     says = f"sp-next: {lacking} validation sentences are lacking: of 100 usable ones {lacking} in"
     with pytest.raises(InputError, match=says):
         TaskIndex(store, tokenizer, support=50, query=50)
-    with pytest.raises(InputError, match="ss-cluster: 80 .* usable ones 20, 20, 20, 20 in the 4"):
+    says = "ss-cluster: 80 .* usable ones 20, 20, 20, 20 in the 4 .*, 20, 20, 20, 20, 20 in each"
+    with pytest.raises(InputError, match=says):
         TaskIndex(store, tokenizer, support=50, query=50, variants=("ss-cluster",))
     one = reclustered(store, np.zeros_like(store.cluster), 1)
     with pytest.raises(InputError, match="ask for more clusters"):
@@ -3076,15 +3118,14 @@ def test_real_tasks_are_read_whole(name, first, tokenizer):
     assert len(set(map(tuple, examples.words))) == len(task.words)
 
 
-def labeled_store(folder, rows, words=(), clusters=3):
+def labeled_store(folder, rows, clusters=3):
     """A .csv of (label, text), each text's first word its topic, T0.., as a labeled store."""
     known = [f"T{i}" for i in range(5)] + [word for row in rows for word in " ".join(row).split()]
-    model, tokenizer = write_model(folder / "m", [*known, *words, *data.SENTIMENT[5], "It", "was",
-                                                  "?"])
+    model, tokenizer = write_model(folder / "m", [*known, *data.SENTIMENT[5], "It", "was", "?"])
     with open(folder / "set.csv", "w", newline="") as file:
         csv.writer(file).writerows([("label", "text"), *rows])
     return data.build_labeled(folder / "cache", folder / "set.csv", tokenizer, None, clusters, 0,
-                              model=model, words=words, embed=by_topic(tokenizer)), tokenizer
+                              model=model, embed=by_topic(tokenizer)), tokenizer
 
 
 def test_long_documents_are_whole(tmp_path, monkeypatch):
@@ -3103,18 +3144,17 @@ def test_long_documents_are_whole(tmp_path, monkeypatch):
     expected = [data.tokenize(tokenizer, d) for number in range(2) for d in documents[number::2]]
     monkeypatch.setattr(data, "SLICE", 7)
     monkeypatch.setattr(data, "SAVED", 1)
-    monkeypatch.setattr(data, "_batches", lambda items: ([item] for item in items))
-    original, calls = data._columns_of, []
+    original, calls = data.join_short, []
 
     def stopped(*arguments):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return original(*arguments)
-    monkeypatch.setattr(data, "_columns_of", stopped)
+    monkeypatch.setattr(data, "join_short", stopped)
 
-    def build():
-        return data.build_store(tmp_path / "cache", [tmp_path / "0.jsonl", tmp_path / "1.jsonl"],
+    def build(cache="cache"):
+        return data.build_store(tmp_path / cache, [tmp_path / "0.jsonl", tmp_path / "1.jsonl"],
                                 tokenizer, None, 3, 0, model=model,
                                 embed=lambda ids, mask: ids[:, :4].float())
     with pytest.raises(KeyboardInterrupt):
@@ -3124,6 +3164,7 @@ def test_long_documents_are_whole(tmp_path, monkeypatch):
     found = [[store.tokens[store.offsets[i]:store.offsets[i + 1]].tolist()
               for i in np.flatnonzero(store.document == d)] for d in range(len(lengths))]
     assert found == expected and store.meta["counts"]["documents"] == len(lengths)
+    assert build("unbroken").meta == store.meta
 
 
 def test_labeled_sets_become_meta_tasks(tmp_path):
@@ -3152,39 +3193,28 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
     again = data.labeled_task(data.LabeledIndex({"set": store}, tokenizer, support=7, query=3),
                               0, 19, 0, stream=1, split="validation")
     assert again.support.ids == task.support.ids and again.query.ids == task.query.ids
-    with pytest.raises(InputError, match="set: .* validation texts are lacking .* 40 of each"):
+    says = "set: (\\d+, ){2}\\d+ validation texts are lacking in each cluster for 40 of each"
+    with pytest.raises(InputError, match=says):
         data.LabeledIndex({"set": store}, tokenizer, support=60, query=60)
 
 
-@pytest.mark.parametrize("labels, words, known", [
-    ("14523", (), ("terrible", "bad", "okay", "good", "great")), ("01", (), ("terrible", "great")),
-    ("01", ("no", "yes"), ("no", "yes")), (("no", "yes"), ("yes", "no"), ("yes", "no")),
-    ("012", (), None), (("no", "2"), ("no", "yes"), None), (("no",), (), None)])
-def test_words_of_labeled_sets(tmp_path, labels, words, known):
-    """Words stand for themselves; numbers are the words given, or sentiment's, lowest first."""
+@pytest.mark.parametrize("labels, known", [
+    ("14523", ("terrible", "bad", "okay", "good", "great")), ("01", ("terrible", "great")),
+    (("yes", "no"), ("no", "yes")), ("012", None), (("no",), None)])
+def test_words_of_labeled_sets(tmp_path, labels, known):
+    """Words stand for themselves; numbers are sentiment's words, lowest first."""
     rows = [(labels[i % len(labels)], f"T{i % 3} d{i}") for i in range(60)]
     if known is None:
         with pytest.raises(InputError, match="set.csv has the labels"):
-            labeled_store(tmp_path, rows, words)
+            labeled_store(tmp_path, rows)
         return
-    store, _ = labeled_store(tmp_path, rows, words)
+    store, _ = labeled_store(tmp_path, rows)
     place = {label: i for i, label in enumerate(known if labels[0] in known else sorted(labels))}
     assert tuple(store.meta["made_of"]["options"]["words"]) == known
     assert store.label.tolist() == [place[label] for label, _ in rows]
 
 
 # --------------------------------------------------------------------- data: where tasks come from
-
-def tar_of(members):
-    """A tar {name: bytes}, as bytes."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, content in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    return out.getvalue()
-
 
 def zip_of(members):
     """A zip {name: bytes}, as bytes."""
