@@ -356,23 +356,23 @@ METHODS = {
     "metapt": {"inner_rate": 0.08, "prompt_rate": 0.025, "patience": 6, "regularizer": False,
                "augmentation": False, "labeled_share": 1.0},     # C.2
 }
-ABLATIONS = {   # Table 4
+ABLATIONS = {   # Table 4, and the released code's order (ours)
     "only-sp": {"only": "sp"}, "only-mc": {"only": "mc"}, "only-ss": {"only": "ss"},
     "no-ta": {"augmentation": False}, "no-curriculum": {"curriculum": False},
-    "no-mgr": {"regularizer": False},
+    "no-mgr": {"regularizer": False}, "first-order": {"first_order": True},
 }
 
 
 def name_of(training, method):
     """What a train.Training and a Method make: their method, or an ablation, or "variant", SUPMER
     with other parts left out."""
-    parts = {"only": training.only, "augmentation": method.augmentation,
-             "curriculum": method.curriculum, "regularizer": method.regularizer}
-    left_out = {key: x for key, x in parts.items() if x not in ("", True)}
-    if training.method != "supmer" or not left_out and not method.first_order:
+    parts = {"only": (training.only, ""), "augmentation": (method.augmentation, True),
+             "curriculum": (method.curriculum, True), "regularizer": (method.regularizer, True),
+             "first_order": (method.first_order, False)}
+    left_out = {key: x for key, (x, whole) in parts.items() if x != whole}
+    if training.method != "supmer" or not left_out:
         return training.method
-    return next((name for name, preset in ABLATIONS.items()
-                 if preset == left_out and not method.first_order), "variant")
+    return next((name for name, preset in ABLATIONS.items() if preset == left_out), "variant")
 
 
 def parameters_at(config, length):

@@ -50,7 +50,7 @@ from baselines import (ABLATIONS, BASELINES, METHODS, ft_memory, given_prompt, p
 from data import (GROUPS, RELEASED, ROWS, TASKS, TINY, LabeledTask, atomic_write, few_shot,
                   fingerprint, load_test, load_texts, load_tokenizer, load_train, locate,
                   model_fingerprint, model_folder, released_folder, template_fields)
-from supmer import REGULARIZERS, Method, knob, load_prompt, measure, score
+from supmer import REGULARIZERS, Method, cosine, knob, load_prompt, measure, score
 from t5 import InputError, load_t5, read_config, weight_files
 from train import TINY_VALUES, fetch_list, import_pyplot, knob_parser, pick_device, read_run
 
@@ -67,8 +67,8 @@ class Settings:
     task: tuple = knob(("movie",), f"one or several of {', '.join(TASKS)}; all: the first twelve "
                        "(Table 1); dg: tuned on airlines, tested on the six domains (Table 2)")
     study: str = knob("", "steps (Fig. 3), shots (Fig. 4), dg (Table 2), spread (Fig. 1a), "
-                      "comparison (every method) or ablation (Table 4): sets what it needs, unless "
-                      "that is given")
+                      "comparison (every method), ablation (Table 4), evidence (README): sets what "
+                      "it needs, unless that is given")
     data: tuple = knob((os.environ.get("SUPMER_DATA") or "data",), "folder with the tasks' files "
                        "or archives, what is missing is fetched into cache/data; for a task of "
                        "your own its file, .csv, .tsv, .jsonl, .txt, and one to test on (or its "
@@ -123,7 +123,10 @@ STUDIES = {     # the paper's figures, and Table 2
                "seeds": tuple(range(10, 110, 10)), "same_examples": True},
     "comparison": {"prompt": ("zero-shot", "few-shot", "random", "vocab", "prefix-tuning",
                               "p-tuning-v2", "ft", "supmer", "ppt", "unified-ppt", "metapt")},
-    "ablation": {"prompt": ("supmer", *ABLATIONS)}}
+    "ablation": {"prompt": ("supmer", *ABLATIONS)},
+    "evidence": {"task": ("evidence",), "rates": (0.1, 0.3), "epochs": 60, "dtype": "bfloat16",
+                 "prompt": ("random", "vocab", "ppt", "supmer", "metapt", "first-order",
+                            "no-curriculum", "no-mgr", "no-ta")}}
 STUDY_RUN = ("--bytes", "10000000", "--examples", "23040", "--validate-every", "30",
              "--validation-tasks", "13")        # what a comparison pre-trains on the embedded T5
 CHOICES = {"study": tuple(STUDIES), "rate_scale": ("absolute", "rms"),
@@ -272,7 +275,8 @@ def choose(curve):
 
 def tune(t5, baseline, start, psi, sample, seed, rate, settings, unit=1.0, tick=lambda: None):
     """Tune at one rate -> at each validation its record and what is kept, {name: tensor}, good
-    until the next step.
+    until the next step. A prompt's record has how far it has moved from its start, as a share of
+    that, and cos(psi(g), g) of the last step.
 
     A step: the gradient g of a batch (Eq. 1) -> psi(g, H) (Eq. 5; phi frozen, the gate's H from
     that batch; psi None: g itself) -> norm clipped -> AdamW, whose rate falls linearly to 0.
@@ -284,7 +288,8 @@ def tune(t5, baseline, start, psi, sample, seed, rate, settings, unit=1.0, tick=
     (train, held_out), method = sample, Method(words_only=settings.words_only)
     baseline, n = BASELINES[baseline], len(train.ids)
     parameters = {name: x.clone() for name, x in start(t5).items()}
-    steps = steps_of(n, settings)
+    theta, cosine_psi, steps = parameters.get("theta"), None, steps_of(n, settings)
+    begun = theta.clone() if theta is not None else None
     optimizer = torch.optim.AdamW(parameters.values(), eps=1e-8, weight_decay=0.0)
     for step in range(steps + 1):
         if step % settings.validate_every == 0 or step == steps:
@@ -294,7 +299,9 @@ def tune(t5, baseline, start, psi, sample, seed, rate, settings, unit=1.0, tick=
             if not math.isfinite(loss):
                 raise InputError(f"the loss is {loss} at step {step}, rate {rate}, seed {seed}: "
                                  "try smaller --rates")
-            yield {"rate": rate, "step": step, "loss": loss,
+            moved = float((theta - begun).norm() / begun.norm()) if theta is not None else None
+            yield {"rate": rate, "step": step, "loss": loss, "moved": moved,
+                   "psi_cosine": cosine_psi,
                    "accuracy": 100 * found["correct"] / len(held_out.ids)}, kept
         if step < steps:
             rows = batch_rows(n, step, seed, settings.batch)
@@ -304,6 +311,7 @@ def tune(t5, baseline, start, psi, sample, seed, rate, settings, unit=1.0, tick=
             gradient, H = tuning_gradient(t5, baseline, parameters, batch, method)
             for name, x in parameters.items():
                 x.grad = psi(gradient[name], H) if psi else gradient[name]
+            cosine_psi = float(cosine(theta.grad, gradient["theta"])) if psi else None
             torch.nn.utils.clip_grad_norm_(parameters.values(), method.clip)
             optimizer.param_groups[0]["lr"] = rate * (1 - step / steps) * (
                 unit if baseline.model is with_prompt else 1.0)

@@ -5210,6 +5210,25 @@ def test_what_came_after_the_last_save_is_replayed_exactly(small_world):
     assert torch.equal(first.state.theta, second.state.theta)
 
 
+@pytest.mark.parametrize("method", ["ppt", "supmer"])
+def test_a_run_without_a_regularizer_is_resumed_as_well(small_world, method):
+    """phi is never stepped there, so Adam has nothing of it to save: the state is read all the
+    same, and the next step is that of a run that went on.
+    """
+    def begin():
+        run = make_run(small_world, f"plain-{method}", method=method)
+        run.method = replace(run.method, regularizer=False)
+        return run
+    first = begin()
+    first.step()
+    first.save()
+    second = begin()
+    assert second.state.step == 1
+    ours, theirs = first.step(), second.step()
+    assert {**ours, "time": 0} == {**theirs, "time": 0}
+    assert torch.equal(first.state.theta, second.state.theta)
+
+
 def test_each_step_is_logged_with_what_explains_it(small_world):
     """A line a step has losses, s, b, lambda, the step's size, the second-order share, gate, phi's
     two gradients, |A - I|.
@@ -6143,7 +6162,8 @@ tune_job(t5, lambda: None, "ft", lambda t5: baselines.ft_start(t5, 0, 0), None, 
 
 @pytest.mark.parametrize("options, name", [
     ([], "supmer"), (["--method", "ppt"], "ppt"), (["--ablation", "no-mgr"], "no-mgr"),
-    (["--no-regularizer"], "no-mgr"), (["--only", "mc"], "only-mc"), (["--first-order"], "variant"),
+    (["--no-regularizer"], "no-mgr"), (["--only", "mc"], "only-mc"),
+    (["--first-order"], "first-order"),
     (["--no-regularizer", "--no-curriculum"], "variant")])
 def test_what_is_not_supmer_is_not_called_so(options, name):
     """A run without a part has the ablation's name, however it was asked for; none is "newest"."""

@@ -530,9 +530,9 @@ def load_state(folder, state):
             saved = {name: file.get_tensor(name) for name in file.keys()}
         state.s, state.step, best = (saved.pop(name).item() for name in ("s", "step", "best"))
         state.step = int(state.step)
-        if state.step:                          # one step of nothing makes Adam's tensors, to fill
-            for x in (state.theta, *state.phi.values()):
-                x.grad = torch.zeros_like(x)
+        if state.step:          # a step of nothing makes Adam's tensors; phi may have none
+            for name, x in state_tensors(state).items():
+                x.grad = torch.zeros_like(x) if f"adam.{name}.step" in saved else None
             for optimizer in (state.theta_adam, state.phi_adam):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
