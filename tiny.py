@@ -456,7 +456,7 @@ RECLUSTER = (0.08, 0.2, 0.35, 0.5, 0.65, 0.8)    # of the steps: then clusters a
 ANCHORS = {"sp_next": 0.2, "sp_cluster": 0.22, "mc_next": 0.18, "mc_cluster": 0.2,
            "ss_cluster": 0.2}
 GENERAL = {"distill": 0.25, "rating": 0.22, "steer": 0.23, "cloze": 0.3}
-STAGES = (("easy", 0.08), ("harder", 0.5), ("as they come", 0.42))      # shares of the steps
+STAGES = (0.08, 0.5, 0.42)              # of the steps: anchor tasks easy, harder, as they come
 RATES = {"lm_head.weight": 0.003, "shared.weight": 0.0015}      # Adam's; the others':
 RATE, MUON_RATE = 0.002, 0.002          # thrice as much unlearns what the start knows
 
@@ -547,7 +547,7 @@ def initial_tables(pool, fitted, rng):
     head[:, :S] = torch.cat([8 * F.normalize(direction, dim=1) * seen, sentiment], 1)
     head[:, ONE] = logs * 0.5
     head[marks[:4], VOTE + torch.arange(4)] = 4
-    # the eighth, no and yes: s1 votes for <X>, if s2 is like it
+    # seven pairs of sentiment; the eighth is no and yes: s1 votes for <X>, if s2 is like it
     for pair, column in zip(OPPOSITES, [S - 1] * 7 + [VOTE + 4]):
         head[[pool.pieces.index("▁" + word) for word in pair], column] = torch.tensor([-2.0, 2.0])
     return table, head
@@ -564,7 +564,7 @@ def give_roles(p, name, block):
     q, k, v, o = (p[f"{name}.{part}.weight"] for part in "qkvo")
     last = rows_of(3)
 
-    def seek(row, dims, query, key):        # whatever asks, it finds the keys that have these
+    def seek(row, dims, query, key):        # whatever asks finds what has most (least) in dims
         q[row], k[row] = 0, 0
         q[row, ONE], k[row, dims] = query, key
 
@@ -573,7 +573,7 @@ def give_roles(p, name, block):
         q[last.start:last.start + stop - first, first:stop] = scale * torch.eye(stop - first)
         k[last] = q[last]
 
-    def copy(head, source, target, scale):  # it passes on five dimensions
+    def copy(head, source, target, scale):  # what is found gives its five dimensions from source on
         rows = slice(rows_of(head).start, rows_of(head).start + 5)
         v[rows], o[:, rows] = 0, 0
         v[rows, source:source + 5] = torch.eye(5)
@@ -758,7 +758,7 @@ def draw(lessons, step, progress):
     """The two lessons of a step, by name, one general, one anchor task: a function of the step (but
     for the tuned prompts)."""
     rng, drawn = np.random.default_rng((SEED, step, 7)), {}
-    (_, easy), (_, harder), _ = STAGES
+    easy, harder, _ = STAGES
     hard = 0.95 * float(np.clip((progress - easy) / harder, 0, 1))
     for shares, more in ((GENERAL, ()), (ANCHORS, (hard,))):
         names = [name for name in shares if name != "rating" or len(lessons.pool.reviews)]
@@ -815,7 +815,7 @@ def train(pool, tokenizer, work, tasks, steps, dtype):
             pool.adopt(saved["clustered"])
     else:
         tqdm.write(f"step 0: {gates(p, lessons, work, tasks)}")
-    ends = np.round(steps * np.cumsum([share for _, share in STAGES])).astype(int).tolist()
+    ends = np.round(steps * np.cumsum(STAGES)).astype(int).tolist()
     for step in (bar := tqdm(range(begin, steps), "training", initial=begin, total=steps)):
         if step in [int(steps * share) for share in RECLUSTER]:
             recluster(plain_t5(p, dtype), pool, step)
