@@ -5445,7 +5445,8 @@ def test_memory_does_not_grow_with_the_support_set():
     """Counted operation by operation: four times the support examples take the same peak, up to
     1 %, when graphs are made again; kept, they take at least twice as much. A budget of two and a
     half graphs keeps two, whose bytes are what was counted, up to 2 %; half of one is refused."""
-    t5 = train.stand_in(V11._replace(d_model=64, d_ff=96), torch.float32, "meta")
+    t5 = train.stand_in(V11._replace(d_model=64, d_ff=96, num_layers=1, num_decoder_layers=1),
+                        torch.float32, "meta")
     theta = torch.empty(20, 64, device="meta")
 
     def peak_and_kept(examples, graphs):
