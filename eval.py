@@ -121,7 +121,8 @@ STUDIES = {     # the paper's figures, and Table 2
     "comparison": {"prompt": ("zero-shot", "few-shot", "random", "vocab", "prefix-tuning",
                               "p-tuning-v2", "ft", "supmer", "ppt", "unified-ppt", "metapt")},
     "ablation": {"prompt": ("supmer", *ABLATIONS)},
-    "evidence": {"task": ("evidence",), "rates": (0.1, 0.3), "epochs": 60, "dtype": "bfloat16",
+    "evidence": {"task": ("evidence",), "rates": (0.03, 0.3), "epochs": 60, "words_only": True,
+                 "dtype": "bfloat16",
                  "prompt": ("random", "vocab", "ppt", "supmer", "metapt", "first-order",
                             "no-curriculum", "no-mgr", "no-ta")}}
 STUDY_RUN = ("--bytes", "10000000", "--examples", "23040", "--validate-every", "30",
