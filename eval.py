@@ -845,9 +845,6 @@ def parse(argv):
     tiny = FOR_TINY if given.get("model", "tiny") == "tiny" else {}
     settings = Settings(**{name: value for name, (value, _) in tiny.items()} | preset | given)
     check(settings, given, quick, parser.error)
-    vain = given.keys() - {"predict", "prompt", "model", "out", "device", "dtype"}
-    if settings.predict and vain:
-        parser.error(f"--predict takes all else from its prompt: leave {', '.join(vain)} away")
     if settings.predict:
         return settings, {}
     newest = newest_run(settings.model) if "newest" in settings.prompt else ""
@@ -887,6 +884,9 @@ def check(settings, given, quick, error):
         error(f"--quick and --study steps are for prompts: leave {', '.join(others)} away")
     if others & {"zero-shot", "few-shot"} and settings.template:
         error("zero-shot and few-shot have no instruction for your own task: leave them out")
+    vain = given.keys() - {"predict", "prompt", "model", "out", "device", "dtype"}
+    if settings.predict and vain:
+        error(f"--predict takes all else from its prompt: leave {', '.join(vain)} away")
     if settings.predict and (len(settings.prompt) != 1 or not Path(settings.prompt[0]).is_file()):
         error(f"--predict needs one tuned --prompt, a file from {TUNED}")
 
