@@ -6565,9 +6565,9 @@ def test_records_of_any_text(tmp_path):
 README, REFILL = HERE / "README.md", "python test_supmer.py writes these parts of README.md anew"
 MODULES = (supmer, T, km, data, train, evaluation, baselines)
 FLOW = (("text", "your files, OpenWebText"), ("data.py", "sentences, token ids"),
-        ("t5.py", "a vector for each sentence"), ("kmeans.py", "clusters of sentences"),
+        ("t5.py", "sentence vectors"), ("kmeans.py", "clusters of sentences"),
         ("data.py", "meta tasks of five kinds"), ("supmer.py, train.py", "second-order MAML"),
-        ("theta, phi", "a prompt and its psi"), ("eval.py", "16 examples for each label"),
+        ("theta, phi", "a prompt and its psi"), ("eval.py", "16 examples a label"),
         ("accuracy", "beside baselines.py"))
 
 
@@ -6583,7 +6583,7 @@ def flow():
         fill = "#dbe9f6" if ".py" in title else "#f3f3f3"
         parts += [f'<rect x="{x}" y="{y}" width="160" height="60" rx="6" fill="{fill}" '
                   'stroke="black"/>',
-                  f'<text x="{x + 80}" y="{y + 26}" font-size="15" font-weight="bold">{title}'
+                  f'<text x="{x + 80}" y="{y + 26}" font-size="14" font-weight="bold">{title}'
                   '</text>',
                   f'<text x="{x + 80}" y="{y + 46}" font-size="12">{what}</text>']
     for (x, y), (to_x, to_y) in zip(places, places[1:]):
