@@ -6616,11 +6616,12 @@ def tables(heading):
 
 
 def test_the_reading_order_is_true():
-    """Every file stands in README's reading order with its number of lines; the algorithm there is
-    supmer.py's."""
+    """Every file stands in README's reading order with its number of lines, every exercise in its
+    table; the algorithm there is supmer.py's."""
     assert README.read_text() == refilled(README.read_text()), REFILL
     found = {cells[0].strip("`") for cells in tables("Reading order")}
     assert found == {path.name for path in HERE.glob("*.py")}
+    assert [cells[0].strip("`") for cells in tables("Exercises")] == [*exercises.CHECKS]
 
 
 def test_the_flow_and_the_pictures():
