@@ -38,14 +38,20 @@ ORDERS = 4                  # of the demonstrations, to show what their order do
 CONTEXT = 512               # tokens of an input with demonstrations: T5's own (Table 6)
 
 
+def pose(tokenizer, name, task, rows, shown, seed):
+    """How a method puts a task's rows to the model -> [Examples], one; few-shot: one an order.
+    name: the task's, shown: the training sample, both for instructions; this one: the template."""
+    return [task_examples(tokenizer, task, rows)]
+
+
 class Baseline(NamedTuple):
     """A way to use a task's few examples, as functions of parameters {name: tensor}, float32."""
     start: Callable | None  # (t5, seed, length) -> parameters to begin with; None: they are given
-    fold: Callable          # (t5, parameters) -> what is kept of them when tuning is done
     model: Callable         # (t5, what is kept) -> T5, theta (P, d): the model to be tuned
-    pose: Callable          # (tokenizer, name, task, rows, shown, seed) -> [Examples]: see pose()
     rates: tuple = ()       # AdamW's, to be chosen from on validation; (): nothing is tuned
     length: int = 0         # P, where it is not a setting
+    pose: Callable = pose   # how a task's rows are put to the model
+    fold: Callable = lambda t5, parameters: parameters      # -> what is kept when tuning is done
 
 
 # ------------------------------------------------------------------------- what all of them share
@@ -58,13 +64,8 @@ def count(parameters):
 def without_prompt(t5, kept):
     """The frozen T5 and a soft prompt of no vectors (0, d)."""
     table = t5.weights["shared.weight"]
-    return t5, torch.zeros(0, table.shape[1], device=table.device,
-                           dtype=torch.promote_types(table.dtype, torch.float32))
-
-
-def keep_all(t5, parameters):
-    """Nothing to fold."""
-    return parameters
+    return t5, table.new_zeros(0, table.shape[1],
+                               dtype=torch.promote_types(table.dtype, torch.float32))
 
 
 def nothing(t5, seed, length):
@@ -78,12 +79,14 @@ def tuning_gradient(t5, baseline, parameters, examples, method):
     -> {name: tensor} like parameters, the gate's H (d,). For a prompt that is
     supmer.prompt_gradient's; no gradient of what is not among the parameters is computed.
     """
+    def tuned(parameters):
+        return baseline.model(t5, baseline.fold(t5, parameters))
+
     total, H = {name: torch.zeros_like(x) for name, x in parameters.items()}, 0.0
-    _, theta = baseline.model(t5, baseline.fold(t5, parameters))
-    for _, batch, _ in micro_batches(examples, theta, method):
+    for _, batch, _ in micro_batches(examples, tuned(parameters)[1], method):
         share, (_, H_part) = first_derivative(lambda parameters: loss_share(
-            *baseline.model(t5, baseline.fold(t5, parameters)), batch, None, 0.0, examples.words,
-            len(examples.ids), method), parameters)
+            *tuned(parameters), batch, None, 0.0, examples.words, len(examples.ids), method),
+            parameters)
         for name, x in share.items():
             total[name] += x
         H = H + H_part
@@ -97,8 +100,7 @@ def normal_prompt(t5, seed, length):
     t5-base with P = 100."""
     table = t5.weights["shared.weight"].float().cpu()       # the same to the last bit on a GPU
     drawn = np.random.default_rng((seed, 0, 0, 12)).standard_normal((length, table.shape[1]))
-    theta = table.std() * torch.from_numpy(drawn).float()
-    return {"theta": theta.to(t5.weights["shared.weight"].device)}
+    return given_prompt(t5, table.std() * torch.from_numpy(drawn).float())
 
 
 def vocabulary_prompt(t5, seed, length):
@@ -197,14 +199,6 @@ def ft_memory(config):
 
 # ------------------------------------------------ inputs: the template, options, instructions
 
-def pose(tokenizer, name, task, rows, shown, seed):
-    """How a method puts a task's rows to the model -> [Examples], one; few-shot: one an order.
-
-    name: the task's, shown: the training sample, both for instructions; this one: the template.
-    """
-    return [task_examples(tokenizer, task, rows)]
-
-
 LETTERS = tuple(string.ascii_uppercase)
 
 
@@ -247,9 +241,7 @@ INSTRUCTIONS = {
 
 def demonstrations(tokenizer, task, shown, seed):
     """The training sample as solved examples, token ids without </s>, labels taking turns.
-
-    Row(1, {"text": "A fine film."}) -> the ids of `A fine film. It was great ?`
-    """
+    Row(1, {"text": "A fine film."}) -> the ids of `A fine film. It was great ?`"""
     parts, rng = compile_template(tokenizer, task.template), np.random.default_rng((seed, 0, 0, 15))
     mask, names, by_label = [tokenizer.token_to_id(MASK)], template_fields(task.template), {}
     for row in (shown[i] for i in rng.permutation(len(shown))):
@@ -264,9 +256,7 @@ def demonstrations(tokenizer, task, shown, seed):
 def pose_instructed(tokenizer, name, task, rows, shown, seed, orders=0):
     """Zero-shot and few-shot inference (B): the instruction, for few-shot as many demonstrations as
     fit, and the row in its template; in CONTEXT tokens -> [Examples], one, or one an order.
-
-    All orders show a row the same demonstrations. InputError for a task without an instruction.
-    """
+    All orders show a row the same demonstrations. InputError for a task without an instruction."""
     if name not in INSTRUCTIONS:
         raise InputError(f"{name} has no instruction: leave zero-shot and few-shot away")
     instruction, = tokenize(tokenizer, [INSTRUCTIONS[name]])
@@ -284,20 +274,19 @@ def pose_instructed(tokenizer, name, task, rows, shown, seed, orders=0):
     return posed
 
 
-PROMPT = Baseline(None, keep_all, with_prompt, pose, (0.1, 0.2, 0.3))      # C.1
+PROMPT = Baseline(None, with_prompt, (0.1, 0.2, 0.3))                   # C.1
+ZERO_SHOT = Baseline(nothing, without_prompt, pose=pose_instructed)
 BASELINES = {
     "learned": PROMPT,                                  # begins with a given_prompt
     "unified": PROMPT._replace(pose=pose_unified),
     "random": PROMPT._replace(start=normal_prompt),
     "vocab": PROMPT._replace(start=vocabulary_prompt),
-    "prefix-tuning": Baseline(prefix_tuning_start, fold_prefix, with_prefix, pose,
-                              (1e-4, 3e-4, 1e-3), PREFIX_LENGTH),      # the paper gives none (ours)
-    "p-tuning-v2": Baseline(p_tuning_v2_start, keep_all, with_prefix, pose, (3e-3, 1e-2, 3e-2),
-                            PREFIX_LENGTH),
-    "ft": Baseline(ft_start, keep_all, with_weights, pose, (1e-5, 2e-5, 3e-5)),         # C.1
-    "zero-shot": Baseline(nothing, keep_all, without_prompt, pose_instructed),
-    "few-shot": Baseline(nothing, keep_all, without_prompt,
-                         partial(pose_instructed, orders=ORDERS)),
+    "prefix-tuning": Baseline(prefix_tuning_start, with_prefix, (1e-4, 3e-4, 1e-3), PREFIX_LENGTH,
+                              fold=fold_prefix),        # the paper gives none of these rates (ours)
+    "p-tuning-v2": Baseline(p_tuning_v2_start, with_prefix, (3e-3, 1e-2, 3e-2), PREFIX_LENGTH),
+    "ft": Baseline(ft_start, with_weights, (1e-5, 2e-5, 3e-5)),         # C.1
+    "zero-shot": ZERO_SHOT,
+    "few-shot": ZERO_SHOT._replace(pose=partial(pose_instructed, orders=ORDERS)),
 }
 
 
@@ -312,11 +301,12 @@ def ppt_step(t5, state, pairs, method, seed, ranks=SOLO):
     for the log.
     """
     sets = [examples for task, _ in pairs for examples in (task.support, task.query)]
-    n = sum(len(examples.ids) for examples in sets)
-    found = [prompt_gradient(t5, state.theta, examples, method, ranks=ranks) for examples in sets]
-    shares = [len(examples.ids) / n for examples in sets]
-    loss = float(sum(share * loss for share, (_, _, loss) in zip(shares, found)))
-    g = sum(share * g for share, (g, _, _) in zip(shares, found))
+    g, loss, n = 0.0, 0.0, sum(len(examples.ids) for examples in sets)
+    for examples in sets:
+        part, _, part_loss = prompt_gradient(t5, state.theta, examples, method, ranks=ranks)
+        share = len(examples.ids) / n
+        g, loss = g + share * part, loss + share * part_loss
+    loss = float(loss)
     if not (math.isfinite(loss) and bool(g.isfinite().all())):
         raise InputError(f"step {state.step}: the loss is {loss} or its gradient not finite; try a "
                          "smaller prompt_rate")
@@ -366,21 +356,22 @@ ABLATIONS = {   # Table 4, and the released code's order (ours)
 def name_of(training, method):
     """What a train.Training and a Method make: their method, or an ablation, or "variant", SUPMER
     with other parts left out."""
-    parts = {"only": (training.only, ""), "augmentation": (method.augmentation, True),
-             "curriculum": (method.curriculum, True), "regularizer": (method.regularizer, True),
-             "first_order": (method.first_order, False)}
-    left_out = {key: x for key, (x, whole) in parts.items() if x != whole}
-    if training.method != "supmer" or not left_out:
+    if training.method != "supmer":
         return training.method
-    return next((name for name, preset in ABLATIONS.items() if preset == left_out), "variant")
+    whole = {"only": "", "augmentation": True, "curriculum": True, "regularizer": True,
+             "first_order": False}
+    chosen = vars(training) | vars(method)
+    left_out = {key: chosen[key] for key in whole if chosen[key] != whole[key]}
+    return next((name for name, preset in {"supmer": {}, **ABLATIONS}.items()
+                 if preset == left_out), "variant")
 
 
 def parameters_at(config, length):
     """{method: how many numbers it tunes} on a T5Config, prompts of `length` vectors."""
     made = {name: torch.empty(shape) for name, shape in expected_shapes(config).items()}
     t5 = T5(config, {"lm_head.weight": made["shared.weight"], **made})     # mostly never touched
-    counted = {name: count(one.start(t5, 0, one.length or length))
-               for name, one in BASELINES.items() if one.start not in (None, nothing, ft_start)}
+    counted = {name: count(one.start(t5, 0, one.length or length)) for name, one in
+               BASELINES.items() if one.rates and one.start not in (None, ft_start)}
     return counted | {"ft": count_weights(config)}
 
 

@@ -2,15 +2,15 @@
 
     python bench.py             # t5-base's width, 6 + 6 layers, one thread: 25 minutes
     python bench.py --quick     # a small shape, in 3 minutes; its ratios are rough
-    python bench.py --json result.json --threads 2 --dtype bfloat16 --device cuda
+    python bench.py --json result.json --threads 2 --device cuda
 
 It prints the machine and the sizes; this machine's rate at matrix products, and which part of it a
 step reaches; one line for each contender (median seconds of all repetitions, their spread, peak
 memory above what was there once model and data were loaded); the ratios between them beside what
 they should be at most; and how an exact step's cost grows. Each contender runs in a process of
-its own, and they take turns, so that a noisy machine is unfair to none. What is not installed
-(transformers, peft, scikit-learn, faiss) is "not run". Weights and token ids are random; the
-tokenizer reads tiny/'s corpus. --dtype is of all contenders that are not named "bf16".
+its own, and they take turns, so that a noisy machine is unfair to none. One that fails, or whose
+library (transformers, peft, scikit-learn, faiss) is not installed, is "not run", and why. Weights
+and token ids are random; the tokenizer reads tiny/'s corpus.
 """
 
 import argparse
@@ -21,9 +21,12 @@ import platform
 import resource
 import statistics
 import sys
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -157,187 +160,138 @@ def hf_meta_gradient(model, theta, phi, task, partner, lam, method, padded=0):
 
 # ---------------------------------------------- the contenders: sizes -> a function to measure
 
-def our_step(s, **how):
-    """An exact step by this repository (or first order, or with graphs kept)."""
+def step(s, hf=False, padded=False, **how):
+    """An exact step by this repository, or by transformers and autograd; with first_order and
+    padded as the released code does it."""
     t5, pairs = random_t5(s), random_pairs(s)
+    theta, phi = init_prompt(t5, s.prompt, 0), init_regularizer(s.d, device=s.device)
     method = Method(inner_rate=RATE, micro_tokens=s.micro_tokens, **how)
-    theta = init_prompt(t5, s.prompt, 0)
-    phi = init_regularizer(s.d, device=theta.device)
-    return lambda: [meta_gradient(t5, theta, phi, *pair, LAM, 0.5, method) for pair in pairs]
-
-
-def our_step_kept(s):
-    """The same with all graphs kept."""
-    return our_step(s, keep_graphs=1000)
-
-
-def our_first_order(s):
-    """The same without the Hessian."""
-    return our_step(s, first_order=True)
-
-
-def hf_step(s, padded=0, first_order=False):
-    """The same step by transformers and autograd."""
-    t5, pairs = random_t5(s), random_pairs(s)
-    model, theta = hf_model(t5), init_prompt(t5, s.prompt, 0)
-    phi = init_regularizer(s.d, device=theta.device)
-    method = Method(inner_rate=RATE, first_order=first_order)
-    return lambda: [hf_meta_gradient(model, theta, phi, *pair, LAM, method, padded)
+    if not hf:
+        return lambda: [meta_gradient(t5, theta, phi, *pair, LAM, 0.5, method) for pair in pairs]
+    model, length = hf_model(t5), s.padded if padded else 0
+    return lambda: [hf_meta_gradient(model, theta, phi, *pair, LAM, method, length)
                     for pair in pairs]
 
 
-def hf_released(s):
-    """The same as the released code does it: first order, padded."""
-    return hf_step(s, padded=s.padded, first_order=True)
-
-
-def sentences(s):
-    """Random sentences -> their token ids (all,) uint16, offsets (n + 1,)."""
-    lengths = np.random.default_rng(5).poisson(25, s.sentences).clip(3)
-    offsets = np.concatenate([[0], lengths.cumsum()])
-    return np.random.default_rng(6).integers(3, 32_000, offsets[-1]).astype(np.uint16), offsets
-
-
-def our_embedding(s):
-    """The batches of the corpus's own pass over its sentences."""
-    t5, (tokens, offsets) = random_t5(s), sentences(s)
-    return lambda: [H for _, H in data._embedded(
-        tokens, offsets, np.arange(s.sentences),
-        lambda ids, mask: data.embed_sentences(t5, ids, mask), data.BATCH_TOKENS[s.device[:4]])]
-
-
-def hf_embedding(s):
-    """Sorted by length, 32 at a time."""
-    model, (tokens, offsets) = hf_model(random_t5(s)).encoder, sentences(s)
+def embedding(s, hf=False):
+    """Random sentences in the batches of the corpus's own pass, or sorted by length, 32 at a time.
+    """
+    t5, lengths = random_t5(s), np.random.default_rng(5).poisson(25, s.sentences).clip(3)
+    offsets = np.concatenate([[0], lengths.cumsum()])                       # (n + 1,)
+    tokens = np.random.default_rng(6).integers(3, 32_000, offsets[-1]).astype(np.uint16)
+    if not hf:
+        return lambda: [H for _, H in data._embedded(
+            tokens, offsets, np.arange(s.sentences),
+            lambda ids, mask: data.embed_sentences(t5, ids, mask), data.BATCH_TOKENS[s.device[:4]])]
+    model = hf_model(t5).encoder
     texts = sorted((torch.from_numpy(part.astype(np.int64))
                     for part in np.split(tokens, offsets[1:-1])), key=len)
 
     @torch.no_grad()
     def run():
         for start in range(0, len(texts), 32):
-            batch = texts[start:start + 32]
-            ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(model.device)
-            mask = (ids > 0)[..., None]
+            ids = torch.nn.utils.rnn.pad_sequence(texts[start:start + 32], batch_first=True)
+            ids = ids.to(model.device)
+            mask = (ids > 0)[..., None]                                     # (32, T, 1)
             (model(input_ids=ids, attention_mask=mask[..., 0])[0] * mask).sum(1) / mask.sum(1)
     return run
 
 
-def our_tuning(s):
-    """A step of few-shot prompt tuning: gradient, clip, AdamW."""
+def tuning(s, peft=False):
+    """A step of few-shot prompt tuning, ours or PEFT's, which pads the batch to its longest text:
+    gradient, clip, AdamW."""
     t5, examples = random_t5(s), random_examples(s.batch, 7, s, 0.25)
-    theta, method = init_prompt(t5, s.prompt, 0), Method()
-    optimizer = torch.optim.AdamW([theta], 0.1)
+    if peft:
+        from peft import PromptTuningConfig, get_peft_model
+        model = get_peft_model(hf_model(t5), PromptTuningConfig(
+            task_type="SEQ_2_SEQ_LM", num_virtual_tokens=s.prompt))
+        batch = data.collate(examples, range(s.batch), s.device)
+        labels = torch.tensor(examples.words, device=s.device)[examples.labels]
+        parameters = [x for x in model.parameters() if x.requires_grad]
 
-    def run():
-        theta.grad, _, _ = prompt_gradient(t5, theta, examples, method)
-        torch.nn.utils.clip_grad_norm_([theta], 1.0)
-        optimizer.step()
-    return run
+        def gradient():
+            model(input_ids=batch.ids, attention_mask=batch.mask.long(),
+                  labels=labels).loss.backward()
+    else:
+        parameters, method = [init_prompt(t5, s.prompt, 0)], Method()
 
-
-def peft_tuning(s):
-    """The same by PEFT: the batch as one, padded to its longest text."""
-    from peft import PromptTuningConfig, get_peft_model
-    examples = random_examples(s.batch, 7, s, 0.25)
-    model = get_peft_model(hf_model(random_t5(s)), PromptTuningConfig(
-        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=s.prompt))
-    batch = data.collate(examples, range(s.batch), s.device)
-    labels = torch.tensor(examples.words, device=s.device)[examples.labels]
-    parameters = [x for x in model.parameters() if x.requires_grad]
+        def gradient():
+            parameters[0].grad, _, _ = prompt_gradient(t5, *parameters, examples, method)
     optimizer = torch.optim.AdamW(parameters, 0.1)
 
     def run():
-        model(input_ids=batch.ids, attention_mask=batch.mask.long(), labels=labels).loss.backward()
+        gradient()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return run
 
 
-def cloud(s):
-    """Points around s.clusters centers, and the points to start from."""
+def clustering(s, by=""):
+    """10 of Lloyd's iterations on points around s.clusters centers, from the first of them -> the
+    inertia; by scikit-learn ("sklearn") or "faiss", which counts its last assignment apart."""
     rng = np.random.default_rng(8)
     centers = rng.standard_normal((s.clusters, s.d), dtype=np.float32)
     points = centers[rng.integers(0, s.clusters, s.points)]
     points += 2 * rng.standard_normal(points.shape, dtype=np.float32)
-    return points, points[:s.clusters].copy()
+    start = points[:s.clusters].copy()
+    if by == "sklearn":
+        from sklearn.cluster import KMeans
+        one = KMeans(s.clusters, init=start, n_init=1, max_iter=10, tol=0)
+        return lambda: one.fit(points).inertia_
+    if by == "faiss":
+        import faiss
+        faiss.omp_set_num_threads(torch.get_num_threads())
 
-
-def our_kmeans(s):
-    """10 of Lloyd's iterations -> the inertia; the other two take the same start."""
-    points, start = (torch.from_numpy(x).to(s.device) for x in cloud(s))
+        def run():
+            found = faiss.Kmeans(s.d, s.clusters, niter=10, max_points_per_centroid=s.points)
+            found.train(points, init_centroids=start)
+            return float(found.index.search(points, 1)[0].astype(np.float64).sum())
+        return run
+    points, start = (torch.from_numpy(x).to(s.device) for x in (points, start))
     return lambda: kmeans(points, s.clusters, 0, 10, centroids=start).inertia[-1]
 
 
-def sklearn_kmeans(s):
-    """The same by scikit-learn."""
-    from sklearn.cluster import KMeans
-    points, start = cloud(s)
-    return lambda: KMeans(s.clusters, init=start, n_init=1, max_iter=10, tol=0).fit(points).inertia_
-
-
-def faiss_kmeans(s):
-    """The same by faiss, which counts its last assignment apart."""
-    import faiss
-    points, start = cloud(s)
-    faiss.omp_set_num_threads(torch.get_num_threads())
-
-    def run():
-        found = faiss.Kmeans(s.d, s.clusters, niter=10, max_points_per_centroid=s.points)
-        found.train(points, init_centroids=start)
-        return float(found.index.search(points, 1)[0].astype(np.float64).sum())
-    return run
-
-
-def texts_to_tokenize(s):
-    """tiny/'s tokenizer and the sentences of its first documents."""
-    documents = data.documents([data.TINY / "corpus.jsonl.gz"])
+def token_ids(s, library=False):
+    """The sentences of tiny/'s first documents to token ids, as the corpus gets them, or by one
+    call of the tokenizers library's own."""
     tokenizer = data.load_tokenizer(data.TINY, T.read_config(data.TINY))
-    return tokenizer, [sentence for _, document in zip(range(s.documents), documents)
-                       for paragraph in document for sentence in data.split_sentences(paragraph)]
-
-
-def our_tokens(s):
-    """Token ids as the corpus gets them."""
-    tokenizer, texts = texts_to_tokenize(s)
+    documents = data.documents([data.TINY / "corpus.jsonl.gz"])
+    texts = [sentence for _, document in zip(range(s.documents), documents)
+             for paragraph in document for sentence in data.split_sentences(paragraph)]
+    if library:
+        return lambda: [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
     return lambda: data.tokenize(tokenizer, texts)
-
-
-def tokenizers_tokens(s):
-    """The same by one call of the library's own."""
-    tokenizer, texts = texts_to_tokenize(s)
-    return lambda: [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
 # ------------------------------------------------------------------------------------- measuring
 
-NEEDS = {"hf": ["transformers"], "peft": ["transformers", "peft"], "sklearn": ["sklearn"],
-         "faiss": ["faiss"]}
-
-
 def groups(s):
     """Who is measured beside whom: lists of {label: (contender, its sizes)}; "once": repeated 1."""
     half, deep = replace(s, dtype="bfloat16"), replace(s, layers=2 * s.layers)
-    small = replace(s, layers=1)
+    small, kept = replace(s, layers=1), partial(step, keep_graphs=1000)
+    hf_step = partial(step, hf=True)
     return [
-        {"exact, recomputed": (our_step, s), "exact, graphs kept": (our_step_kept, s),
-         "first order": (our_first_order, s), "transformers, create_graph": (hf_step, s),
-         "transformers, first order, padded": (hf_released, s)},
-        {"bf16 exact, graphs kept": (our_step_kept, half),
+        {"exact, recomputed": (step, s), "exact, graphs kept": (kept, s),
+         "first order": (partial(step, first_order=True), s),
+         "transformers, create_graph": (hf_step, s),
+         "transformers, first order, padded": (partial(hf_step, padded=True, first_order=True), s)},
+        {"bf16 exact, graphs kept": (kept, half),
          "bf16 transformers, create_graph": (hf_step, half)},
-        {"twice the layers (once)": (our_step, deep),
+        {"twice the layers (once)": (step, deep),
          "transformers, twice the layers (once)": (hf_step, deep),
-         "four times the support (once)": (our_step, replace(s, support=4 * s.support))},
-        {"embedding": (our_embedding, deep), "transformers' encoder": (hf_embedding, deep)},
-        {"few-shot step": (our_tuning, s), "PEFT's few-shot step": (peft_tuning, s)},
-        {"k-means": (our_kmeans, s), "scikit-learn": (sklearn_kmeans, s),
-         "faiss": (faiss_kmeans, s)},
-        {"tokens to ids": (our_tokens, s), "tokenizers": (tokenizers_tokens, s)},
-        {"1 layer": (our_step, small), "1 layer, 2 x tasks": (our_step, replace(small, tasks=2)),
-         "1 layer, 2 x support": (our_step, replace(small, support=2 * s.support)),
-         "1 layer, 2 x text": (our_step, replace(small, shortest=2 * s.shortest,
+         "four times the support (once)": (step, replace(s, support=4 * s.support))},
+        {"embedding": (embedding, deep),
+         "transformers' encoder": (partial(embedding, hf=True), deep)},
+        {"few-shot step": (tuning, s), "PEFT's few-shot step": (partial(tuning, peft=True), s)},
+        {"k-means": (clustering, s), "scikit-learn": (partial(clustering, by="sklearn"), s),
+         "faiss": (partial(clustering, by="faiss"), s)},
+        {"tokens to ids": (token_ids, s), "tokenizers": (partial(token_ids, library=True), s)},
+        {"1 layer": (step, small), "1 layer, 2 x tasks": (step, replace(small, tasks=2)),
+         "1 layer, 2 x support": (step, replace(small, support=2 * s.support)),
+         "1 layer, 2 x text": (step, replace(small, shortest=2 * s.shortest,
                                                   longest=2 * s.longest)),
-         "1 layer, 2 x prompt": (our_step, replace(small, prompt=2 * s.prompt))}]
+         "1 layer, 2 x prompt": (step, replace(small, prompt=2 * s.prompt))}]
 
 
 EXACT, KEPT, HF, GROWN = ("exact, recomputed", "exact, graphs kept", "transformers, create_graph",
@@ -365,52 +319,50 @@ def peak_bytes(device, reset=False):
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
-    if reset and sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
     if sys.platform != "linux":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def serve(pipe, contender, s, threads):
-    """A contender's process: each time it is asked, run and tell (seconds, peak MB, its value)."""
-    torch.set_num_threads(threads)
-    contender(replace(s, **WARM))()             # libraries load parts of themselves at first use
-    run = contender(s)
-    loaded = peak_bytes(s.device, reset=True)
-    pipe.send(None)
-    while pipe.recv():
-        began = time.perf_counter()
-        value = run()
-        if s.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-        pipe.send((seconds, (peak_bytes(s.device) - loaded) / 2 ** 20,
-                   value if isinstance(value, float) else None))
+READY = []          # in a contender's process: the function to measure, the bytes held before it
+
+
+def measure(contender, s, threads):
+    """In a contender's process, which ends with its parent: run it -> (seconds, peak MB, value)."""
+    if not READY:
+        threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)),
+                         daemon=True).start()
+        torch.set_num_threads(threads)
+        contender(replace(s, **WARM))()         # libraries load parts of themselves at first use
+        READY.extend((contender(s), peak_bytes(s.device, reset=True)))
+    (run, loaded), began = READY, time.perf_counter()
+    value = run()
+    if s.device.startswith("cuda"):
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    return (seconds, (peak_bytes(s.device) - loaded) / 2 ** 20,
+            value if isinstance(value, float) else None)
 
 
 def measure_group(group, repetitions, threads):
-    """Let the contenders of a group take turns -> {label: [(seconds, MB, value)]}; [] not run."""
-    context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
-    for label, (contender, s) in group.items():
-        if all(map(find_spec, NEEDS.get(contender.__name__.split("_")[0], []))):
-            pipes[label], there = context.Pipe()
-            processes.append(context.Process(target=serve, daemon=True,
-                                             args=(there, contender, s, threads)))
-            processes[-1].start()
-            there.close()                               # so that its death ends a recv() here
-            pipes[label].recv()
-    found = {label: [] for label in group}
-    for repetition in range(repetitions):
-        for label, pipe in pipes.items():
-            if repetition == 0 or "(once)" not in label:
-                pipe.send(True)
-                found[label].append(pipe.recv())
-    for pipe, process in zip(pipes.values(), processes):
-        pipe.send(False)
-        process.join()
-    return found
+    """Let the contenders of a group take turns -> {label: [(seconds, MB, value)]}, [] if not run;
+    {label: why it was not}."""
+    found, failed = {label: [] for label in group}, {}
+    with ExitStack() as stack:
+        pools = {label: stack.enter_context(ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"))) for label in group}
+        for repetition in range(repetitions):
+            for label, pool in pools.items():
+                if label in failed or repetition > 0 and "(once)" in label:
+                    continue
+                try:
+                    found[label].append(pool.submit(measure, *group[label], threads).result())
+                except Exception as error:      # of whatever kind a library raises; or it died
+                    found[label], failed[label] = [], f"{type(error).__name__}: {error}"
+    return found, failed
 
 
 def summary(runs):
@@ -460,53 +412,51 @@ def operations(s):
 
 def machine(threads, s):
     """One line: processor, threads, versions."""
-    name = torch.cuda.get_device_name() if s.device.startswith("cuda") else next(
-        (line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines()
-         if line.startswith("model name")), platform.processor()) \
-        if sys.platform == "linux" else platform.processor()
-    return f"{name}, {threads} threads, torch {torch.__version__}"
+    cpu = Path("/proc/cpuinfo")
+    name = cpu.read_text().partition("model name")[2].partition("\n")[0].lstrip("\t: ") \
+        if cpu.exists() else ""
+    name = torch.cuda.get_device_name() if s.device.startswith("cuda") else name
+    return f"{name or platform.processor()}, {threads} threads, torch {torch.__version__}"
 
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small shape, 2 repetitions")
-    parser.add_argument("--repeat", type=int, help="repetitions of each contender [5; quick: 2]")
+    parser.add_argument("--quick", action="store_true", help="a small shape, 2 repetitions, not 5")
     parser.add_argument("--threads", type=int, default=1, help="of each process [1]")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
     parser.add_argument("--json", type=Path, help="write all that was measured to this file")
     given = parser.parse_args(argv)
-    repetitions = given.repeat if given.repeat is not None else 2 if given.quick else 5
-    if repetitions < 1 or given.threads < 1:
-        raise T.InputError("--repeat and --threads must be 1 or more")
+    if given.threads < 1:
+        raise T.InputError("--threads must be 1 or more")
     if given.json and not given.json.absolute().parent.is_dir():
         raise T.InputError(f"--json {given.json}: there is no such folder")
-    s = replace(QUICK if given.quick else Sizes(), dtype=given.dtype,
-                device=str(pick_device(given.device)))
+    s = replace(QUICK if given.quick else Sizes(), device=str(pick_device(given.device)))
     os.environ["OMP_NUM_THREADS"] = str(given.threads)      # of scikit-learn's and faiss's, too
     torch.set_num_threads(given.threads)
     print(machine(given.threads, s))
     print("sizes:", ", ".join(f"{name} {value}" for name, value in asdict(s).items()))
-    rates, found = product_rates(s), {}
+    repetitions, rates, found = 2 if given.quick else 5, product_rates(s), {}
     print(f"products of matrices: F.linear {rates[0]:.0f}, t5.linear {rates[1]:.0f} GFLOP/s\n\n"
           f"{'median of ' + str(repetitions):40}{'seconds':>10}{'spread':>8}{'peak MB':>9}")
     for group in groups(s):
-        found |= measure_group(group, repetitions, given.threads)
+        runs, failed = measure_group(group, repetitions, given.threads)
+        found |= runs
         for label in group:
-            if found[label]:
-                seconds, spread, mb, value = summary(found[label])
-                print(f"{label:40}{seconds:10.3f}{spread:8.0%}{mb:9.0f}"
-                      + (f"  inertia {value:.7g}" if value else ""), flush=True)
-            else:
-                print(f"{label:40}   not run")
+            if label in failed:
+                print(f"{label:40}   not run: {failed[label].splitlines()[0]}", flush=True)
+                continue
+            seconds, spread, mb, value = summary(found[label])
+            print(f"{label:40}{seconds:10.3f}{spread:8.0%}{mb:9.0f}"
+                  + (f"  inertia {value:.7g}" if value else ""), flush=True)
     print("\n| what | against | of | ratio | at most |\n| --- | --- | --- | --- | --- |")
-    rows = ratios(found)
+    rows, share = ratios(found), None
     for label, against, what, ratio, most in rows:
         print(f"| {label} | {against} | {what} | "
               f"{'not run' if ratio is None else f'{ratio:.2f}'} | {most} |")
-    share = operations(s) * 1e-9 / summary(found[EXACT])[0] / max(rates)
-    print(f"\nThe exact step's products alone would take {share:.0%} of its time at that rate.")
+    if found[EXACT]:
+        share = operations(s) * 1e-9 / summary(found[EXACT])[0] / max(rates)
+        print(f"\nThe exact step's products alone would take {share:.0%} of its time at that rate.")
     if given.json:
         values = {"machine": machine(given.threads, s), "sizes": asdict(s), "gflops": rates,
                   "share": share, "runs": found, "ratios": rows}
@@ -518,8 +468,8 @@ def main(argv):
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (T.InputError, OSError, EOFError) as error:      # EOFError: a contender's process died
-        print(f"error: {error or 'a contender ended, see above'}", file=sys.stderr)
+    except (T.InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

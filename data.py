@@ -21,6 +21,7 @@ import csv
 import fcntl
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -38,7 +39,7 @@ from bisect import bisect_right
 from collections import Counter
 from contextlib import ExitStack
 from http.client import HTTPException
-from itertools import chain, islice
+from itertools import chain, islice, tee
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import Request, urlopen
@@ -52,6 +53,7 @@ from huggingface_hub.errors import (EntryNotFoundError, HFValidationError, HTTPE
                                     RevisionNotFoundError)
 from tokenizers import Tokenizer
 from torch import distributed
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from kmeans import kmeans, nearest
@@ -71,6 +73,170 @@ VARIANTS = tuple(WORDS)
 RELATIONS = {"sp-next": ("next", "far", "near"), "sp-cluster": ("same", "other"),
              "mc-next": ("next", "near", "far", "far"),
              "mc-cluster": ("same", "other", "other", "other"), "ss-cluster": ()}
+
+
+# --------------------------------------------------------------------------- documents, sentences
+def corpus_files(paths):
+    """Files and folders -> corpus files; of a folder, sorted, those whose ends READERS knows."""
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise InputError(f"{path} does not exist: give files or folders of text")
+        inside = sorted(filter(Path.is_file, path.rglob("*") if path.is_dir() else [path]))
+        found = [file for file in inside if file.name.endswith(tuple(READERS))]
+        if parquet := next((file for file in inside if file.suffix == ".parquet"), None):
+            raise InputError(f"{parquet}: parquet is not read; take the corpus's .tar or .json.gz, "
+                             "or with pandas read_parquet(FILE).to_json(FILE + '.jsonl', "
+                             "orient='records', lines=True)")
+        if not found:
+            raise InputError(f"{path}: no text there; files, or folders of files, must be"
+                             f" {', '.join(READERS)}")
+        files += found
+    return files
+
+
+LONGEST = 1 << 24           # bytes of a document or line that are held at a time
+# What is raised for an archive that is not whole.
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, gzip.BadGzipFile,
+          zipfile.BadZipFile)
+
+
+def documents(paths, max_bytes=None, counts=None):
+    """Stream the documents of files and folders as lists of paragraphs, until max_bytes were read.
+
+    .txt: blank lines part documents, one paragraph each. .jsonl(.gz), .json.gz (C4's): a document a
+    line, with `paragraphs` (a list) or `text` (a paragraph a line). .tar(.xz): OpenWebText's, .txt
+    documents, or .xz files that each are a tar of them. Nothing is unpacked to the disk.
+    a file "It rained.\\nWe left.\\n\\nThe sun rose." -> ["It rained. We left."], ["The sun rose."]
+    counts: a Counter, receives "bytes", "broken UTF-8", lines that U+FFFD had to mend, and "long
+    documents parted", texts that LONGEST made two or more of.
+    InputError for what is no text, for wrong JSON (file and line), and for a damaged archive.
+    """
+    counts = Counter() if counts is None else counts
+    for path in corpus_files(paths):
+        read = next(READERS[end] for end in READERS if path.name.endswith(end))
+        with open(path, "rb") as file:
+            for paragraphs in _undamaged(read, file, path, counts):
+                if max_bytes is not None and counts["bytes"] >= max_bytes:
+                    return
+                raw = [p.encode("utf-8", "replace") for p in paragraphs]    # JSON's lone surrogates
+                counts["bytes"] += sum(map(len, raw))
+                yield [p.decode() for p in raw]
+
+
+def _undamaged(read, file, where, counts):
+    """read's documents of an open file; where, for errors: its path, and its name in an archive."""
+    try:
+        yield from read(file, where, counts)
+    except DAMAGE as error:
+        raise InputError(f"{where} is damaged or incomplete ({error}): fetch it again") from None
+
+
+def _decode(raw, where, counts):
+    text = raw.decode("utf-8-sig", errors="replace")
+    if 4 * text.count("\0") > len(text):             # UTF-16's every other byte
+        raise InputError(f"{where}: NUL characters; give text in UTF-8")
+    counts["broken UTF-8"] += "\0" in text or "\ufffd" in text and "\ufffd".encode() not in raw
+    return text.replace("\0", "\ufffd")
+
+
+def _read_txt(file, path, counts):
+    lines, size = [], 0
+    while raw := file.readline(LONGEST):
+        line = _decode(raw, path, counts).strip()
+        size += len(raw)
+        counts["long documents parted"] += size >= LONGEST
+        if line:
+            lines.append(line)
+        if size >= LONGEST or lines and not line:
+            yield [" ".join(lines)]
+            lines = []
+        size *= bool(lines)
+    if lines:
+        yield [" ".join(lines)]
+
+
+def _read_jsonl(file, path, counts):
+    file = gzip.open(file) if path.suffix == ".gz" else file
+    for number, raw in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
+        where = f"{path}, line {number}"
+        if len(raw) == LONGEST:
+            raise InputError(f"{where}: {LONGEST:,} bytes or more; give a document a line")
+        line = _decode(raw, where, counts)
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON ({error}); mend or drop it") from None
+        record = record if isinstance(record, dict) else {}
+        text = record.get("text")
+        lines = text.split("\n") if isinstance(text, str) else None
+        paragraphs = record.get("paragraphs", lines)
+        if not isinstance(paragraphs, list) or not all(isinstance(p, str) for p in paragraphs):
+            raise InputError(f"{where}: no `text` (a string) or `paragraphs` (a list of them)")
+        yield paragraphs
+
+
+def _read_tar(file, where, counts):
+    kinds = set()
+    with tarfile.open(fileobj=file, mode="r|*") as archive:
+        for member in filter(tarfile.TarInfo.isfile, archive):
+            content, name = archive.extractfile(member), f"{where}, {member.name}"
+            kind = Path(member.name).suffix
+            kinds.add(kind)
+            if kind == ".xz":
+                yield from _undamaged(_read_tar, content, name, counts)
+            elif kind == ".txt":
+                for part, raw in enumerate(iter(lambda: content.read(LONGEST), b"")):
+                    counts["long documents parted"] += part > 0
+                    yield _decode(raw, name, counts).split("\n")
+    if kinds.isdisjoint({".txt", ".xz"}):
+        raise InputError(f"{where} has no document: its files must be .txt, or .xz tars of .txt")
+
+
+READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl,
+           ".json.gz": _read_jsonl, ".tar": _read_tar, ".tar.xz": _read_tar}
+# A stop: . ! ? and the quotes and brackets that close after it, a space, and what opens the next.
+STOP = re.compile(
+    r"""(?<![.!?…])([.!?…]+)["'”’»)\]]*\s(?=["'“‘«(\[—–-]*\s?(\w+))""")
+OPENING = "\"'“‘«([—–-"
+TITLES = set("""mr mrs ms dr prof st messrs mme mlle rev hon gen col maj capt lt sgt gov sen rep
+    pres fr mt vs cf viz e.g i.e eg ie approx ca adj adv vi vt syn esp""".split())  # never last
+NUMBERED = set("no nos vol vols p pp fig figs ch sec art ed".split())   # not last before a number
+CLOSERS = set("""etc al jr sr esq inc ltd co corp bros dept est ave blvd rd jan feb mar apr jun jul
+    aug sept sep oct nov dec a.m p.m ph.d m.d b.a m.a b.c a.d""".split())   # last before a STARTER
+STARTERS = set("""the a an this that these those he she it we they you i his her its our their my
+    your there here but and or so yet for in on at by as if when while where what who why how then
+    now after before once not no yes""".split())
+
+
+def split_sentences(text):
+    """A paragraph of English prose -> its sentences, white space normalized; by rules.
+    'Mr. J. R. Fox paid 3.14 dollars. "Why?" he said. (He left.) Yes!' ->
+    ['Mr. J. R. Fox paid 3.14 dollars.', '"Why?" he said.', '(He left.)', 'Yes!']"""
+    text = " ".join(text.split())
+    sentences, start = [], 0
+    for match in STOP.finditer(text):
+        if _ends_sentence(text, start, match):
+            sentences.append(text[start:match.end() - 1])
+            start = match.end()
+    return sentences + [text[start:]] if text[start:] else sentences
+
+
+def _ends_sentence(text, start, match):
+    """Does the sentence that begins at start end with this STOP?"""
+    stop, following = match.groups()
+    if following[0].islower() or stop != ".":
+        return not following[0].islower()
+    begin = max(start, text.rfind(" ", start, match.start()) + 1)
+    word = text[begin:match.start()].lstrip(OPENING).lower()        # its inner stops too: u.s, e.g
+    if word in TITLES or (word in NUMBERED and following[0].isdigit()):
+        return False                                                # "Dr. Fox", "No. 5"
+    if begin == start and word.isdigit():
+        return False                                                # "1. The first point."
+    initials = all(len(part) == 1 and part.isalpha() for part in word.split("."))   # j, u.s
+    return following.lower() in STARTERS if initials or word in CLOSERS else True
 
 
 # --------------------------------------------------------------------------- tokens and templates
@@ -94,15 +260,12 @@ class Batch(NamedTuple):
 
 def collate(examples, rows, device="cpu"):
     """The given rows of Examples as a Batch, padded to the longest of them.
-
-    ids [[7, 9, 1], [8, 1]] -> ids [[7, 9, 1], [8, 1, 0]], mask [[T, T, T], [T, T, F]]
-    """
+    ids [[7, 9, 1], [8, 1]] -> ids [[7, 9, 1], [8, 1, 0]], mask [[T, T, T], [T, T, F]]"""
     rows = list(rows)
-    lengths = torch.tensor([len(examples.ids[r]) for r in rows])
-    ids = torch.full((len(rows), int(lengths.max())), PAD)
-    for line, r in zip(ids, rows):
-        line[:len(examples.ids[r])] = torch.tensor(examples.ids[r])
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]                            # (B, T)
+    ids = pad_sequence([torch.tensor(examples.ids[r]) for r in rows],
+                       batch_first=True, padding_value=PAD)                         # (B, T)
+    lengths = torch.tensor([[len(examples.ids[r])] for r in rows])                  # (B, 1)
+    mask = torch.arange(ids.shape[1]) < lengths                                     # (B, T)
     slots = torch.tensor([examples.slots[r] for r in rows], dtype=torch.long)       # (B, V)
     targets = torch.eye(len(examples.words))[examples.labels[rows]]                 # (B, K)
     return Batch(*(x.to(device) for x in (ids, mask, slots, examples.vectors[rows], targets)))
@@ -129,9 +292,7 @@ def load_tokenizer(folder, config):
 
 def tokenize(tokenizer, texts):
     """Texts -> token ids, no </s>. Markers written in a text (`</s>`, `<extra_id_0>`) are left out.
-
-    ["That is good."] -> [[466, 19, 207, 5]] at T5
-    """
+    ["That is good."] -> [[466, 19, 207, 5]] at T5"""
     added = tokenizer.get_added_tokens_decoder()
     markers = {id for id, token in added.items() if token.special} - {UNK}
     encoded = (e.ids for e in tokenizer.encode_batch(list(texts), add_special_tokens=False))
@@ -147,11 +308,14 @@ def word_pieces(tokenizer, word):
     return pieces
 
 
+def decoder_targets(tokenizer, words):
+    """K label words -> [[<extra_id_0>, piece, ...], ...]: what the decoder is asked for (Eq. 1)."""
+    return [[tokenizer.token_to_id(MASK), *word_pieces(tokenizer, word)] for word in words]
+
+
 def compile_template(tokenizer, template):
     """A template as parts: ids of what is literal, names of what is not. InputError unless one <X>.
-
-    "{text} It was <X> ?" -> ["text", [94, 47], [32099], [3, 58]] at T5
-    """
+    "{text} It was <X> ?" -> ["text", [94, 47], [32099], [3, 58]] at T5"""
     if template.count("<X>") != 1:
         raise InputError(f"the template {template!r} must hold the mask <X> exactly once")
     parts = [part for part in re.split(r"(\{\w+\}|<X>)", template) if part.strip()]
@@ -161,11 +325,9 @@ def compile_template(tokenizer, template):
 
 def fill_template(parts, fields, max_tokens=MAX_TOKENS):
     """Put texts into a compiled template -> (ids, slots).
-
     fields: name -> token ids, or None where a vector is to stand (its position goes to slots). Of a
     source too long the LONGEST texts are cut, to one length; template and mask never are.
-    ["a", [5], "b"], {"a": [7, 8, 9], "b": [4]}, max_tokens 5 -> [7, 8, 5, 4, 1], []
-    """
+    ["a", [5], "b"], {"a": [7, 8, 9], "b": [4]}, max_tokens 5 -> [7, 8, 5, 4, 1], []"""
     lengths = [len(fields[p]) for p in parts if isinstance(p, str) and fields[p] is not None]
     fixed = sum(1 if isinstance(p, str) else len(p) for p in parts) - len(lengths) + 1    # and </s>
     budget = max_tokens - fixed
@@ -201,177 +363,14 @@ def examples_as_text(tokenizer, examples, row, clusters=()):
     return " ".join(text.split()).replace(" </s>", "</s>"), target
 
 
-# --------------------------------------------------------------------------- documents, sentences
-def corpus_files(paths):
-    """Files and folders -> corpus files; of a folder, sorted, those whose ends READERS knows."""
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise InputError(f"{path} does not exist: give files or folders of text")
-        found = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
-                 if file.is_file() and file.name.endswith(tuple(READERS))]
-        if not found and (path.suffix == ".parquet" or any(path.rglob("*.parquet"))):
-            raise InputError(f"{path}: parquet is not read; take the corpus's .tar or .json.gz, or "
-                             "with pandas read_parquet(FILE).to_json(FILE + '.jsonl', "
-                             "orient='records', lines=True)")
-        if not found:
-            raise InputError(f"{path}: no text there; files, or folders of files, must be"
-                             f" {', '.join(READERS)}")
-        files += found
-    return files
-
-
-LONGEST = 1 << 24           # bytes of a document or line that are held at a time
-
-
-def documents(paths, max_bytes=None, counts=None):
-    """Stream the documents of files and folders as lists of paragraphs, until max_bytes were read.
-
-    .txt: blank lines part documents, one paragraph each. .jsonl(.gz), .json.gz (C4's): a document a
-    line, with `paragraphs` (a list) or `text` (a paragraph a line). .tar(.xz): OpenWebText's, .txt
-    documents, or .xz files that each are a tar of them. Nothing is unpacked to the disk.
-    a file "It rained.\\nWe left.\\n\\nThe sun rose." -> ["It rained. We left."], ["The sun rose."]
-    counts: a Counter, receives "bytes", "broken UTF-8", lines that U+FFFD had to mend, and "long
-    documents parted", texts that LONGEST made two or more of.
-    InputError for what is no text, for wrong JSON (file and line), and for a damaged archive.
-    """
-    counts = Counter() if counts is None else counts
-    for path in corpus_files(paths):
-        read = next(READERS[end] for end in READERS if path.name.endswith(end))
-        try:
-            for paragraphs in read(path, counts):
-                if max_bytes is not None and counts["bytes"] >= max_bytes:
-                    return
-                raw = [p.encode("utf-8", "replace") for p in paragraphs]    # JSON's lone surrogates
-                counts["bytes"] += sum(map(len, raw))
-                yield [p.decode() for p in raw]
-        except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, gzip.BadGzipFile) as error:
-            raise InputError(f"{path} is damaged or incomplete ({error}): fetch it again") from None
-
-
-def _decode(raw, where, counts):
-    text = raw.decode("utf-8-sig", errors="replace")
-    if 4 * text.count("\0") > len(text):             # UTF-16's every other byte
-        raise InputError(f"{where}: NUL characters; give text in UTF-8")
-    counts["broken UTF-8"] += "\0" in text or "\ufffd" in text and "\ufffd".encode() not in raw
-    return text.replace("\0", "\ufffd")
-
-
-def _read_txt(path, counts):
-    with open(path, "rb") as file:
-        lines, size = [], 0
-        while raw := file.readline(LONGEST):
-            line = _decode(raw, path, counts).strip()
-            size += len(raw)
-            counts["long documents parted"] += size >= LONGEST
-            if line:
-                lines.append(line)
-            if size >= LONGEST or lines and not line:
-                yield [" ".join(lines)]
-                lines = []
-            size *= bool(lines)
-        yield [" ".join(lines)]
-
-
-def _read_jsonl(path, counts):
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for number, raw in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
-            where = f"{path}, line {number}"
-            if len(raw) == LONGEST:
-                raise InputError(f"{where}: {LONGEST:,} bytes or more; give a document a line")
-            line = _decode(raw, where, counts)
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: not JSON ({error}); mend or drop it") from None
-            record = record if isinstance(record, dict) else {}
-            text = record.get("text")
-            lines = text.split("\n") if isinstance(text, str) else None
-            paragraphs = record.get("paragraphs", lines)
-            if not isinstance(paragraphs, list) or not all(isinstance(p, str) for p in paragraphs):
-                raise InputError(f"{where}: no `text` (a string) or `paragraphs` (a list of them)")
-            yield paragraphs
-
-
-def _read_tar(path, counts):
-    with tarfile.open(path, "r|*") as outer:
-        for part in filter(tarfile.TarInfo.isfile, outer):
-            content = outer.extractfile(part)
-            if part.name.endswith(".txt"):
-                yield from _parts(content, f"{path}, {part.name}", counts)
-            elif part.name.endswith(".xz"):
-                with tarfile.open(fileobj=content, mode="r|xz") as inner:
-                    for file in filter(tarfile.TarInfo.isfile, inner):
-                        yield from _parts(inner.extractfile(file), f"{path}, {file.name}", counts)
-
-
-def _parts(file, where, counts):
-    """A document; of one larger than LONGEST, its parts."""
-    raw = file.read(LONGEST)
-    yield _decode(raw, where, counts).split("\n")
-    while len(raw) == LONGEST and (raw := file.read(LONGEST)):
-        counts["long documents parted"] += 1
-        yield _decode(raw, where, counts).split("\n")
-
-
-READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl,
-           ".json.gz": _read_jsonl, ".tar": _read_tar, ".tar.xz": _read_tar}
-# A stop: . ! ? and the quotes and brackets that close after it, a space, and what opens the next.
-STOP = re.compile(
-    r"""(?<![.!?…])([.!?…]+)["'”’»)\]]*\s(?=["'“‘«(\[—–-]*\s?(\w+))""")
-OPENING = "\"'“‘«([—–-"
-TITLES = set("""mr mrs ms dr prof st messrs mme mlle rev hon gen col maj capt lt sgt gov sen rep
-    pres fr mt vs cf viz e.g i.e eg ie approx ca adj adv vi vt syn esp""".split())  # never last
-NUMBERED = set("no nos vol vols p pp fig figs ch sec art ed".split())   # not last before a number
-CLOSERS = set("""etc al jr sr esq inc ltd co corp bros dept est ave blvd rd jan feb mar apr jun jul
-    aug sept sep oct nov dec a.m p.m ph.d m.d b.a m.a b.c a.d""".split())   # last before a STARTER
-STARTERS = set("""the a an this that these those he she it we they you i his her its our their my
-    your there here but and or so yet for in on at by as if when while where what who why how then
-    now after before once not no yes""".split())
-
-
-def split_sentences(text):
-    """A paragraph of English prose -> its sentences, white space normalized; by rules.
-
-    'Mr. J. R. Fox paid 3.14 dollars. "Why?" he said. (He left.) Yes!' ->
-    ['Mr. J. R. Fox paid 3.14 dollars.', '"Why?" he said.', '(He left.)', 'Yes!']
-    """
-    text = " ".join(text.split())
-    sentences, start = [], 0
-    for match in STOP.finditer(text):
-        if _ends_sentence(text, start, match):
-            sentences.append(text[start:match.end() - 1])
-            start = match.end()
-    return sentences + [text[start:]] if text[start:] else sentences
-
-
-def _ends_sentence(text, start, match):
-    """Does the sentence that begins at start end with this STOP?"""
-    stop, following = match.groups()
-    if following[0].islower() or stop != ".":
-        return not following[0].islower()
-    begin = max(start, text.rfind(" ", start, match.start()) + 1)
-    word = text[begin:match.start()].lstrip(OPENING).lower()        # its inner stops too: u.s, e.g
-    if word in TITLES or (word in NUMBERED and following[0].isdigit()):
-        return False                                                # "Dr. Fox", "No. 5"
-    if begin == start and word.isdigit():
-        return False                                                # "1. The first point."
-    initials = all(len(part) == 1 and part.isalpha() for part in word.split("."))   # j, u.s
-    return following.lower() in STARTERS if initials or word in CLOSERS else True
-
-
 # --------------------------------------------------------------------------- several processes
-class Ranks:
+class Ranks(NamedTuple):
     """The processes that share a run's work, as torchrun starts them; without it this one alone.
-
     All call the same methods in the same order. patient: a process group whose barrier may take
-    hours; the others give up after torch.distributed's time limit, with an InputError.
-    """
-
-    def __init__(self, rank=0, world=1, patient=None):
-        self.rank, self.world, self.patient = rank, world, patient
+    hours; the others give up after torch.distributed's time limit, with an InputError."""
+    rank: int = 0
+    world: int = 1
+    patient: object = None
 
     def share(self, items):
         """This rank's of the items: every world-th one."""
@@ -393,6 +392,10 @@ class Ranks:
             self._together(distributed.all_gather_object, values, value)
         return values
 
+    def agree(self, value):
+        """Whether all call this with the same."""
+        return len(set(self.gather(value))) == 1
+
     def wait(self):
         """Until all have come here, however long one of them works alone."""
         if self.world > 1:
@@ -412,8 +415,8 @@ SOLO = Ranks()
 # --------------------------------------------------------------------------- the store on disk
 SHORT = 4                   # tokens; see join_short
 SAMPLE = 256                # sentences per centroid that K-means sees
-SLICE = 1 << 13             # sentences that are tokenized together: a book may have no end
-SAVED = 1 << 26             # bytes of text between saved states
+SLICE = 1 << 13             # sentences that are tokenized together, whatever documents they are of
+SAVED = 1 << 24             # tokens between saved states of the text
 CHUNK = 1 << 14             # sentences that are sorted by length together, and saved together
 BATCH_TOKENS = {"cpu": 1 << 9, "cuda": 1 << 17}     # embedded together; a CPU's cache likes few
 # Plain numbers, each a file NAME.bin and its type; see Store. keys, shares: only while it is made.
@@ -442,52 +445,9 @@ class Store(NamedTuple):
     label: np.ndarray       # (n,) int16 in a labeled set; else empty
     meta: dict              # "made_of": fingerprints and "options"; "counts"
 
-
-def atomic_write(path, write):
-    """Make a file whole or not at all: write(binary file) fills a temporary one, then renamed."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)        # now the new name is on the disk, too
-    os.close(folder)
-
-
-def lock(path, busy):
-    """Make path this process's own, until the file returned is closed or the process dies: then the
-    kernel gives it free. If another has it busy(its id) is called; unless that raises, wait."""
-    file = open(path, "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        busy(file.read())
-        fcntl.flock(file, fcntl.LOCK_EX)
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
-
-
-def fingerprint(files):
-    """sha256 over the files' contents, in this order."""
-    whole = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
-
-
-def model_fingerprint(folder):
-    """sha256 of a model folder's config.json and weights: what a prompt or a store belongs to."""
-    return fingerprint([Path(folder) / "config.json", *weight_files(folder)])
+    def sentence(self, i):
+        """Its tokens (T,) uint16."""
+        return self.tokens[self.offsets[i]:self.offsets[i + 1]]
 
 
 def open_store(folder, made_of=None):
@@ -496,13 +456,12 @@ def open_store(folder, made_of=None):
     try:
         meta = json.loads((folder / "meta.json").read_text())
         columns = {name: _column(folder, name) for name in COLUMNS if name in Store._fields}
-        small = {name: np.load(folder / f"{name}.npy") for name in ("centroids", "bounds")}
-        n, rows = len(columns["offsets"]) - 1, len(small["bounds"])
-        sizes = {name: len(columns[name]) for name in ("tokens", "document", "first", "held_out",
-                                                       "anchor", "cluster", "order")}
-        if sizes != {"tokens": columns["offsets"][-1], "document": n, "held_out": n, "anchor": n,
-                     "first": meta["counts"]["documents"], "cluster": rows * n,
-                     "order": small["bounds"][:, -1].sum()}:
+        columns |= {name: np.load(folder / f"{name}.npy") for name in ("centroids", "bounds")}
+        n, rows = len(columns["offsets"]) - 1, len(columns["bounds"])
+        sizes = dict.fromkeys(("document", "held_out", "anchor"), n) | {
+            "tokens": columns["offsets"][-1], "first": meta["counts"]["documents"],
+            "cluster": rows * n, "order": columns["bounds"][:, -1].sum()}
+        if any(len(columns[name]) != size for name, size in sizes.items()):
             raise ValueError("its files do not fit together")
         other = [key for key in made_of or () if meta["made_of"][key] != made_of[key]]
     except (OSError, ValueError, KeyError, IndexError) as error:
@@ -511,9 +470,9 @@ def open_store(folder, made_of=None):
         raise InputError(f"{folder} was built with another {', another '.join(other)}: delete it")
     columns["cluster"] = columns["cluster"].reshape(n, rows).T
     columns["order"] = columns["order"].reshape(rows, -1)
-    for_each_format = {name: np.broadcast_to(x, (len(FORMATS), *x.shape[1:])) for name, x in (
-        *small.items(), *((name, columns.pop(name)) for name in ("cluster", "order")))}
-    return Store(folder, **columns, **for_each_format, meta=meta)
+    for name in ("cluster", "order", "centroids", "bounds"):    # one clustering serves all formats
+        columns[name] = np.broadcast_to(columns[name], (len(FORMATS), *columns[name].shape[1:]))
+    return Store(folder, **columns, meta=meta)
 
 
 def _column(folder, name):
@@ -528,8 +487,8 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
     """Text files -> Store: sentences, K-means clusters of their embeddings (section 3.2, Eq. 16).
 
     A store is a folder in cache, named by all that it is made of; the same one is made once only.
-    What is there of it after a kill is gone on with: whole files of text, centroids, and each CHUNK
-    of assignments. A second process that wants it waits for the first.
+    What is there of it after a kill is gone on with: each SAVED tokens of text, centroids, each
+    CHUNK of assignments. A second process that wants it waits for the first.
     clusters: K; one clustering serves the three formats, or one_per_format has three, of seed,
     seed + 1, seed + 2. model: the folder that holds tokenizer and t5, to be fingerprinted.
     embed(ids (B, T), mask (B, T)) -> (B, d) may replace t5's embedding.
@@ -538,24 +497,25 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
     ranks share the embedding; all must see cache. Memory: SAMPLE * K embeddings, and for moments 10
     bytes a sentence. InputError for too small a corpus.
     """
-    def read(path, counts):
+    def read(counts):
         return ((hash_share(text), [s for paragraph in text for s in split_sentences(paragraph)],
-                 None) for text in documents([path], max_bytes, counts))
-    return _build(Path(cache), corpus_files(paths), read, {
-        "clusters": clusters, "seed": seed, "max_bytes": max_bytes,
-        "one_per_format": one_per_format}, tokenizer, t5, model,
-        [seed, seed + 1, seed + 2] if one_per_format else [seed], embed, progress, ranks)
+                 None) for text in documents(files, max_bytes, counts))
+    files = corpus_files(paths)
+    inside = chain.from_iterable(Path(path).rglob("*") for path in paths)
+    unread = sorted(file.name for file in {*filter(Path.is_file, inside)} - {*files})
+    if unread:
+        progress(f"not read, {len(unread)} other file(s): {', '.join(unread)}", 0, None)
+    options = {"clusters": clusters, "seed": seed, "max_bytes": max_bytes,
+               "one_per_format": one_per_format}
+    return _build(cache, files, read, options, tokenizer, t5, model, embed, progress, ranks)
 
 
-def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, words=(), embed=None,
+def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, embed=None,
                   progress=lambda stage, done, total: None, ranks=SOLO):
     """A labeled file, of `label` and `text` as read_table has them -> Store, as build_store's.
-
     A sentence of it is a whole text, cut at MAX_TOKENS, and a document; `label` is the place of its
-    word in meta["made_of"]["options"]["words"]. words: the label words, which the file has as they
-    are or as 0, 1, ...; without them the file's labels are the words, or integers of two or five
-    values, which are SENTIMENT's in rising order.
-    """
+    word in meta["made_of"]["options"]["words"]. The file's labels are those words, or integers of
+    two or five values, which are SENTIMENT's in rising order."""
     path, columns = Path(path), ("label", "text")
 
     def rows():
@@ -563,40 +523,34 @@ def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, words=()
             if not row or not row[0] or not row[1].strip():
                 raise InputError(f"{where}: {row}; a row is a label and a text: mend or drop it")
             yield row
-    words, place = _label_words(path, {label for label, _ in rows()}, words)
-
-    def read(path, counts):
-        for label, text in rows():
-            counts["bytes"] += len(text.encode())
-            yield hash_share([text]), [text], place[label]
-    return _build(Path(cache), [path], read, {"words": words, "clusters": clusters, "seed": seed},
-                  tokenizer, t5, model, [seed], embed, progress, ranks)
-
-
-def _label_words(path, labels, words):
-    """The labels that a file has -> label words, {label: its word's place}; see build_labeled."""
+    labels = {label for label, _ in rows()}
     numbers = all(re.fullmatch(r"\d+", label) for label in labels)
-    if words:
-        places = [str(k) for k in range(len(words))] if numbers else words
-    else:
-        places = sorted(labels, key=int if numbers else None)
-        words = SENTIMENT.get(len(labels), ()) if numbers else places
-    if len(words) < 2 or not labels <= set(places):
+    places = sorted(labels, key=int if numbers else None)
+    words = list(SENTIMENT.get(len(labels), ())) if numbers else places
+    if len(words) < 2:
         raise InputError(f"{path} has the labels {', '.join(sorted(labels)[:9])}: write two "
                          "label words or more, or numbers of two or five classes of sentiment")
-    return list(words), {label: k for k, label in enumerate(places)}
+
+    def read(counts):
+        for label, text in rows():
+            counts["bytes"] += len(text.encode())
+            yield hash_share([text]), [text], places.index(label)
+    options = {"words": words, "clusters": clusters, "seed": seed}
+    return _build(cache, [path], read, options, tokenizer, t5, model, embed, progress, ranks)
 
 
-def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, progress, ranks):
-    """Find or make the store of what read(file, counts) yields: (hash_share, [sentence], label or
-    None), see build_store."""
+def _build(cache, files, read, options, tokenizer, t5, model, embed, progress, ranks):
+    """Find or make the store of what read(counts) yields of files: (hash_share, [sentence], label
+    or None), see build_store."""
+    clusters, rows = options["clusters"], len(FORMATS) if options.get("one_per_format") else 1
+    seeds = [options["seed"] + row for row in range(rows)]
     made_of = {"corpus": fingerprint(files), "model": model_fingerprint(model),
                "tokenizer": fingerprint([tokenizer_file(model)]), "options": options}
     name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     ranks.wait()
-    if len(set(ranks.gather(name))) > 1:
+    if not ranks.agree(name):
         raise InputError("the ranks have different corpora, models or options: give all the same")
-    folder, new = cache / name, cache / f".building-{name}"
+    folder, new = Path(cache, name), Path(cache, f".building-{name}")
     with ExitStack() as stack:
         if ranks.rank == 0 and not folder.exists():
             new.mkdir(parents=True, exist_ok=True)
@@ -610,19 +564,17 @@ def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, prog
                 raise InputError("the process that was making this store gave up: see its message")
         ranks.wait()
         if not ranks.gather(folder.exists())[0]:
-            embed = embed or (lambda ids, mask: embed_sentences(t5, ids, mask))
-            budget = BATCH_TOKENS[t5.weights["shared.weight"].device.type if t5 else "cpu"]
             if ranks.rank == 0:
                 try:
-                    counts = _write_text(new, files, read, tokenizer, progress)
-                    _choose(new, options["clusters"], counts)
+                    counts = _write_text(new, read, tokenizer, progress)
+                    _choose(new, clusters, counts)
                 except InputError:      # it would come again: nothing here is of use
                     shutil.rmtree(new)
                     raise
             ranks.wait()
-            _cluster(new, options["clusters"], seeds, embed, budget, progress, ranks)
+            _cluster(new, clusters, seeds, t5, embed, progress, ranks)
             if ranks.rank == 0:
-                _group(new, options["clusters"], len(seeds), progress)
+                _group(new, clusters, rows, progress)
                 text = json.dumps({"made_of": made_of, "counts": counts}, indent=1)
                 atomic_write(new / "meta.json", lambda file: file.write(text.encode()))
                 os.rename(new, folder)
@@ -630,7 +582,7 @@ def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, prog
                     (folder / file).unlink()
     ranks.wait()
     made = [folder / file for file in ("meta.json", "centroids.npy", "order.bin")]
-    if ranks.world > 1 and len(set(ranks.gather(folder.exists() and fingerprint(made)))) > 1:
+    if ranks.world > 1 and not ranks.agree(folder.exists() and fingerprint(made)):
         raise InputError(f"{folder} is not the same for all ranks: put cache/ on a disk that they "
                          "share, or copy it to each machine")
     return open_store(folder, made_of)
@@ -638,9 +590,7 @@ def _build(cache, files, read, options, tokenizer, t5, model, seeds, embed, prog
 
 def hash_share(paragraphs):
     """A document's place in [0, 1), uniform, by sha256 of its text: the same in every corpus.
-
-    ["It rained."] -> 0.5...
-    """
+    ["It rained."] -> 0.5..."""
     digest = hashlib.sha256("\n".join(paragraphs).encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8]) / 2 ** 64
 
@@ -659,9 +609,9 @@ def _choose(folder, clusters, counts):
     if sentences < clusters or n < 4:
         raise InputError(f"the corpus has {sentences} sentences in {n} documents; {clusters}"
                          " clusters and 4 documents are wanted: give more text, or fewer clusters")
-    chosen, anchor = hold_out(_column(folder, "shares")), np.zeros(sentences, dtype=bool)
+    keys, first, shares = (_column(folder, name) for name in ("keys", "first", "shares"))
+    chosen, anchor = hold_out(shares), np.zeros(sentences, dtype=bool)
     counts["documents held out"] = int(chosen.sum())
-    keys, first = _column(folder, "keys"), _column(folder, "first")
     for part in range(16):          # a sixteenth of the keys at a time, to be sorted
         rows = np.flatnonzero(keys.view(np.uint8)[::8] % 16 == part)
         anchor[rows[np.unique(keys[rows], return_index=True)[1]]] = True
@@ -689,93 +639,80 @@ def join_short(sentences):
     return joined[:-1] + [joined[-1] + waiting] if joined else []
 
 
-def _write_text(folder, files, read, tokenizer, progress):
-    """Append the files' sentences to the TEXT columns -> counts.
+def _write_text(folder, read, tokenizer, progress):
+    """Append the sentences of what read(counts) yields to the TEXT columns -> counts.
+    After each SAVED tokens text.json says how many documents they hold: the next call reads those
+    again, for it must, but does not tokenize them."""
+    path, found = folder / "text.json", Counter()       # found: of what is read, also ahead of
+    whole, done, counts = json.loads(path.read_text()) if path.exists() else (False, 0, {})
+    counts = Counter(counts)                            # what is written
+    items = iter(()) if whole else read(found)
 
-    After each SAVED bytes text.json says how many documents they hold: the next call reads those
-    again, for it must, but does not tokenize them.
-    """
-    path, counts = folder / "text.json", Counter()
-    whole, done, saved = json.loads(path.read_text()) if path.exists() else (False, 0, {})
-    items = chain.from_iterable(read(file, counts) for file in files if not whole)
+    def tell():
+        progress("reading text, bytes", found["bytes"] or counts["bytes"], None)
     for _ in islice(items, done):
-        progress("reading text, bytes", counts["bytes"], None)
-    counts.clear()
-    counts.update(saved)
+        tell()
+    tell()
+    items, ahead = tee(items)
+    waiting = (text for _, texts, _ in ahead for text in texts)
+
+    def encode_slices():
+        while part := list(islice(waiting, SLICE)):
+            tell()
+            yield from tokenize(tokenizer, part)
+    encoded = encode_slices()
     with ExitStack() as stack:
         columns = {name: stack.enter_context(open(folder / f"{name}.bin", "ab")) for name in TEXT}
         for name, file in columns.items():
             length = counts[TEXT[name]] + (name == "offsets")   # it has one more, at first a 0
             file.truncate(length * array(COLUMNS[name]).itemsize)
 
-        def save(whole):
+        def save(whole, counts):
             for file in columns.values():
                 file.flush()
                 os.fsync(file.fileno())
             state = json.dumps([whole, done, counts]).encode()
             atomic_write(path, lambda file: file.write(state))
-            return counts["bytes"]
-        progress("reading text, bytes", counts["bytes"], None)
-        last = counts["bytes"]
-        for batch in _batches(items):
-            for name, values in _columns_of(batch, tokenizer, counts).items():
-                columns[name].write(values)
-            done += len(batch)
-            progress("reading text, bytes", counts["bytes"], None)
-            if counts["bytes"] - last >= SAVED:
-                last = save(False)
-        save(True)
-    return counts
+        saved = counts["tokens"]
+        for share, texts, label in items:
+            for name, values in _document(share, [next(encoded) for _ in texts], label, counts):
+                columns[name].write(array(COLUMNS[name], values))
+            done += 1
+            if counts["tokens"] - saved >= SAVED:
+                saved = counts["tokens"]
+                save(False, counts)
+        found.update(counts)
+        save(True, found)
+    return found
 
 
-def _batches(items, size=1 << 20):
-    """Lists of what read() yields, of some `size` characters: a novel alone, or many pages."""
-    batch, total = [], 0
-    for item in items:
-        batch.append(item)
-        total += sum(map(len, item[1]))
-        if total >= size:
-            yield batch
-            batch, total = [], 0
-    yield batch
-
-
-def _columns_of(batch, tokenizer, counts):
-    """What a batch appends to each of the TEXT columns -> {name: array}; counts go on."""
-    new = {name: array(COLUMNS[name]) for name in TEXT}
-    waiting = (text for _, texts, _ in batch for text in texts)
-    slices = iter(lambda: list(islice(waiting, SLICE)), [])
-    encoded = chain.from_iterable(tokenize(tokenizer, part) for part in slices)
-    for share, texts, label in batch:
-        sentences = [next(encoded) for _ in texts]
-        whole = join_short(sentences) if label is None else list(filter(None, sentences))
-        counts["short sentences joined"] += len(texts) - len(whole)
-        if not whole:
-            counts["empty documents"] += 1
-            continue
-        new["first"].append(counts["sentences"])
-        new["shares"].append(share)
-        for ids in whole:
-            counts["long sentences cut"] += len(ids) > MAX_TOKENS
-            tokens = array("H", ids[:MAX_TOKENS])
-            counts["tokens"] += len(tokens)
-            new["tokens"] += tokens
-            new["offsets"].append(counts["tokens"])
-            new["document"].append(counts["documents"])
-            new["keys"].append(int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest()))
-        if label is not None:
-            new["label"].append(label)
-            counts["labels"] += 1
-        counts["sentences"] += len(whole)
-        counts["documents"] += 1
-    return new
+def _document(share, sentences, label, counts):
+    """What a document appends to the TEXT columns -> pairs: name, values; counts go on."""
+    joined = join_short(sentences) if label is None else list(filter(None, sentences))
+    counts["short sentences joined"] += len(sentences) - len(joined)
+    if not joined:
+        counts["empty documents"] += 1
+        return
+    counts["long sentences cut"] += sum(len(ids) > MAX_TOKENS for ids in joined)
+    joined = [array("H", ids[:MAX_TOKENS]) for ids in joined]
+    yield "first", [counts["sentences"]]
+    yield "shares", [share]
+    yield "document", [counts["documents"]] * len(joined)
+    for tokens in joined:
+        counts["tokens"] += len(tokens)
+        yield "tokens", tokens
+        yield "offsets", [counts["tokens"]]
+        yield "keys", [int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest())]
+    if label is not None:
+        yield "label", [label]
+        counts["labels"] += 1
+    counts["sentences"] += len(joined)
+    counts["documents"] += 1
 
 
 def embed_sentences(t5, ids, mask):
     """ids, mask (B, T) -> (B, d): the mean over a sentence's tokens of the encoder's last states.
-
-    Without prompt and </s>; the paper does not say.
-    """
+    Without prompt and </s>; the paper does not say."""
     device = t5.weights["shared.weight"].device
     ids, mask = ids.to(device), mask.to(device)[..., None]                          # (B, T, 1)
     with torch.no_grad():
@@ -792,59 +729,59 @@ def _embedded(tokens, offsets, rows, embed, budget):
         while len(order):       # lengths rise: the last sentence of a batch sets its width
             padded = lengths[order[:budget]] * np.arange(1, len(order[:budget]) + 1)
             batch, order = np.split(order, [max(1, np.searchsorted(padded, budget, "right"))])
-            ids = torch.zeros(len(batch), lengths[batch[-1]], dtype=torch.long)
-            for line, i in zip(ids, part[batch]):
-                line[:offsets[i + 1] - offsets[i]] = torch.from_numpy(
-                    tokens[offsets[i]:offsets[i + 1]].astype(np.int64))
+            ids = pad_sequence([torch.from_numpy(tokens[offsets[i]:offsets[i + 1]].astype(np.int64))
+                                for i in part[batch]], batch_first=True, padding_value=PAD)
             mask = torch.arange(ids.shape[1]) < torch.from_numpy(lengths[batch])[:, None]
             yield begin + batch, embed(ids, mask)
 
 
-def _cluster(folder, clusters, seeds, embed, budget, progress, ranks):
+def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
     """Fit K-means on a sample of training sentences, one for each seed, and assign all: writes
     centroids.npy, shared (seeds, K, d), and cluster, (n, seeds), of which what is there is kept."""
     tokens, offsets, held_out, anchor = (_column(folder, name) for name in (
         "tokens", "offsets", "held_out", "anchor"))
-    n = len(anchor)
-    if not ranks.gather((folder / "centroids.npy").exists())[0]:
-        training = np.flatnonzero(anchor & ~held_out)
-        size, points, done = min(len(training), SAMPLE * clusters), None, 0
-        sample = np.random.default_rng((seeds[0], 0, 0, 2)).choice(training, size, replace=False)
-        progress("embedding a sample", 0, size)
-        own = np.arange(ranks.rank, size, ranks.world)
-        for positions, H in _embedded(tokens, offsets, sample[own], embed, budget):
-            points = H.new_zeros(size, H.shape[1]) if points is None else points
-            points[torch.from_numpy(own[positions]).to(H.device)] = H
+    n, path = len(anchor), folder / "centroids.npy"
+    embed = embed or (lambda ids, mask: embed_sentences(t5, ids, mask))
+    budget = BATCH_TOKENS[t5.weights["shared.weight"].device.type if t5 else "cpu"]
+
+    def embedded(stage, own, done, total):      # own: this rank's share of the sentences
+        progress(stage, done, total)
+        for positions, H in _embedded(tokens, offsets, own, embed, budget):
+            yield positions, H
             done += len(H) * ranks.world
-            progress("embedding a sample", min(done, size), size)
+            progress(stage, min(done, total), total)
+    if not ranks.gather(path.exists())[0]:
+        training = np.flatnonzero(anchor & ~held_out)
+        size, points = min(len(training), SAMPLE * clusters), None
+        sample = np.random.default_rng((seeds[0], 0, 0, 2)).choice(training, size, replace=False)
         if size < ranks.world:
             raise InputError(f"{size} sentences for {ranks.world} processes: start fewer")
+        own = np.arange(ranks.rank, size, ranks.world)
+        for positions, H in embedded("embedding a sample", sample[own], 0, size):
+            points = H.new_zeros(size, H.shape[1]) if points is None else points
+            points[torch.from_numpy(own[positions]).to(H.device)] = H
         points = torch.cat([ranks.all_sum(part)[0] for part in points.split(CHUNK)])
         if not points.isfinite().all():
             raise InputError("sentence embeddings are not finite: the model's weights are damaged")
         if ranks.rank == 0:
             progress("K-means", 0, size)
             fitted = torch.stack([kmeans(points, clusters, seed).centroids for seed in seeds])
-            atomic_write(folder / "centroids.npy",
-                         lambda file: np.save(file, fitted.float().cpu().numpy()))
+            atomic_write(path, lambda file: np.save(file, fitted.float().cpu().numpy()))
             progress("K-means", size, size)
         ranks.wait()
-    centroids = torch.from_numpy(np.load(folder / "centroids.npy"))
-    path, row = folder / "cluster.bin", 4 * len(seeds)
+    centroids, path = torch.from_numpy(np.load(path)), folder / "cluster.bin"
     path.touch()
+    row = 4 * len(seeds)                        # bytes
     done = ranks.gather(min(path.stat().st_size // row // CHUNK * CHUNK, n))[0]
     with open(path, "r+b" if ranks.rank == 0 else "rb") as file:
         file.seek(row * done)
-        progress("assigning clusters", done, n)
         while done < n:
             found = torch.zeros(CHUNK * ranks.world, len(seeds), dtype=torch.int64)
             begin = ranks.rank * CHUNK
-            own, count = np.arange(done + begin, min(done + begin + CHUNK, n)), 0
-            for positions, H in _embedded(tokens, offsets, own, embed, budget):
+            own = np.arange(done + begin, min(done + begin + CHUNK, n))
+            for positions, H in embedded("assigning clusters", own, done, n):
                 for column, c in enumerate(centroids.to(H)):
                     found[begin + positions, column] = nearest(H, c)[0].cpu()
-                count += len(H) * ranks.world
-                progress("assigning clusters", min(done + count, n), n)
             found = ranks.all_sum(found)[0][:n - done].int().numpy()
             done += len(found)
             if ranks.rank == 0:
@@ -855,12 +792,11 @@ def _cluster(folder, clusters, seeds, embed, budget, progress, ranks):
 
 def _group(folder, clusters, rows, progress):
     """Writes order and bounds for each of the `rows` clusterings."""
+    document, first, held_out, anchor, cluster = (_column(folder, name) for name in (
+        "document", "first", "held_out", "anchor", "cluster"))
     progress("grouping", 0, None)
-    document, first, held_out, anchor = (_column(folder, name) for name in (
-        "document", "first", "held_out", "anchor"))
-    cluster = _column(folder, "cluster").reshape(-1, rows).T
     orders, bounds = zip(*(group_anchors(row, held_out, anchor, document, first, clusters)
-                           for row in cluster))
+                           for row in cluster.reshape(-1, rows).T))
     atomic_write(folder / "order.bin", lambda file: file.writelines(orders))
     atomic_write(folder / "bounds.npy", lambda file: np.save(file, np.stack(bounds)))
     progress("grouping", len(document), len(document))
@@ -868,30 +804,22 @@ def _group(folder, clusters, rows, progress):
 
 def group_anchors(cluster, held_out, anchor, document, first, K, chunk=1 << 20):
     """A store's columns, one clustering -> order (anchors,) uint32, bounds (4 K + 1,) int64.
-
     order[bounds[k]:bounds[k + 1]] are the anchors, in rising order, of group k: the training ones
     of cluster 0 that next-sentence variants can use (one follows in the document, and that has 4 or
-    more), its others, those of cluster 1, ...; from 2 K on the held-out ones.
-    """
+    more), its others, those of cluster 1, ...; from 2 K on the held-out ones."""
     ends = np.append(first[1:], len(document))
     long = ends - first >= 4
-
-    def grouped():
-        for begin in range(0, len(document), chunk):
-            rows = begin + np.flatnonzero(anchor[begin:begin + chunk])
-            of = document[rows]
-            follows = long[of] & (ends[of] - 1 != rows)
-            yield rows, 2 * (held_out[rows] * K + cluster[rows]) + ~follows
-    sizes = sum(np.bincount(group, minlength=4 * K) for _, group in grouped())
-    bounds = np.concatenate([[0], np.cumsum(sizes)])
-    order, filled = np.empty(bounds[-1], dtype=np.uint32), bounds[:-1].copy()
-    for rows, group in grouped():
-        by = np.argsort(group, kind="stable")
-        sizes = np.bincount(group, minlength=4 * K)
-        places = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        order[np.repeat(filled, sizes) + places] = rows[by]
-        filled += sizes
-    return order, bounds
+    groups = [[] for _ in range(4 * K)]         # each one's rows, chunk by chunk: memory is flat
+    for begin in range(0, len(document), chunk):
+        rows = begin + np.flatnonzero(anchor[begin:begin + chunk])
+        of = document[rows]
+        follows = long[of] & (ends[of] - 1 != rows)
+        group = 2 * (held_out[rows] * K + cluster[rows]) + ~follows
+        by, sizes = np.argsort(group, kind="stable"), np.bincount(group, minlength=4 * K)
+        for parts, part in zip(groups, np.split(rows[by].astype(np.uint32), np.cumsum(sizes)[:-1])):
+            parts.append(part)
+    sizes = [sum(map(len, parts)) for parts in groups]
+    return np.concatenate([*chain(*groups)]), np.cumsum([0, *sizes])
 
 
 # --------------------------------------------------------------------------- meta tasks
@@ -915,21 +843,18 @@ class TaskIndex:
 
     support, query: the sets' sizes; variants: those that meta_task draws from; max_tokens: the
     longest source; recast: {variant: (template, words)} to put in place of its own (Unified-PPT). A
-    cluster is usable with support + query anchors: sentences of different text,
-    for next-sentence variants not the last of their document, and that of 4 or more. InputError,
-    with the number that is lacking, unless each variant has a usable cluster (ss: four) in training
-    and in held-out documents.
+    cluster is usable with support + query anchors: sentences of different text, for next-sentence
+    variants not the last of their document, and that of 4 or more. InputError, with what each
+    cluster lacks, unless a variant has a usable one (ss: four) in training and held-out documents.
     """
 
     def __init__(self, store, tokenizer, *, support=32, query=32, variants=VARIANTS,
                  max_tokens=MAX_TOKENS, recast={}):
         self.store, self.sizes, self.max_tokens = store, (support, query), max_tokens
         self.variants = tuple(variants)
-        mask = tokenizer.token_to_id(MASK)
         cast = {v: (TEMPLATES[v[:2]], WORDS[v]) for v in VARIANTS} | recast
         self.parts = {v: compile_template(tokenizer, template) for v, (template, _) in cast.items()}
-        self.words = {v: [[mask, *word_pieces(tokenizer, w)] for w in words]
-                      for v, (_, words) in cast.items()}
+        self.words = {v: decoder_targets(tokenizer, words) for v, (_, words) in cast.items()}
         if any(len(word) != 2 for words in self.words.values() for word in words):
             raise InputError("yes, no, maybe, A, B, C, D must be a piece each: take T5's tokenizer")
         self.first = np.append(store.first, len(store.document))
@@ -951,18 +876,15 @@ class TaskIndex:
     def _check(self, split, variant):
         pool, kind = self.pools[split, variant[:2]], variant[3:]
         wanted, need = 4 if variant[:2] == "ss" else 1, sum(self.sizes)
-        fullest = np.sort(np.append(pool.count[kind], [0] * wanted))[:-wanted - 1:-1]
-        lacking = np.maximum(need - fullest, 0)
-        if lacking.any():
-            raise InputError(f"{variant}: {lacking.sum()} {split} sentences are lacking: of {need}"
-                             f" usable ones {', '.join(map(str, lacking))} in the {wanted} fullest "
-                             "cluster(s): give more text, or fewer clusters")
+        lacking = np.maximum(need - pool.count[kind], 0)
+        fewest = [*sorted(lacking), *[need] * wanted][:wanted]
+        if any(fewest):
+            raise InputError(f"{variant}: {sum(fewest)} {split} sentences are lacking: of {need} "
+                             f"usable ones {', '.join(map(str, fewest))} in the {wanted} fullest "
+                             f"cluster(s), {', '.join(map(str, lacking))} in each one, from cluster"
+                             " 0 on: give more text, or fewer clusters")
         if kind == "cluster" and len(pool.order) - pool.count[kind].max() < 3:
             raise InputError(f"one cluster holds all {split} sentences: ask for more clusters")
-
-    def tokens(self, sentence):
-        """Its tokens (T,) uint16."""
-        return self.store.tokens[self.store.offsets[sentence]:self.store.offsets[sentence + 1]]
 
 
 def meta_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):
@@ -1030,9 +952,9 @@ def _examples(index, rng, variant, split, clusters, anchors, n):
         if chosen is None:
             raise InputError(f"{variant}: cluster {clusters[which]} has too few different sentences"
                              f" in {split}: give more text")
-        texts = [index.tokens(sentence).tolist() for sentence in chosen] + [None] * len(options)
-        fields = dict(zip("01234", texts))
-        filled.append(fill_template(index.parts[variant], fields, index.max_tokens))
+        texts = [index.store.sentence(s).tolist() for s in chosen] + [None] * len(options)
+        filled.append(fill_template(index.parts[variant], dict(zip("01234", texts)),
+                                    index.max_tokens))
     ids, slots = map(list, zip(*filled))
     vectors = vectors.expand(n, *vectors.shape)                                         # (n, V, d)
     return Examples(ids, slots, vectors, torch.from_numpy(labels), index.words[variant])
@@ -1041,14 +963,14 @@ def _examples(index, rng, variant, split, clusters, anchors, n):
 def _sentences(index, rng, variant, split, cluster, anchor, label):
     """An example's sentences in the template's order, no two alike; None where none were found."""
     form, relations = variant[:2], RELATIONS[variant]
-    chosen, texts = [anchor], {index.tokens(anchor).tobytes()}
+    chosen, texts = [anchor], {index.store.sentence(anchor).tobytes()}
     for relation in [relations[label]] if form == "sp" else relations:
         drawn = (_related(index, rng, split, form, cluster, anchor, relation) for _ in range(20))
-        new = next((s for s in drawn if index.tokens(s).tobytes() not in texts), None)
+        new = next((s for s in drawn if index.store.sentence(s).tobytes() not in texts), None)
         if new is None:         # rare: all that stands around the anchor reads like it
             return None
         chosen.append(new)
-        texts.add(index.tokens(new).tobytes())
+        texts.add(index.store.sentence(new).tobytes())
     if form == "mc":            # the right one to its place among the wrong ones
         wrong = rng.permutation(chosen[2:]).tolist()
         chosen = [anchor, *wrong[:label], chosen[1], *wrong[label:]]
@@ -1064,7 +986,7 @@ def _related(index, rng, split, form, cluster, anchor, relation):
         low, high = pool.start[cluster:cluster + 2]
         return int(pool.order[rng.integers(low, high) if relation == "same" else
                               _outside(rng, low, high, len(pool.order))])
-    document = index.store.document[anchor]
+    document = np.searchsorted(index.first, anchor, "right") - 1    # in memory
     first, end = index.first[document:document + 2]
     if relation == "near":                  # of its document, not adjacent
         low, high = max(anchor - 1, first), min(anchor + 2, end)
@@ -1096,6 +1018,95 @@ class LabeledTask(NamedTuple):
     bare: str = ""              # the field that loses its final punctuation
 
 
+def few_shot(rows, shots, seed, classes=2):
+    """Sample `shots` rows a label for training, as many for validation (section 4.1) -> both lists.
+
+    Ordered by sha256 of seed and row: the same on every machine. No text comes twice. A class of
+    fewer than 2 * shots texts gives half to each; InputError for fewer than two texts in a class.
+    rows [Row(0, a), Row(1, b), Row(0, c), Row(1, d)], shots 1 -> [Row(0, c), Row(1, b)],
+    [Row(0, a), Row(1, d)]
+    """
+    def key(row):
+        parts = (str(seed), str(row.label), *row.fields.values())
+        return hashlib.sha256("\t".join(parts).encode()).digest()
+    first = {tuple(row.fields.values()): row for row in sorted(rows, key=key, reverse=True)}
+    train, validation = [], []
+    for label in range(classes):
+        members = sorted((row for row in first.values() if row.label == label), key=key)
+        half = min(shots, len(members) // 2)
+        if not half:
+            raise InputError(f"label {label} has {len(members)} different texts, 2 are the least:"
+                             " give more labeled rows")
+        train += members[:half]
+        validation += members[half:2 * half]
+    return train, validation
+
+
+def task_examples(tokenizer, task, rows):
+    """Labeled rows as Examples; long texts are cut, never the template or the mask.
+    Row(1, {"text": "A fine film."}) -> `A fine film. It was <extra_id_0> ?</s>`, target `great`"""
+    parts = compile_template(tokenizer, task.template)
+    names = template_fields(task.template)
+    texts = zip(*(tokenize(tokenizer, [row.fields[name] for row in rows]) for name in names))
+    ids = [fill_template(parts, dict(zip(names, text)), task.max_tokens)[0] for text in texts]
+    return Examples(ids, [[] for _ in rows], torch.empty(len(rows), 0, 0), torch.tensor(
+        [row.label for row in rows]), decoder_targets(tokenizer, task.words))
+
+
+class LabeledIndex:
+    """What drawing a meta task from labeled sets needs (Table 3: labeled data as meta tasks).
+    stores: {name: build_labeled's}. A cluster is usable if it has ceil(support / K) +
+    ceil(query / K) different texts of each label. InputError, with what each cluster lacks, unless
+    each set has a usable one in training and in held-out texts."""
+
+    def __init__(self, stores, tokenizer, *, support=32, query=32, max_tokens=MAX_TOKENS):
+        self.stores, self.sizes, self.max_tokens = stores, (support, query), max_tokens
+        self.variants, self.words, self.rows, self.usable = tuple(stores), {}, {}, {}
+        self.parts = compile_template(tokenizer, LabeledTask("", "").template)
+        for name, store in stores.items():
+            words = store.meta["made_of"]["options"]["words"]
+            self.words[name] = decoder_targets(tokenizer, words)
+            K, need = len(words), sum(-(-size // len(words)) for size in self.sizes)
+            clusters = store.centroids.shape[1]
+            for split, inside in (("train", ~store.held_out), ("validation", store.held_out)):
+                rows = np.flatnonzero(inside & store.anchor)
+                group = store.cluster[0][rows] * K + store.label[rows]
+                counts = np.bincount(group, minlength=clusters * K)
+                self.rows[split, name] = np.split(rows[np.argsort(group, kind="stable")],
+                                                  np.cumsum(counts)[:-1])
+                lacking = np.maximum(need - counts, 0).reshape(clusters, K).sum(1)
+                self.usable[split, name] = np.flatnonzero(lacking == 0)
+                if lacking.all():
+                    raise InputError(f"{name}: {', '.join(map(str, lacking))} {split} texts are "
+                                     f"lacking in each cluster for {need} of each label: give more "
+                                     "rows, or fewer clusters")
+
+
+def labeled_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):
+    """As meta_task, of a LabeledIndex: one cluster of one labeled set, which is the variant.
+    Labels are balanced in each set, no text is in both.
+    `A fine film. It was <extra_id_0> ?</s>` -> `great`"""
+    rng = np.random.default_rng((seed, step, i, stream))
+    drawn = index.variants[rng.integers(len(index.variants))]
+    variant = variant or drawn
+    store, words = index.stores[variant], index.words[variant]
+    usable = np.setdiff1d(index.usable[split, variant], avoid)
+    if not len(usable):
+        raise InputError(f"{variant}: one usable {split} cluster, mixing needs two: give more rows")
+    cluster, K = int(rng.choice(usable)), len(words)
+    texts = [_shuffled(rng, rows)
+             for rows in index.rows[split, variant][cluster * K:(cluster + 1) * K]]
+    sets = []
+    for n in index.sizes:
+        labels = _balanced(rng, K, n)
+        rows = [next(texts[label]) for label in labels]
+        ids = [fill_template(index.parts, {"text": store.sentence(r).tolist()}, index.max_tokens)[0]
+               for r in rows]
+        sets.append(Examples(ids, [[]] * n, torch.empty(n, 0, 0), torch.from_numpy(labels), words))
+    return Task(variant, (cluster,), *sets)
+
+
+# --------------------------------------------------------------------------- data sets
 ENTAILMENT = '" {hypothesis} " ? <X> , " {premise} "'
 SAME = "Do {a} and {b} have the same meaning? <X> ."
 # Templates and words as the authors released them; test sets as the paper's (of GLUE: dev; of
@@ -1146,9 +1157,7 @@ GROUPS = {"all": tuple(TASKS)[:12], "dg": tuple(TASKS)[12:18],      # Tables 1 a
 
 def load_train(task, folder=TINY, say=lambda line: None):
     """A LabeledTask's training split -> [Row]. What was odd is said: say(line).
-
-    a line `1,"It works, and well."` of a .csv -> Row(1, {"text": "It works, and well."})
-    """
+    a line `1,"It works, and well."` of a .csv -> Row(1, {"text": "It works, and well."})"""
     return read_rows(locate(task.train, folder), task, task.sizes[0], say)
 
 
@@ -1159,10 +1168,8 @@ def load_test(task, folder=TINY, say=lambda line: None):
 
 def read_rows(path, task, size=0, say=lambda line: None):
     """Labeled rows of a file. InputError (file, line) for what is not a task's row.
-
     RTE's `0 TAB A dog ran. TAB It moved. TAB entailment` under its header ->
-    Row(0, {"hypothesis": "It moved", "premise": "A dog ran."})
-    """
+    Row(0, {"hypothesis": "It moved", "premise": "A dog ran."})"""
     fields, rows, left = template_fields(task.template), [], 0
     known = {label: k for k, label in enumerate(task.labels or task.words)}
     known |= {} if task.labels else {str(k): k for k in range(len(task.words))}
@@ -1178,11 +1185,11 @@ def read_rows(path, task, size=0, say=lambda line: None):
                              "this order: mend or drop it")
         rows.append(make_row(task, known[label], texts))
     if task.incomplete == "kept":
-        if rows and not any(text.strip() for text in rows[-1].fields.values()):
+        blank = [not any(map(str.strip, row.fields.values())) for row in rows]
+        if blank and blank.pop():
             rows.pop()
             say(f"{path}: the last row, which has no text, is left out")
-        blank = sum(not any(text.strip() for text in row.fields.values()) for row in rows)
-        say(f"{path}: {blank} rows without text are kept")
+        say(f"{path}: {sum(blank)} rows without text are kept")
     if left:
         say(f"{path}: {left:,} rows with missing texts are left out")
     if not rows:
@@ -1194,9 +1201,7 @@ def read_rows(path, task, size=0, say=lambda line: None):
 
 def load_texts(path, task):
     """Rows without labels, to be predicted: the template's texts only -> [Row], all of label 0.
-
-    a line `What a joy.` of a .txt -> Row(0, {"text": "What a joy."})
-    """
+    a line `What a joy.` of a .txt -> Row(0, {"text": "What a joy."})"""
     fields, rows, path = template_fields(task.template), [], Path(path)
     for where, texts in read_table(path, fields):
         if not texts or not all(text.strip() for text in texts):
@@ -1222,10 +1227,8 @@ def template_fields(template):
 
 def read_table(path, columns):
     """The columns of a file's rows -> (file and line, [a text of each column]; None if ragged).
-
     A .csv `text,label`, `ok,1`; columns ("label", "text") -> ("my.csv, line 2", ["1", "ok"])
-    InputError for what cannot be read as its name's end says.
-    """
+    InputError for what cannot be read as its name's end says."""
     read = ROWS.get(path.suffix)
     if not read:
         raise InputError(f"{path}: give {', '.join(filter(None, ROWS))}")
@@ -1285,14 +1288,12 @@ class Plain(pickle.Unpickler):
 
 def _pickle_rows(path, columns):
     """PERL's (texts, labels)."""
+    content = io.BytesIO(path.read_bytes())
     try:
-        with open(path, "rb") as file:
-            texts, labels = Plain(file).load()
+        texts, labels = Plain(content).load()
         rows = list(zip(labels, texts, strict=True))
         if not all(type(label) is int and type(text) is str for label, text in rows):
             raise ValueError("not texts and numbers")
-    except FileNotFoundError:
-        raise
     except Exception as error:      # a damaged pickle raises almost anything
         raise InputError(f"{path} is no pickle of (texts, labels): {error}; fetch it again"
                          ) from None
@@ -1303,104 +1304,6 @@ ROWS = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _jsonl_rows, ".txt": _tx
         "": _pickle_rows}
 
 
-def few_shot(rows, shots, seed, classes=2):
-    """Sample `shots` rows a label for training, as many for validation (section 4.1) -> both lists.
-
-    Ordered by sha256 of seed and row: the same on every machine. No text comes twice. A class of
-    fewer than 2 * shots texts gives half to each; InputError for fewer than two texts in a class.
-    rows [Row(0, a), Row(1, b), Row(0, c), Row(1, d)], shots 1 -> [Row(0, c), Row(1, b)],
-    [Row(0, a), Row(1, d)]
-    """
-    def key(row):
-        parts = (str(seed), str(row.label), *row.fields.values())
-        return hashlib.sha256("\t".join(parts).encode()).digest()
-    first = {tuple(row.fields.values()): row for row in sorted(rows, key=key, reverse=True)}
-    train, validation = [], []
-    for label in range(classes):
-        members = sorted((row for row in first.values() if row.label == label), key=key)
-        half = min(shots, len(members) // 2)
-        if not half:
-            raise InputError(f"label {label} has {len(members)} different texts, 2 are the least:"
-                             " give more labeled rows")
-        train += members[:half]
-        validation += members[half:2 * half]
-    return train, validation
-
-
-def task_examples(tokenizer, task, rows):
-    """Labeled rows as Examples; long texts are cut, never the template or the mask.
-
-    Row(1, {"text": "A fine film."}) -> `A fine film. It was <extra_id_0> ?</s>`, target `great`
-    """
-    parts = compile_template(tokenizer, task.template)
-    names = template_fields(task.template)
-    texts = zip(*(tokenize(tokenizer, [row.fields[name] for row in rows]) for name in names))
-    ids = [fill_template(parts, dict(zip(names, text)), task.max_tokens)[0] for text in texts]
-    words = [[tokenizer.token_to_id(MASK), *word_pieces(tokenizer, word)] for word in task.words]
-    labels = torch.tensor([row.label for row in rows])
-    return Examples(ids, [[] for _ in rows], torch.empty(len(rows), 0, 0), labels, words)
-
-
-class LabeledIndex:
-    """What drawing a meta task from labeled sets needs (Table 3: labeled data as meta tasks).
-
-    stores: {name: build_labeled's}; template: with {text} and <X>. A cluster is usable if it has
-    ceil(support / K) + ceil(query / K) different texts of each label. InputError, with the number
-    that is lacking, unless each set has a usable cluster in training and in held-out texts.
-    """
-
-    def __init__(self, stores, tokenizer, *, support=32, query=32,
-                 template=LabeledTask._field_defaults["template"], max_tokens=MAX_TOKENS):
-        self.stores, self.sizes, self.max_tokens = stores, (support, query), max_tokens
-        self.variants, self.parts = tuple(stores), compile_template(tokenizer, template)
-        mask = tokenizer.token_to_id(MASK)
-        self.words, self.rows, self.usable = {}, {}, {}
-        for name, store in stores.items():
-            words = store.meta["made_of"]["options"]["words"]
-            self.words[name] = [[mask, *word_pieces(tokenizer, word)] for word in words]
-            K, need = len(words), sum(-(-size // len(words)) for size in self.sizes)
-            clusters = store.centroids.shape[1]
-            for split, inside in (("train", ~store.held_out), ("validation", store.held_out)):
-                rows = np.flatnonzero(inside & store.anchor)
-                group = store.cluster[0][rows] * K + store.label[rows]
-                counts = np.bincount(group, minlength=clusters * K)
-                self.rows[split, name] = np.split(rows[np.argsort(group, kind="stable")],
-                                                  np.cumsum(counts)[:-1])
-                lacking = np.maximum(need - counts, 0).reshape(clusters, K).sum(1)
-                self.usable[split, name] = np.flatnonzero(lacking == 0)
-                if lacking.all():
-                    raise InputError(f"{name}: {lacking.min()} {split} texts are lacking for a "
-                                     f"cluster with {need} of each label: give more rows, or fewer "
-                                     "clusters")
-
-
-def labeled_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):
-    """As meta_task, of a LabeledIndex: one cluster of one labeled set, which is the variant.
-
-    Labels are balanced in each set, no text is in both.
-    `A fine film. It was <extra_id_0> ?</s>` -> `great`
-    """
-    rng = np.random.default_rng((seed, step, i, stream))
-    drawn = index.variants[rng.integers(len(index.variants))]
-    variant = variant or drawn
-    store, words = index.stores[variant], index.words[variant]
-    usable = np.setdiff1d(index.usable[split, variant], avoid)
-    if not len(usable):
-        raise InputError(f"{variant}: one usable {split} cluster, mixing needs two: give more rows")
-    cluster, K = int(rng.choice(usable)), len(words)
-    texts = [_shuffled(rng, rows)
-             for rows in index.rows[split, variant][cluster * K:(cluster + 1) * K]]
-    sets = []
-    for n in index.sizes:
-        labels = _balanced(rng, K, n)
-        rows = [next(texts[label]) for label in labels]
-        ids = [fill_template(index.parts, {"text": store.tokens[store.offsets[r]:store.offsets[
-            r + 1]].tolist()}, index.max_tokens)[0] for r in rows]
-        sets.append(Examples(ids, [[]] * n, torch.empty(n, 0, 0), torch.from_numpy(labels), words))
-    return Task(variant, (cluster,), *sets)
-
-
-# --------------------------------------------------------------------------- where tasks come from
 FETCHED = Path("cache/data")
 LMBFF = "https://nlp.cs.princeton.edu/projects/lm-bff/datasets.tar"
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
@@ -1420,58 +1323,46 @@ SOURCES = {
         ("electronics", "7e97408fa9eaa25bed2d2d3f16b7a76b3534962c", "data/"),
         ("kitchen", "7e97408fa9eaa25bed2d2d3f16b7a76b3534962c", "data/"))},
 }
-# The first half of their sha256, of those that were at hand.
-CHECKSUMS = {
-    "domain/airline/test": "d85588256f052153598b2f731c028df5",
-    "domain/airline/train": "b08470f5d334d3b90e2e0773bb7f8546",
-    "domain/books/test": "e139c133cae66c6cf38c33cc40554f02",
-    "domain/electronics/test": "adf96b0275ac369e74894c1c7584878b",
-    "original/MRPC/dev.tsv": "9e8f284788040f7c9ecde2e1b3c07237",
-    "original/MRPC/train.tsv": "69abcedee3cf738c6ce58d772e43e1b7",
-    "original/RTE/dev.tsv": "80230dfa1347282e7b532b06a1004a76",
-    "original/RTE/train.tsv": "41e3a9b063433392343fad9e962cf2f5",
-    "original/SST-2/dev.tsv": "628b5f860a1584f172b9c7b032331553",
-    "original/SST-2/train.tsv": "0e2eb9cad237f8bc597742bdc136d338",
-    "original/cr/test.csv": "7fab6959f8ce0d761bdbb0fef247d8a8",
-    "original/cr/train.csv": "0eb8e119ee76f8cca33cfee9fee1ed88",
-    "original/mr/test.csv": "11884f83ada1fbec5ece0190e06598e5",
-    "original/mr/train.csv": "c1e2cc34d7d271f274c0e8ef24241716",
-    "original/sst-5/test.csv": "3efa2c4190831c212fe618e3a35567df",
-    "original/sst-5/train.csv": "8801a7029ccdf549a2900d0ce7662cc4",
-    "original/subj/test.csv": "33ce3835e915977e590e6b27b5051402",
-    "original/subj/train.csv": "d281041f21d4d0336d9cd336a5490dd4",
-    "superglue/CB/train.jsonl": "32017480d3a10508646e3efd64502c63",
-    "superglue/CB/val.jsonl": "c6125587e9601560cb16ea223c33964c",
-}
+# The first half of the sha256 of a task's train and test file, of those that were at hand.
+CHECKSUMS = {file: start for task, starts in {
+    "sst2": ("0e2eb9cad237f8bc597742bdc136d338", "628b5f860a1584f172b9c7b032331553"),
+    "sst5": ("8801a7029ccdf549a2900d0ce7662cc4", "3efa2c4190831c212fe618e3a35567df"),
+    "mr": ("c1e2cc34d7d271f274c0e8ef24241716", "11884f83ada1fbec5ece0190e06598e5"),
+    "cr": ("0eb8e119ee76f8cca33cfee9fee1ed88", "7fab6959f8ce0d761bdbb0fef247d8a8"),
+    "subj": ("d281041f21d4d0336d9cd336a5490dd4", "33ce3835e915977e590e6b27b5051402"),
+    "cb": ("32017480d3a10508646e3efd64502c63", "c6125587e9601560cb16ea223c33964c"),
+    "rte": ("41e3a9b063433392343fad9e962cf2f5", "80230dfa1347282e7b532b06a1004a76"),
+    "mrpc": ("69abcedee3cf738c6ce58d772e43e1b7", "9e8f284788040f7c9ecde2e1b3c07237"),
+    "airlines": ("b08470f5d334d3b90e2e0773bb7f8546", "d85588256f052153598b2f731c028df5"),
+    "books": ("", "e139c133cae66c6cf38c33cc40554f02"),
+    "electronics": ("", "adf96b0275ac369e74894c1c7584878b"),
+}.items() for file, start in zip(TASKS[task][:2], starts)}
 
 
 def locate(file, folder=TINY):
     """The path of a task's file: in the folder, in tiny/, or fetched before into cache/data; else
     it is taken out of its archive, which lies there or is downloaded.
-
-    InputError, with where to put what, if it cannot be had.
-    """
-    places = (Path(folder), TINY, FETCHED)
-    for place in places:
-        if (place / file).is_file():
-            return place / file
-    tried = []
+    InputError, with where to put what, if it cannot be had."""
+    def have(name):
+        places = (place / name for place in (Path(folder), TINY, FETCHED))
+        return next(filter(Path.is_file, places), None)
+    if found := have(file):
+        return found
+    tried, path, sha256 = [], FETCHED / file, CHECKSUMS.get(file, "")
     for url in next((urls for start, urls in SOURCES.items() if file.startswith(start)), ()):
         name = url.rpartition("/")[2]
         try:
             if not name.endswith((".tar", ".zip")):
-                download(url, FETCHED / file, CHECKSUMS.get(file, ""))
-                return FETCHED / file
-            archive = next((place / name for place in places if (place / name).is_file()), None)
-            if not archive:
-                archive = FETCHED / name
-                download(url, archive)
-            content = archive_member(archive, file)
-            if not hashlib.sha256(content).hexdigest().startswith(CHECKSUMS.get(file, "")):
-                raise InputError(f"{file} of {archive} has another checksum than it should")
-            (FETCHED / file).parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(FETCHED / file, lambda out: out.write(content))
-            return FETCHED / file
+                download(url, path, sha256)
+                return path
+            if not have(name):
+                download(url, FETCHED / name)
+            content = archive_member(have(name), file)
+            if not hashlib.sha256(content).hexdigest().startswith(sha256):
+                raise InputError(f"{file} of {have(name)} has another checksum than it should")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, lambda out: out.write(content))
+            return path
         except InputError as error:
             tried.append(str(error))
     raise InputError("; ".join([f"{file} is not in {folder}: put it there, or give --data FOLDER "
@@ -1481,14 +1372,13 @@ def locate(file, folder=TINY):
 def archive_member(path, file):
     """A task's file out of a tar or zip, as bytes. Nothing is unpacked: no name in an archive can
     make anything be written. InputError for damage, and for names that lead outside.
-
     original/SST-2/dev.tsv of members original/GLUE-SST-2/dev.tsv, original/SST-2/dev.tsv -> the
-    latter; the other one (QQP-clean for QQP) only if it is alone.
-    """
+    latter; the other one (QQP-clean for QQP) only if it is alone."""
     *_, folder, name = file.split("/")
     try:
-        with (zipfile.ZipFile if path.suffix == ".zip" else tarfile.open)(path) as archive:
-            names = archive.namelist() if path.suffix == ".zip" else archive.getnames()
+        zipped = path.suffix == ".zip"
+        with (zipfile.ZipFile if zipped else tarfile.open)(path) as archive:
+            names = archive.namelist() if zipped else archive.getnames()
             for member in names:
                 if ".." in member.split("/") or member.startswith("/"):
                     raise InputError(f"{path} has {member!r}, which leads outside: do not use it")
@@ -1496,11 +1386,8 @@ def archive_member(path, file):
                      if (parts := ("", *member.split("/")))[-1] == name and folder in parts[-2]]
             if not found:
                 raise InputError(f"{path} has no {folder}/{name}")
-            member = min(found)[1]
-            return (archive.read(member) if path.suffix == ".zip" else
-                    archive.extractfile(member).read())
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile,
-            AttributeError, RuntimeError) as error:     # AttributeError: it is a folder or device
+            return (archive.open if zipped else archive.extractfile)(min(found)[1]).read()
+    except (*DAMAGE, OSError, RuntimeError, AttributeError) as error:   # a folder has no read()
         reason = _reason(error).rstrip(":")
         raise InputError(f"{path} is damaged or incomplete ({reason}): delete it, fetch it again"
                          ) from None
@@ -1581,21 +1468,19 @@ def model_downloads(name):
     source = hub_source(name)
     config = _fetch("config.json", **source)
     commit = source | {"revision": config.parent.name}
-    weights = [_look_up(SINGLE, commit)]
-    if not weights[0]:
-        weights = [_look_up(INDEX, commit)]
-        if not weights[0]:
-            raise InputError(_no_safetensors(source))
-        shards = shard_names(_fetch(INDEX, **commit))
-        weights += [_look_up(file, commit) for file in shards]
-        if None in weights:
-            raise InputError(f"{source['repo_id']} lacks {shards[weights.index(None) - 1]}, which "
-                             "its index names: try another @REVISION")
+    weights = _look_up(SINGLE, commit) or _look_up(INDEX, commit)
+    if not weights:
+        raise InputError(_no_safetensors(source))
+    files = shard_names(_fetch(INDEX, **commit)) if weights.file == INDEX else []
+    shards = [_look_up(file, commit) for file in files]
+    if None in shards:
+        raise InputError(f"{source['repo_id']} lacks {files[shards.index(None)]}, which its index "
+                         "names: try another @REVISION")
     tokenizer = _look_up("tokenizer.json", commit)
     if not tokenizer and read_config(config.parent).vocab_size == OFFICIAL_ROWS:
         tokenizer = _look_up("tokenizer.json", hub_source("t5-base"))       # see tokenizer_file
-    return [Download("config.json", config.stat().st_size, True, commit), *weights,
-            *([tokenizer] if tokenizer else [])]
+    config = Download("config.json", config.stat().st_size, True, commit)
+    return [config, weights, *shards, *filter(None, [tokenizer])]
 
 
 def hub_source(name):
@@ -1612,13 +1497,8 @@ def _look_up(file, source):
     """A Download, or None where the hub (the cache, when offline) has no such file."""
     if try_to_load_from_cache(filename=file, **source) is _CACHED_NO_EXIST:
         return None                         # the hub said so before: it need not be asked again
-    try:
-        found = hf_hub_download(filename=file, dry_run=True, **source)
-    except EntryNotFoundError:
-        return None
-    except FETCH_ERRORS as error:
-        raise _not_fetched(file, source, error) from None
-    return Download(file, found.file_size, found.is_cached, source)
+    found = _hub(file, source, dry_run=True)
+    return found and Download(file, found.file_size, found.is_cached, source)
 
 
 def _no_safetensors(source):
@@ -1639,9 +1519,8 @@ def _no_safetensors(source):
 
 def model_config(name):
     """The T5Config of a model; of one on the hub only config.json is fetched."""
-    if is_local(name):
-        return read_config(TINY if name == "tiny" else name)
-    return read_config(_fetch("config.json", **hub_source(name)).parent)
+    return read_config(model_folder(name) if is_local(name) else
+                       _fetch("config.json", **hub_source(name)).parent)
 
 
 def tokenizer_file(folder):
@@ -1683,10 +1562,7 @@ REASONS = {LocalEntryNotFoundError: "the hub was not reached, and it is not in t
 def _fetch(file, **source):
     """A file of the hub -> its path in the cache. There nothing is left that is not what its name
     says (a web page under its name), nor the part that a killed download leaves."""
-    try:
-        path = Path(hf_hub_download(filename=file, **source))
-    except FETCH_ERRORS as error:
-        raise _not_fetched(file, source, error) from None
+    path = Path(_hub(file, source))
     blob = path.resolve()
     for part in blob.parent.glob(f"{blob.name}.*.incomplete"):
         part.unlink(missing_ok=True)
@@ -1704,18 +1580,23 @@ def _reason(error):
     return next((REASONS[kind] for kind in REASONS if isinstance(error, kind)), first_line)
 
 
-def _not_fetched(file, source, error):
-    where = "@".join(filter(None, (source["repo_id"], source.get("revision"))))
-    option = "corpus" if "repo_type" in source else "model"
-    return InputError(f"{file} of {where} was not fetched ({_reason(error)}): check name, revision "
-                      f"and network, or put its files into a folder and give --{option} FOLDER")
+def _hub(file, source, **how):
+    """hf_hub_download's answer; None where a dry run finds no such file. InputError, else."""
+    try:
+        return hf_hub_download(filename=file, **source, **how)
+    except FETCH_ERRORS as error:
+        if how and isinstance(error, EntryNotFoundError):
+            return None
+        where = "@".join(filter(None, (source["repo_id"], source.get("revision"))))
+        option = "corpus" if "repo_type" in source else "model"
+        raise InputError(f"{file} of {where} was not fetched ({_reason(error)}): check name, "
+                         "revision and network, or put its files into a folder and give "
+                         f"--{option} FOLDER") from None
 
 
 def download(url, path, sha256=""):
     """Fetch an address to path, with a bar. What is there of it stays as .part, to go on with.
-
-    InputError if it stops short, or if its sha256 does not begin as given.
-    """
+    InputError if it stops short, or if its sha256 does not begin as given."""
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     begin = part.stat().st_size if part.exists() else 0
@@ -1747,9 +1628,7 @@ def download(url, path, sha256=""):
 
 def released_folder(config):
     """Where the authors' meta-trained prompt for a T5 of this shape is, fetched if it is not there.
-
-    InputError for another shape than t5-base's and flan-t5-xl's.
-    """
+    InputError for another shape than t5-base's and flan-t5-xl's."""
     name = RELEASED.get((config.d_model, config.d_ff))
     if not name:
         raise InputError("the authors released prompts for t5-base and flan-t5-xl only: take one "
@@ -1766,6 +1645,55 @@ def released_folder(config):
     return folder
 
 
+# --------------------------------------------------------------------------- files
+def atomic_write(path, write):
+    """Make a file whole or not at all: write(binary file) fills a temporary one, then renamed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)        # now the new name is on the disk, too
+    os.close(folder)
+
+
+def lock(path, busy):
+    """Make path this process's own, until the file returned is closed or the process dies: then the
+    kernel gives it free. If another has it busy(its id) is called; unless that raises, wait."""
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        busy(file.read())
+        fcntl.flock(file, fcntl.LOCK_EX)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def fingerprint(files):
+    """sha256 over the files' contents, in this order."""
+    whole = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def model_fingerprint(folder):
+    """sha256 of a model folder's config.json and weights: what a prompt or a store belongs to."""
+    return fingerprint([Path(folder) / "config.json", *weight_files(folder)])
+
+
+# --------------------------------------------------------------------------- a demonstration
 def demonstrate():
     """Print a task of each variant, 3 support examples and 1 query, of a part of tiny/'s corpus."""
     folder = model_folder("tiny")

@@ -27,7 +27,6 @@ import re
 import shlex
 import signal
 import statistics
-import sys
 import threading
 import time
 from collections import Counter
@@ -52,10 +51,8 @@ from data import (GROUPS, RELEASED, ROWS, TASKS, TINY, LabeledTask, atomic_write
                   model_fingerprint, model_folder, released_folder, template_fields)
 from supmer import REGULARIZERS, Method, cosine, knob, load_prompt, measure, score
 from t5 import InputError, load_t5, read_config, weight_files
-from train import TINY_VALUES, fetch_list, import_pyplot, knob_parser, pick_device, read_run
-
-OFFLINE = tuple(name for name in TASKS if TASKS[name].train.startswith("tasks/"))
-
+from train import (GIB, TINY_VALUES, fetch_list, import_pyplot, knob_parser, pick_device, read_run,
+                   run_script)
 
 PRETRAINED = {**{name: "--method" for name in METHODS}, **dict.fromkeys(ABLATIONS, "--ablation")}
 
@@ -67,8 +64,8 @@ class Settings:
     task: tuple = knob(("movie",), f"one or several of {', '.join(TASKS)}; all: the first twelve "
                        "(Table 1); dg: tuned on airlines, tested on the six domains (Table 2)")
     study: str = knob("", "steps (Fig. 3), shots (Fig. 4), dg (Table 2), spread (Fig. 1a), "
-                      "comparison (every method), ablation (Table 4), evidence (README): sets what "
-                      "it needs, unless that is given")
+                      "comparison (every method), ablation (Table 4, and first-order), evidence "
+                      "(README): sets what it needs, unless that is given")
     data: tuple = knob((os.environ.get("SUPMER_DATA") or "data",), "folder with the tasks' files "
                        "or archives, what is missing is fetched into cache/data; for a task of "
                        "your own its file, .csv, .tsv, .jsonl, .txt, and one to test on (or its "
@@ -124,18 +121,104 @@ STUDIES = {     # the paper's figures, and Table 2
     "comparison": {"prompt": ("zero-shot", "few-shot", "random", "vocab", "prefix-tuning",
                               "p-tuning-v2", "ft", "supmer", "ppt", "unified-ppt", "metapt")},
     "ablation": {"prompt": ("supmer", *ABLATIONS)},
-    "evidence": {"task": ("evidence",), "rates": (0.1, 0.3), "epochs": 60, "dtype": "bfloat16",
+    "evidence": {"task": ("evidence",), "rates": (0.03, 0.3), "epochs": 60, "words_only": True,
+                 "dtype": "bfloat16",
                  "prompt": ("random", "vocab", "ppt", "supmer", "metapt", "first-order",
                             "no-curriculum", "no-mgr", "no-ta")}}
 STUDY_RUN = ("--bytes", "10000000", "--examples", "23040", "--validate-every", "30",
              "--validation-tasks", "13")        # what a comparison pre-trains on the embedded T5
-CHOICES = {"study": tuple(STUDIES), "rate_scale": ("absolute", "rms"),
-           "dtype": ("float32", "bfloat16")}
-BACKBONES = {("t5-base", 768, 12): "t5-base", ("flan-t5-xl", 2048, 24): "flan-t5-xl"}
 TUNED, COMPARED = Path("runs/eval/tuned"), Path("runs/compared")
 
 
-# ------------------------------------------------------------------------------------- prompts
+# -------------------------------------------------------------------------------- tuning (C.1)
+
+class Tuning(NamedTuple):
+    """The Settings of one tuning run."""
+    epochs: int
+    batch: int
+    validate_every: int
+    words_only: bool
+
+
+def batch_rows(n, step, seed, size):
+    """A step's rows, steps counted from 0: each epoch is a permutation of n rows, cut into batches.
+    A pure function. n 5, size 2: steps 0, 1, 2 -> for example [3, 0], [4, 1], [2]"""
+    epoch, place = divmod(step, math.ceil(n / size))
+    order = np.random.default_rng((seed, epoch, 0, 11)).permutation(n)
+    return order[place * size:(place + 1) * size].tolist()
+
+
+def steps_of(n, settings):
+    """Tuning steps on n examples."""
+    return settings.epochs * math.ceil(n / settings.batch)
+
+
+def rank(validation):
+    """What is lowest is chosen: best accuracy, lowest loss, earliest step, smallest rate."""
+    return -validation["accuracy"], validation["loss"], validation["step"], validation["rate"]
+
+
+def choose(curve):
+    """Which of a list of validations is the best -> its index."""
+    return min(range(len(curve)), key=lambda i: rank(curve[i]))
+
+
+def tune(t5, baseline, start, psi, sample, seed, rate, settings, unit=1.0, tick=lambda: None):
+    """Tune at one rate -> at each validation its record and what is kept, {name: tensor}, good
+    until the next step. A prompt's record has how far it has moved from its start, as a share of
+    that, and cos(psi(g), g) of the last step.
+
+    A step: the gradient g of a batch (Eq. 1) -> psi(g, H) (Eq. 5; phi frozen, the gate's H from
+    that batch; psi None: g itself) -> norm clipped -> AdamW, whose rate falls linearly to 0.
+    baseline: one of BASELINES. start: t5 -> parameters; they count as step 0. sample: (training,
+    validation) Examples. rate is in units of unit, for a prompt. settings: a Tuning. tick() follows
+    each step. InputError: a loss is not finite (a gradient that was not shows in the next
+    validation at the latest).
+    """
+    (examples, held_out), method = sample, Method(words_only=settings.words_only)
+    baseline, n = BASELINES[baseline], len(examples.ids)
+    parameters = {name: x.clone() for name, x in start(t5).items()}
+    theta, cosine_psi, steps = parameters.get("theta"), None, steps_of(n, settings)
+    begun = theta.clone() if theta is not None else None
+    optimizer = torch.optim.AdamW(parameters.values(), eps=1e-8, weight_decay=0.0)
+    for step in range(steps + 1):
+        if step % settings.validate_every == 0 or step == steps:
+            kept = baseline.fold(t5, parameters)
+            found = measure(score(*baseline.model(t5, kept), held_out, method), held_out.labels)
+            loss = found["word_loss" if method.words_only else "loss"]
+            if not math.isfinite(loss):
+                raise InputError(f"the loss is {loss} at step {step}, rate {rate}, seed {seed}: "
+                                 "try smaller --rates")
+            moved = float((theta - begun).norm() / begun.norm()) if theta is not None else None
+            yield {"rate": rate, "step": step, "loss": loss, "moved": moved,
+                   "psi_cosine": cosine_psi,
+                   "accuracy": 100 * found["correct"] / len(held_out.ids)}, kept
+        if step < steps:
+            rows = batch_rows(n, step, seed, settings.batch)
+            batch = examples._replace(
+                ids=[examples.ids[row] for row in rows], vectors=examples.vectors[rows],
+                slots=[examples.slots[row] for row in rows], labels=examples.labels[rows])
+            gradient, H = tuning_gradient(t5, baseline, parameters, batch, method)
+            for name, x in parameters.items():
+                x.grad = psi(gradient[name], H) if psi else gradient[name]
+            cosine_psi = float(cosine(theta.grad, gradient["theta"])) if psi else None
+            torch.nn.utils.clip_grad_norm_(parameters.values(), method.clip)
+            optimizer.param_groups[0]["lr"] = rate * (1 - step / steps) * (
+                unit if baseline.model is with_prompt else 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            tick()
+
+
+# ------------------------------------------------------------- the protocol: a task, tuned, tested
+
+class Plan(NamedTuple):
+    """What is tuned on one task and tested on one or several."""
+    name: str
+    task: LabeledTask
+    targets: dict[str, LabeledTask]     # their test sets
+    folder: str
+
 
 class Candidate(NamedTuple):
     """What is compared: a way to use the few examples, and where it starts."""
@@ -146,19 +229,256 @@ class Candidate(NamedTuple):
     about: dict                 # a learned prompt's file and its metadata
 
 
+class Context(NamedTuple):
+    """What all tasks of a call share."""
+    settings: Settings
+    tokenizer: object
+    work: Callable          # of workers()
+    made_of: dict           # what every result depends on
+    unit: float             # of the rates
+    say: Callable           # print, for whoever runs this
+
+
+class Sample(NamedTuple):
+    """What a seed has drawn of a task's training file."""
+    seed: int
+    train: list             # of Rows
+    held_out: list
+
+    def texts(self):
+        """The texts of both parts, a set."""
+        return {texts_of(row) for row in self.train + self.held_out}
+
+
+def texts_of(row):
+    """A row's texts, what makes it the same as another."""
+    return tuple(row.fields.values())
+
+
+def evaluate(context, shots, plan, candidates):
+    """Tune on a plan's task, then test -> its part of the JSON file, and whether it was stopped.
+    candidates: an iterable of those to tune, one after the other. A KeyboardInterrupt ends tuning:
+    what is tuned by then is tested, and it is raised again if that is nothing."""
+    began, tuning, kept, done, stopped = time.perf_counter(), {}, {}, [], False
+    samples = draw_samples(context, plan, shots)
+    try:
+        for candidate in candidates:
+            tuning[candidate.name], kept[candidate.name] = tune_task(
+                context, plan, candidate, samples, shots)
+            done.append(candidate)
+    except KeyboardInterrupt:
+        stopped = True
+        if not done:
+            raise
+    tuned = time.perf_counter()
+    tests = {name: test_task(context, name, task, plan.folder, done, kept, samples)
+             for name, task in plan.targets.items()}
+    return {"task": plan.name, "shots": shots, "examples": len(samples[0].train), "tuning": tuning,
+            "test": {name: test for name, test in tests.items() if test},
+            "test_seconds": time.perf_counter() - tuned,
+            "minutes": (time.perf_counter() - began) / 60}, stopped
+
+
+def draw_samples(context, plan, shots):
+    """A Sample for each seed; of the files only the training one is opened."""
+    settings, task = context.settings, plan.task
+    rows = load_train(task, plan.folder, context.say)
+    seeds = [settings.seeds[0] if settings.same_examples else seed for seed in settings.seeds]
+    try:
+        samples = [Sample(seed, *few_shot(rows, shots, seed, len(task.words))) for seed in seeds]
+    except InputError as error:
+        raise InputError(f"{task.train}: {error}") from None
+    labels = Counter(row.label for row in samples[0].train)
+    counts = [labels[k] for k in range(len(task.words))]
+    if min(counts) < shots:
+        context.say(f"{plan.name}: {counts} examples by label instead of {shots}, as many for "
+                    "validation: smaller classes give half to each")
+    return samples
+
+
+def rates_of(settings, baseline):
+    """The rates to choose from: --rates, or the Baseline's own."""
+    return settings.rates if any(settings.rates) else baseline.rates
+
+
+def tune_task(context, plan, candidate, samples, shots):
+    """Tune a candidate with each seed's sample at each rate; no file is opened. -> [a seed's record
+    for the JSON file], none if nothing is tuned; [what a seed keeps: [{name: tensor} of the best
+    step, and then of every validation if --study steps]]"""
+    settings, task, baseline = context.settings, plan.task, BASELINES[candidate.baseline]
+    if not baseline.rates:
+        return [], [[{}]] * len(samples)
+    about = {"task": task._asdict(), "model": settings.model,
+             "model_sha256": context.made_of["model"]}
+    tuning, jobs = Tuning(*(getattr(settings, name) for name in Tuning._fields)), []
+    for seed, sample, start in zip(settings.seeds, samples, candidate.starts):
+        parts = [baseline.pose(context.tokenizer, plan.name, task, part, (), 0)[0]
+                 for part in (sample.train, sample.held_out)]
+        jobs.append([make_job(
+            context.made_of, f"{plan.name}-{candidate.name}-{shots}-{seed}-{rate}", tune_job,
+            steps_of(len(sample.train), settings), baseline=candidate.baseline, start=start,
+            psi=candidate.psi, sample=parts, seed=sample.seed, rate=rate, tuning=tuning,
+            unit=context.unit, all_steps=settings.study == "steps", about=about)
+            for rate in rates_of(settings, baseline)])
+    context.work(sum(jobs, []), f"tune {plan.name}")
+    records, kept = [], []
+    for seed, sample, of_rates in zip(settings.seeds, samples, jobs):
+        found = {job.path: read_result(job.path, tensors=False)[1] for job in of_rates}
+        path = min(found, key=lambda path: rank(found[path]["best"]))
+        records.append({
+            "seed": seed, "examples": len(sample.train), "best": found[path]["best"],
+            "file": str(path), "validations": [result["validations"] for result in found.values()],
+            "time": {"seconds": sum(result["time"]["seconds"] for result in found.values())}})
+        steps = {}
+        for key, x in read_result(path)[0].items():
+            step, _, name = key.rpartition(":")
+            steps.setdefault(int(step or -1), {})[name] = x
+        kept.append([steps[step] for step in sorted(steps)])
+    return records, kept
+
+
+def test_task(context, name, task, folder, candidates, kept, samples):
+    """Open a test file, score every kept choice once, and the untuned -> for the JSON, in %. Rows
+    with a text that a seed has sampled do not count for that seed; None if no others are left.
+    --test-rows takes always the same: the first by sha256 of their text."""
+    settings, rows = context.settings, load_test(task, folder, context.say)
+    of = len(rows)
+    if settings.test_rows:
+        rows = sorted(rows, key=lambda row: hashlib.sha256(
+            "\t".join(texts_of(row)).encode()).digest())[:settings.test_rows]
+    labels = torch.tensor([row.label for row in rows])
+    counted = [torch.tensor([texts_of(row) not in texts for row in rows])
+               for texts in (sample.texts() for sample in samples)]
+    left_out = [int((~k).sum()) for k in counted]
+    if any(left_out):
+        context.say(f"{name}: {left_out} test rows, by seed, are left out: they were sampled")
+    if max(left_out) == len(rows):
+        context.say(f"{name}: none is left: it is tuned, not tested")
+        return None
+    chosen = predicted_labels(context, name, task, rows, candidates, kept, samples)
+
+    def accuracy(predicted, counted):
+        return 100 * float((predicted == labels)[counted].float().mean())
+
+    def usual(predicted):               # over the seeds, whose rows differ where some are left out
+        return statistics.mean(accuracy(predicted, k) for k in counted)
+    results = {}
+    for candidate in candidates:
+        of_seeds = [chosen[candidate.name, i] for i in range(len(samples))]
+        found = [{step: accuracy(first, k) for step, (first, *_) in of_seed.items()}
+                 for of_seed, k in zip(of_seeds, counted)]
+        untuned = [steps.pop("untuned") for steps in found if "untuned" in steps]
+        tuned, orders = [steps.pop(0) for steps in found], of_seeds[0][0]
+        results[candidate.name] = result = {
+            "tuned": tuned, "mean": statistics.mean(tuned),
+            "sample_std": statistics.stdev(tuned) if len(tuned) > 1 else None}
+        if untuned:                     # a learned prompt is one for all seeds
+            result["untuned"] = [statistics.mean(untuned)] if candidate.about else untuned
+        if len(orders) > 1:
+            result["orders"] = [accuracy(one, counted[0]) for one in orders]
+        if settings.study == "steps":
+            result["steps"] = [[*steps.values()] for steps in found]
+        if settings.predictions:
+            result["predictions"] = [of_seed[0][0].tolist() for of_seed in of_seeds]
+    return {"rows": len(rows), "of": of, "left_out": left_out, "prompts": results,
+            "majority": usual(labels.bincount().argmax().expand(len(rows))),
+            "no_prompt": usual(chosen["", 0]["untuned"][0]),
+            **({"labels": labels.tolist()} if settings.predictions else {})}
+
+
+def predicted_labels(context, name, task, rows, candidates, kept, samples):
+    """Score test rows -> {(candidate's name, i): what seed i predicts}, each {step: [labels (n,),
+    one an order of the demonstrations]}. Step 0 is what was chosen, 1, ... each validation's with
+    --study steps, "untuned" where a prompt starts; ("", 0) has "untuned" alone: no prompt."""
+    posed, wanted = {}, {("", 0, "untuned"): ("zero-shot", {}, pose(
+        context.tokenizer, name, task, rows, (), 0))}
+    for candidate in candidates:
+        baseline = BASELINES[candidate.baseline]
+        for i, sample in enumerate(samples):
+            key = baseline.pose, 0 if baseline.rates else i     # tuned: the same rows for each seed
+            if key not in posed:                # one seed shows what the demonstrations' order does
+                posed[key] = baseline.pose(context.tokenizer, name, task, rows, sample.train,
+                                           sample.seed)[:1 if i else None]
+            choices = {"untuned": candidate.starts[i]} if baseline.model is with_prompt else {}
+            choices |= enumerate(kept[candidate.name][i])
+            wanted |= {(candidate.name, i, step): (candidate.baseline, x, posed[key])
+                       for step, x in choices.items()}
+    paths = iter(context.work([make_job(
+        context.made_of, f"{name}-scores", score_job, 1, baseline=baseline, kept=parameters,
+        examples=examples) for baseline, parameters, several in wanted.values()
+        for examples in several], f"test {name}"))
+    chosen = {}
+    for (candidate, i, step), (*_, several) in wanted.items():
+        chosen.setdefault((candidate, i), {})[step] = [
+            read_result(next(paths))[0]["scores"].argmax(-1) for _ in several]
+    return chosen
+
+
+def work_through(context, planned, written, out, count, candidates):
+    """Evaluate each number of shots and plan, write and tell each result -> whether it was stopped.
+    written: the JSON file `out`, to be filled. candidates: () -> an iterable for each plan. What a
+    stop leaves undone is put down as not run; with no result at all KeyboardInterrupt goes on."""
+    todo, stopped = [(shots, plan) for shots in context.settings.shots for plan in planned], False
+    try:
+        while todo and not stopped:
+            result, stopped = evaluate(context, *todo[0], candidates())
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if not written["results"] and out.exists():     # an earlier call's is kept beside
+                numbered = (out.with_suffix(f".{n}.json") for n in range(1, 10 ** 6))
+                out.rename(next(path for path in numbered if not path.exists()))
+            written["results"].append(result | {"processes": count})
+            atomic_write(out, lambda file: file.write(json.dumps(written, indent=1).encode()))
+            context.say(details(written["results"][-1], context.settings))
+            del todo[0]
+    except KeyboardInterrupt:
+        if not written["results"]:
+            raise
+        stopped = True
+    written["not_run"] |= {plan.name: "stopped before it was done" for _, plan in todo}
+    return stopped
+
+
+def plans(settings):
+    """The tasks to run, their files looked for and fetched -> [Plan], {task not run: why}.
+    InputError if a task that was named itself cannot be had; those of `all` and `dg` may be
+    absent."""
+    if settings.template:
+        name, test = Path(settings.data[0]).stem, settings.data[-1]
+        task = LabeledTask(settings.data[0], test, settings.template, own_words(settings), 256)
+        return [Plan(name, task, {name: task}, ".")], {}
+    found, absent, folder = {}, {}, settings.data[0]
+    for group in settings.task:
+        targets = {}
+        for name in GROUPS.get(group, (group,)):
+            try:
+                if group != "dg" or name == "airlines":
+                    locate(TASKS[name].train, folder)
+                locate(TASKS[name].test, folder)
+                targets[name] = TASKS[name]
+            except InputError as error:
+                if group not in GROUPS or name == "airlines":
+                    raise
+                absent[name] = str(error)
+        found |= {"dg": Plan("dg", TASKS["airlines"], targets, folder)} if group == "dg" else {
+            name: Plan(name, task, {name: task}, folder) for name, task in targets.items()}
+    return [*found.values()], absent
+
+
+# -------------------------------------------------------------------- candidates: what is compared
+
 def newest_run(model):
     """The folder of this model's run under runs/ that finished last, of SUPMER with all its parts;
     "released" without one, where that is at hand without a run of ours. InputError for other
     models."""
-    runs = {str(path.parent): read_run(path.parent) for path in Path("runs").glob("*/run.json")}
-    ended = [(run["ended"], name) for name, run in runs.items() if run["finished"] and
-             run.get("name") == "supmer" and Path(run["model"]).name == Path(model).name]
-    if not ended and Path(model).name in ("tiny", "t5-base", "flan-t5-xl"):
+    name, folders = Path(model).name, [path.parent for path in Path("runs").glob("*/run.json")]
+    ended = [(run["ended"], str(folder)) for folder, run in zip(folders, map(read_run, folders))
+             if run["finished"] and run.get("name") == "supmer" and Path(run["model"]).name == name]
+    if ended:
+        return max(ended)[1]
+    if name in ("tiny", "t5-base", "flan-t5-xl"):
         return "released"
-    if not ended:
-        raise InputError(f"runs/ has no finished run of {model}: make one (python train.py), or "
-                         "give --prompt RUN|released|random|vocab")
-    return max(ended)[1]
+    raise InputError(f"runs/ has no finished run of {model}: make one (python train.py), or "
+                     "give --prompt RUN|released|random|vocab")
 
 
 def pretrained_run(name, settings, minutes):
@@ -166,15 +486,18 @@ def pretrained_run(name, settings, minutes):
     on with, within so many minutes (0: any). KeyboardInterrupt if it was stopped, InputError if it
     cannot be. All of a model's have the same numbers but for the method's own."""
     folder = COMPARED / f"{Path(settings.model).name}-{name}"
-    if not folder.exists() or not read_run(folder)["finished"]:
-        argv = ["--model", settings.model, PRETRAINED[name], name, "--run", str(folder)]
-        argv += STUDY_RUN if settings.model == "tiny" else ()
-        argv += ["--labeled", settings.labeled] if name == "metapt" else []
-        argv = ["--resume", str(folder)] if folder.exists() else argv
+
+    def finished():
+        return folder.exists() and read_run(folder)["finished"]
+    if not finished():
+        argv = ["--resume", str(folder)] if folder.exists() else [
+            "--model", settings.model, PRETRAINED[name], name, "--run", str(folder),
+            *(STUDY_RUN if settings.model == "tiny" else ()),
+            *(["--labeled", settings.labeled] if name == "metapt" else [])]
         argv += ["--max-minutes", f"{minutes:.2f}"] if minutes else []
         print(f"{name} comes first: {shlex.join(['python', 'train.py', *argv])}")
         train.main(argv)
-        if not folder.exists() or not read_run(folder)["finished"]:
+        if not finished():
             raise KeyboardInterrupt
     return str(folder)
 
@@ -214,11 +537,9 @@ def open_candidate(name, t5, settings, minutes=0):
 
 def in_turn(settings, t5, opened, about, ends, say):
     """Yield the Candidates of --prompt, each when it is its turn, so that what must be pre-trained
-    keeps nobody waiting; of a study those that can be had.
-
-    opened: {name: Candidate} so far, about: {name: its metadata, or why it was not run}; both are
-    filled. ends: when --max-minutes are over, by time.monotonic(): then KeyboardInterrupt.
-    """
+    keeps nobody waiting; of a study those that can be had. opened: {name: Candidate} so far, about:
+    {name: its metadata, or why it was not run}; both are filled. ends: when --max-minutes are over,
+    by time.monotonic(): then KeyboardInterrupt."""
     for name in settings.prompt:
         try:
             left = settings.max_minutes and max(0.01, (ends - time.monotonic()) / 60)
@@ -236,88 +557,6 @@ def in_turn(settings, t5, opened, about, ends, say):
             signal.signal(signal.SIGALRM, signal.default_int_handler)
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, ends - time.monotonic()))
         yield candidate
-
-
-# -------------------------------------------------------------------------------- tuning (C.1)
-
-class Tuning(NamedTuple):
-    """The Settings of one tuning run."""
-    epochs: int
-    batch: int
-    validate_every: int
-    words_only: bool
-
-
-def batch_rows(n, step, seed, size):
-    """A step's rows, steps counted from 0: each epoch is a permutation of n rows, cut into batches.
-
-    A pure function. n 5, size 2: steps 0, 1, 2 -> for example [3, 0], [4, 1], [2]
-    """
-    epoch, place = divmod(step, math.ceil(n / size))
-    order = np.random.default_rng((seed, epoch, 0, 11)).permutation(n)
-    return order[place * size:(place + 1) * size].tolist()
-
-
-def steps_of(n, settings):
-    """Tuning steps on n examples."""
-    return settings.epochs * math.ceil(n / settings.batch)
-
-
-def rank(validation):
-    """What is lowest is chosen: best accuracy, lowest loss, earliest step, smallest rate."""
-    return -validation["accuracy"], validation["loss"], validation["step"], validation["rate"]
-
-
-def choose(curve):
-    """Which of a list of validations is the best -> its index."""
-    return min(range(len(curve)), key=lambda i: rank(curve[i]))
-
-
-def tune(t5, baseline, start, psi, sample, seed, rate, settings, unit=1.0, tick=lambda: None):
-    """Tune at one rate -> at each validation its record and what is kept, {name: tensor}, good
-    until the next step. A prompt's record has how far it has moved from its start, as a share of
-    that, and cos(psi(g), g) of the last step.
-
-    A step: the gradient g of a batch (Eq. 1) -> psi(g, H) (Eq. 5; phi frozen, the gate's H from
-    that batch; psi None: g itself) -> norm clipped -> AdamW, whose rate falls linearly to 0.
-    baseline: one of BASELINES. start: t5 -> parameters; they count as step 0. sample: (training,
-    validation) Examples. rate is in units of unit, for a prompt. settings: a Tuning. tick() follows
-    each step. InputError: a loss is not finite (a gradient that was not shows in the next
-    validation at the latest).
-    """
-    (train, held_out), method = sample, Method(words_only=settings.words_only)
-    baseline, n = BASELINES[baseline], len(train.ids)
-    parameters = {name: x.clone() for name, x in start(t5).items()}
-    theta, cosine_psi, steps = parameters.get("theta"), None, steps_of(n, settings)
-    begun = theta.clone() if theta is not None else None
-    optimizer = torch.optim.AdamW(parameters.values(), eps=1e-8, weight_decay=0.0)
-    for step in range(steps + 1):
-        if step % settings.validate_every == 0 or step == steps:
-            kept = baseline.fold(t5, parameters)
-            found = measure(score(*baseline.model(t5, kept), held_out, method), held_out.labels)
-            loss = found["word_loss" if method.words_only else "loss"]
-            if not math.isfinite(loss):
-                raise InputError(f"the loss is {loss} at step {step}, rate {rate}, seed {seed}: "
-                                 "try smaller --rates")
-            moved = float((theta - begun).norm() / begun.norm()) if theta is not None else None
-            yield {"rate": rate, "step": step, "loss": loss, "moved": moved,
-                   "psi_cosine": cosine_psi,
-                   "accuracy": 100 * found["correct"] / len(held_out.ids)}, kept
-        if step < steps:
-            rows = batch_rows(n, step, seed, settings.batch)
-            batch = train._replace(
-                ids=[train.ids[row] for row in rows], slots=[train.slots[row] for row in rows],
-                vectors=train.vectors[rows], labels=train.labels[rows])
-            gradient, H = tuning_gradient(t5, baseline, parameters, batch, method)
-            for name, x in parameters.items():
-                x.grad = psi(gradient[name], H) if psi else gradient[name]
-            cosine_psi = float(cosine(theta.grad, gradient["theta"])) if psi else None
-            torch.nn.utils.clip_grad_norm_(parameters.values(), method.clip)
-            optimizer.param_groups[0]["lr"] = rate * (1 - step / steps) * (
-                unit if baseline.model is with_prompt else 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            tick()
 
 
 # ------------------------------------------------------------------------ independent work, shared
@@ -349,10 +588,7 @@ def make_job(made_of, name, function, ticks, **arguments):
 
 def tune_job(t5, tick, baseline, start, psi, sample, seed, rate, tuning, unit, all_steps, about):
     """tune() -> what is kept at its best validation {name: tensor}, its record; if all_steps, each
-    validation's as well, as "step:name".
-
-    about: what a reader of the file needs to use it.
-    """
+    validation's as well, as "step:name". about: what a reader of the file needs to use it."""
     device = t5.weights["shared.weight"].device
     psi = psi and partial(psi.func, {name: x.to(device) for name, x in psi.args[0].items()})
     curve, best, every = [], {}, {}
@@ -387,21 +623,13 @@ def do(job, t5, tick):
     atomic_write(job.path, lambda file: file.write(payload))
 
 
-def read_result(path):
-    """A Job's file -> {name: tensor}, {name: value}. InputError if it is none."""
-    return _read(path, lambda file: ({name: file.get_tensor(name) for name in file.keys()},
-                                     json.loads(file.metadata()["result"])))
-
-
-def read_record(path):
-    """A Job's file without its tensors, which may be a whole model's -> {name: value}."""
-    return _read(path, lambda file: json.loads(file.metadata()["result"]))
-
-
-def _read(path, what):
+def read_result(path, tensors=True):
+    """A Job's file -> {name: tensor}, {name: value}; without its tensors, which may be a whole
+    model's, {}. InputError if it is none."""
     try:
         with safe_open(path, framework="pt") as file:
-            return what(file)
+            return ({name: file.get_tensor(name) for name in file.keys() if tensors},
+                    json.loads(file.metadata()["result"]))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is no result of eval.py ({error}): give one from {TUNED}, or "
                          "delete it") from None
@@ -419,7 +647,7 @@ def begin_worker(folder, dtype, devices, begun, ticks):
     with begun.get_lock():
         device = devices[begun.value % len(devices)]
         begun.value += 1
-    WORKER.update(t5=load_t5(folder, dtype, torch.device(device)), ticks=ticks)
+    WORKER.update(t5=load_t5(folder, dtype, pick_device(device)), ticks=ticks)
 
 
 def do_in_worker(job):
@@ -433,10 +661,8 @@ def do_in_worker(job):
 @contextlib.contextmanager
 def workers(t5, folder, dtype, devices, count):
     """-> work(jobs, title), which does what is not done yet in `count` processes -> their paths.
-
-    One process is this one, with t5. Each computes with one thread, so that no sum depends on
-    their number.
-    """
+    One process is this one, with t5. Each computes with one thread, so that no sum depends on their
+    number."""
     TUNED.mkdir(parents=True, exist_ok=True)
     threads, spawn, pool = torch.get_num_threads(), multiprocessing.get_context("spawn"), None
     begun, ticks = spawn.Value("q", 0), spawn.Value("q", 0)
@@ -477,11 +703,9 @@ def workers(t5, folder, dtype, devices, count):
 
 
 def processes(settings, folder, more):
-    """The devices to work on, and how many processes -> [str], int.
-
-    On a CPU each holds the weights and what a step needs, taken as 4 times the files' size, and
-    `more` bytes. InputError if one is too many.
-    """
+    """The devices to work on, and how many processes -> [str], int. On a CPU each holds the weights
+    and what a step needs, taken as 4 times the files' size, and `more` bytes. InputError if one is
+    too many."""
     device = str(pick_device(settings.device))
     gpus = range(torch.cuda.device_count()) if settings.device == "auto" else ()
     devices = [f"cuda:{i}" for i in gpus] or [device]
@@ -490,245 +714,189 @@ def processes(settings, folder, more):
     size = 4 * sum(path.stat().st_size for path in weight_files(folder)) + more
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
-        raise InputError(f"a process needs some {size / 2**30:.1f} GiB, there are "
-                         f"{memory / 2**30:.1f}: take a smaller model, or leave ft away")
+        raise InputError(f"a process needs some {size / GIB:.1f} GiB, there are "
+                         f"{memory / GIB:.1f}: take a smaller model, or leave ft away")
     return devices, max(1, min(torch.get_num_threads(), memory // size))
 
 
-# ------------------------------------------------------------------------- a task: tuned, tested
+# ---------------------------------------------------------------------------------- the script
 
-class Plan(NamedTuple):
-    """What is tuned on one task and tested on one or several."""
-    name: str
-    task: LabeledTask
-    targets: dict[str, LabeledTask]     # their test sets
-    folder: str
-
-
-class Context(NamedTuple):
-    """What all tasks of a call share."""
-    settings: Settings
-    tokenizer: object
-    work: Callable          # of workers()
-    made_of: dict           # what every result depends on
-    unit: float             # of the rates
-    say: Callable           # print, for whoever runs this
-
-
-def plans(settings):
-    """The tasks to run, their files looked for and fetched -> [Plan], {task not run: why}.
-
-    InputError if a task that was named itself cannot be had; those of `all` and `dg` may be absent.
-    """
-    if settings.template:
-        name, test = Path(settings.data[0]).stem, settings.data[-1]
-        task = LabeledTask(settings.data[0], test, settings.template,
-                           tuple(word.strip() for word in settings.words.split(",")), 256)
-        return [Plan(name, task, {name: task}, ".")], {}
-    found, absent, folder = [], {}, settings.data[0]
-    for group in settings.task:
-        targets = {}
-        for name in GROUPS.get(group, (group,)):
-            try:
-                if group != "dg" or name == "airlines":
-                    locate(TASKS[name].train, folder)
-                locate(TASKS[name].test, folder)
-                targets[name] = TASKS[name]
-            except InputError as error:
-                if group not in GROUPS or name == "airlines":
-                    raise
-                absent[name] = str(error)
-        found += [Plan("dg", TASKS["airlines"], targets, folder)] if group == "dg" else [
-            Plan(name, task, {name: task}, folder) for name, task in targets.items()]
-    return list({plan.name: plan for plan in found}.values()), absent
-
-
-def texts_of(row):
-    """A row's texts, what makes it the same as another."""
-    return tuple(row.fields.values())
-
-
-def rates_of(settings, baseline):
-    """The rates to choose from: --rates, or the Baseline's own."""
-    return settings.rates if any(settings.rates) else baseline.rates
+def main(argv):
+    """Parse, say what will run; then for each task tune, test, write and print."""
+    settings, sources = parse(argv)
+    if settings.predict:
+        return predict(settings)
+    for name, value in asdict(settings).items():
+        print(f"{name:15} {value!s:24} {sources[name]}")
+    if settings.plot:
+        import_pyplot()                         # now, not after hours
+    found, absent = plans(settings)
+    for name, why in absent.items():
+        print(f"{name}: not run; {why}")
+    if not found:
+        raise InputError("none of these tasks is at hand, see above")
+    for line in fetch_list(settings.model):
+        print(line)
+    model, dtype = model_folder(settings.model), getattr(torch, settings.dtype)
+    more = ft_memory(read_config(model)) if "ft" in settings.prompt else 0
+    if more:
+        copies = len(rates_of(settings, BASELINES["ft"])) * len(settings.seeds)
+        print(f"ft: {more / GIB:.2f} GiB in each process beside the frozen weights and a step's "
+              f"activations; a task's rates and seeds take "
+              f"{more / 6 / GIB * copies:.2f} GiB in {TUNED}")
+    devices, count = processes(settings, model, more)
+    t5 = load_t5(model, dtype, torch.device(devices[0] if count == 1 else "cpu"))
+    code = [Path(__file__).with_name(f"{name}.py") for name in (
+        "eval", "baselines", "supmer", "data", "t5")]
+    made_of = {"model": model_fingerprint(model), "dtype": settings.dtype,
+               "device": devices[0].partition(":")[0], "torch": torch.__version__,
+               "code": fingerprint(code)}
+    unit = float(t5.weights["shared.weight"].float().cpu().square().mean().sqrt()) \
+        if settings.rate_scale == "rms" else 1.0
+    own = [found[0].name] if settings.template else settings.task
+    stem = "-".join([Path(settings.model).name, *([settings.study] if settings.study else own),
+                     *["quick"] * ("--quick" in argv)])
+    out = Path(settings.out or f"runs/eval/{stem}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    written = {"command": shlex.join(["python", "eval.py", *argv]), "settings": asdict(settings),
+               "prompts": {}, "not_run": absent, "results": []}
+    ends = time.monotonic() + 60 * settings.max_minutes
+    opened = {name: open_candidate(name, t5, settings) for name in settings.prompt
+              if name not in PRETRAINED}
+    with workers(t5, model, dtype, devices, count) as work:
+        context = Context(settings, load_tokenizer(model, t5.config), work, made_of, unit, print)
+        stopped = work_through(context, found, written, out, count, lambda: in_turn(
+            settings, t5, opened, written["prompts"], ends, print))
+    print(f"details: {out}")
+    if any(result["test"] for result in written["results"]):
+        show(written, settings, t5.config, out, count, argv)
+        if stopped:
+            print("stopped: the same command goes on")
 
 
-class Sample(NamedTuple):
-    """What a seed has drawn of a task's training file."""
-    seed: int
-    train: list             # of Rows
-    held_out: list
-
-    def texts(self):
-        """The texts of both parts, a set."""
-        return {texts_of(row) for row in self.train + self.held_out}
-
-
-def draw_samples(context, plan, shots):
-    """A Sample for each seed; of the files only the training one is opened."""
-    settings, task = context.settings, plan.task
-    rows = load_train(task, plan.folder, context.say)
-    seeds = [settings.seeds[0] if settings.same_examples else seed for seed in settings.seeds]
-    try:
-        samples = [Sample(seed, *few_shot(rows, shots, seed, len(task.words))) for seed in seeds]
-    except InputError as error:
-        raise InputError(f"{task.train}: {error}") from None
-    counts = [Counter(row.label for row in samples[0].train)[k] for k in range(len(task.words))]
-    if min(counts) < shots:
-        context.say(f"{plan.name}: {counts} examples by label instead of {shots}, as many for "
-                    "validation: smaller classes give half to each")
-    return samples
+def show(written, settings, config, out, count, argv):
+    """Print and write the table; draw the picture; say what a demonstration left out."""
+    text = table(written, config, settings)
+    atomic_write(out.with_suffix(".md"), lambda file: file.write(f"{text}\n".encode()))
+    print(f"\n{text}\n\n±: sample standard deviation (n - 1) over the seeds")
+    if settings.plot:
+        draw(written, settings, out.with_suffix(".png"))
+        print(f"picture: {out.with_suffix('.png')}")
+    if "--quick" in argv:
+        print(protocol(argv, written["results"][-1], settings, count))
 
 
-def tune_task(context, plan, candidates, samples, shots):
-    """Tune every candidate that tunes, seed and rate; no file is opened.
-
-    -> {candidate's name: [a seed's record for the JSON file]}, {candidate's name: [what a seed
-    keeps, {name: tensor}, of the best step and then of every validation if --study steps]}
-    """
-    settings, task = context.settings, plan.task
-    about = {"task": task._asdict(), "model": settings.model,
-             "model_sha256": context.made_of["model"]}
-    tuning = Tuning(*(getattr(settings, name) for name in Tuning._fields))
-    jobs, places = [], []
-    for candidate in candidates:
-        baseline = BASELINES[candidate.baseline]
-        for i, sample in enumerate(samples):
-            if not baseline.rates:
-                continue
-            parts = [baseline.pose(context.tokenizer, plan.name, task, part, (), 0)[0]
-                     for part in (sample.train, sample.held_out)]
-            for rate in rates_of(settings, baseline):
-                name = [plan.name, candidate.name, shots, settings.seeds[i], rate]
-                jobs.append(make_job(
-                    context.made_of, "-".join(map(str, name)), tune_job,
-                    steps_of(len(sample.train), settings),
-                    baseline=candidate.baseline, start=candidate.starts[i], psi=candidate.psi,
-                    sample=parts, seed=sample.seed, rate=rate, tuning=tuning, unit=context.unit,
-                    all_steps=settings.study == "steps", about=about))
-                places.append((candidate.name, i))
-    found = {}
-    for place, path in zip(places, context.work(jobs, f"tune {plan.name}")):
-        found.setdefault(place, []).append((path, read_record(path)))
-    records, kept = ({candidate.name: [] for candidate in candidates} for _ in range(2))
-    for (name, i), of_rates in found.items():
-        path, best = min(of_rates, key=lambda one: rank(one[1]["best"]))
-        records[name].append({
-            "seed": settings.seeds[i], "examples": len(samples[i].train), "best": best["best"],
-            "file": str(path),
-            "validations": [result["validations"] for _, result in of_rates],
-            "time": {"seconds": sum(result["time"]["seconds"] for _, result in of_rates)}})
-        steps = {}
-        for key, x in read_result(path)[0].items():
-            step, _, key = key.rpartition(":")
-            steps.setdefault(int(step or -1), {})[key] = x
-        kept[name].append([steps[step] for step in sorted(steps)])
-    return records, kept
+def predict(settings):
+    """Label the texts of --predict with a tuned prompt: CSV lines of texts, label and the label
+    words' probabilities (they sum to 1). InputError for a prompt of another model."""
+    tensors, about = read_result(settings.prompt[0])
+    model = model_folder(settings.model)
+    if "task" not in about:
+        raise InputError(f"{settings.prompt[0]} is no tuned prompt: give one that a table names")
+    if about["model_sha256"] != model_fingerprint(model):
+        raise InputError(f"{settings.prompt[0]} was tuned on another model, {about['model']}, than "
+                         f"{settings.model} is now: give --model")
+    task = LabeledTask(**about["task"])
+    rows = load_texts(settings.predict, task)
+    t5 = load_t5(model, getattr(torch, settings.dtype), pick_device(settings.device))
+    examples, = BASELINES[about["baseline"]].pose(load_tokenizer(model, t5.config), "", task, rows,
+                                                  (), 0)
+    found, _ = score_job(t5, lambda: None, about["baseline"], tensors, examples)
+    chances = found["scores"].softmax(-1)
+    lines = io.StringIO()
+    out = csv.writer(lines, lineterminator="\n")
+    out.writerow([*template_fields(task.template), "label", *task.words])
+    for row, best, chance in zip(rows, chances.argmax(-1).tolist(), chances.tolist()):
+        out.writerow([*texts_of(row), task.words[best], *(f"{p:.4f}" for p in chance)])
+    if settings.out:
+        atomic_write(settings.out, lambda file: file.write(lines.getvalue().encode()))
+    else:
+        print(lines.getvalue(), end="")
 
 
-def test_task(context, name, task, folder, candidates, kept, samples):
-    """Open a test file, score every kept choice once, and the untuned -> for the JSON, in %.
-
-    Rows with a text that a seed has sampled do not count for that seed; None if no others are left.
-    --test-rows takes always the same: the first by sha256 of their text.
-    """
-    settings, rows = context.settings, load_test(task, folder, context.say)
-    of = len(rows)
-    if settings.test_rows:
-        rows = sorted(rows, key=lambda row: hashlib.sha256(
-            "\t".join(texts_of(row)).encode()).digest())[:settings.test_rows]
-    labels = torch.tensor([row.label for row in rows])
-    counted = [torch.tensor([texts_of(row) not in texts for row in rows])
-               for texts in (sample.texts() for sample in samples)]
-    left_out = [int((~k).sum()) for k in counted]
-    if any(left_out):
-        context.say(f"{name}: {left_out} test rows, by seed, are left out: they were sampled")
-    if max(left_out) == len(rows):
-        context.say(f"{name}: none is left: it is tuned, not tested")
-        return None
-    kept = {candidate.name: kept[candidate.name] or [[{}]] * len(samples)   # [{}]: nothing is tuned
-            for candidate in candidates}
-    posed, wanted = {}, {("", 0, "untuned"): ("zero-shot", {}, pose(
-        context.tokenizer, name, task, rows, (), 0))}
-    for candidate in candidates:
-        how, tuned = BASELINES[candidate.baseline].pose, bool(BASELINES[candidate.baseline].rates)
-        for i, sample in enumerate(samples):
-            key = how, 0 if tuned else i        # what is tuned reads the same rows for each seed
-            if key not in posed:                # one seed shows what the demonstrations' order does
-                posed[key] = how(context.tokenizer, name, task, rows, sample.train, sample.seed)[
-                    :1 if i else None]
-            prompt = BASELINES[candidate.baseline].model is with_prompt
-            choices = {"untuned": candidate.starts[i]} if prompt else {}
-            for step, x in (choices | dict(enumerate(kept[candidate.name][i]))).items():
-                wanted[candidate.name, i, step] = candidate.baseline, x, posed[key]
-    scores = iter(context.work([make_job(
-        context.made_of, f"{name}-scores", score_job, 1, baseline=baseline, kept=parameters,
-        examples=examples) for baseline, parameters, several in wanted.values()
-        for examples in several], f"test {name}"))
-    chosen = {key: [read_result(next(scores))[0]["scores"].argmax(-1) for _ in several]
-              for key, (*_, several) in wanted.items()}     # n predicted labels, one an order
-
-    def accuracy(predicted, counted=slice(None)):
-        return 100 * float((predicted == labels)[counted].float().mean())
-
-    def usual(predicted):               # over the seeds, whose rows differ where some are left out
-        return statistics.mean(accuracy(predicted, k) for k in counted)
-    results = {}
-    for candidate in candidates:
-        by_seed = [[accuracy(chosen[candidate.name, i, step][0], k)
-                    for step in range(len(kept[candidate.name][i]))]
-                   for i, k in enumerate(counted)]
-        found = [first for first, *_ in by_seed]
-        results[candidate.name] = result = {
-            "tuned": found, "mean": statistics.mean(found),
-            "sample_std": statistics.stdev(found) if len(found) > 1 else None}
-        if (candidate.name, 0, "untuned") in chosen:
-            values = [accuracy(chosen[candidate.name, i, "untuned"][0], k)
-                      for i, k in enumerate(counted)]
-            result["untuned"] = [statistics.mean(values)] if candidate.about else values
-        if len(chosen[candidate.name, 0, 0]) > 1:
-            result["orders"] = [accuracy(one, counted[0]) for one in chosen[candidate.name, 0, 0]]
-        if settings.study == "steps":
-            result["steps"] = [rest for _, *rest in by_seed]
-        if settings.predictions:
-            result["predictions"] = [chosen[candidate.name, i, 0][0].tolist()
-                                     for i in range(len(samples))]
-    return {"rows": len(rows), "of": of, "left_out": left_out, "prompts": results,
-            "majority": usual(labels.bincount().argmax().expand(len(rows))),
-            "no_prompt": usual(chosen["", 0, "untuned"][0]),
-            **({"labels": labels.tolist()} if settings.predictions else {})}
+def parse(argv):
+    """Command line -> Settings, {name: source of its value}. Raises InputError for its mistakes."""
+    parser = knob_parser(__doc__, [Settings], FOR_TINY, {
+        "study": tuple(STUDIES), "rate_scale": ("absolute", "rms"),
+        "dtype": ("float32", "bfloat16")})
+    parser.add_argument("--quick", action="store_true", help=f"a demonstration: {QUICK}")
+    given = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(parser.parse_args(argv)).items()}
+    quick = QUICK if given.pop("quick") else {}
+    for name in given.keys() & (quick.keys() | {"study"} if quick else set()) - {"prompt"}:
+        parser.error(f"--quick sets {name} itself: leave one of the two away")
+    preset = quick or STUDIES.get(given.get("study"), {})
+    tiny = FOR_TINY if given.get("model", "tiny") == "tiny" else {}
+    settings = Settings(**{name: value for name, (value, _) in tiny.items()} | preset | given)
+    check(settings, given, quick, parser.error)
+    if settings.predict:
+        return settings, {}
+    newest = newest_run(settings.model) if "newest" in settings.prompt else ""
+    prompts = [newest if name == "newest" else name for name in settings.prompt]
+    if len(set(prompts)) < len(prompts) and newest != "released":
+        parser.error(f"prompt {prompts}: the newest run is given twice")
+    settings = replace(settings, prompt=tuple(dict.fromkeys(prompts)))
+    sources = {entry.name: entry.metadata["help"] for entry in fields(Settings)}
+    sources |= {name: why for name, (_, why) in tiny.items()}
+    sources |= dict.fromkeys(preset, "--quick" if quick else f"--study {settings.study}")
+    return settings, sources | dict.fromkeys(given, "given")
 
 
-def evaluate(context, shots, plan, candidates):
-    """Tune on a plan's task, then test -> its part of the JSON file, and whether it was stopped.
+def check(settings, given, quick, error):
+    """Whether Settings make sense, each and together; error(message) raises. given: {name: value}
+    of those on the command line."""
+    for name, value in asdict(settings).items():
+        values = value if isinstance(value, tuple) else (value,)
+        least = 0 if name in ("seeds", "test_rows", "jobs", "rates", "max_minutes") else 1e-9
+        if not all(least <= x < 1e9 for x in values if type(x) in (int, float)):
+            error(f"{name} {value}: must be {'above' if least else 'at least'} 0, below 1e9")
+        if len(set(values)) < len(values) and name != "data":
+            error(f"{name} {value}: one is given twice")
+    offline = [name for name in TASKS if TASKS[name].train.startswith("tasks/")]
+    for name in set(settings.task) - TASKS.keys() - GROUPS.keys():
+        error(f"no task {name!r}. Without a network: {', '.join(offline)}; fetched, or from "
+              f"--data: {', '.join(name for name in TASKS if name not in offline)}; groups: "
+              f"{', '.join(GROUPS)}; or your own: --data FILE --template --words")
+    if "dg" in settings.task and set(settings.task) & set(GROUPS["dg"]):
+        error("dg tests on the six domains, tuned on airlines: leave their names away")
+    if settings.template or settings.words:
+        check_own_task(settings, given, error)
+    elif len(settings.data) > 1 or Path(settings.data[0]).is_file():
+        error("--data is a folder; of a task of your own give --template and --words, too")
+    others = set(settings.prompt) & BASELINES.keys() - {"random", "vocab"}
+    if others and (quick or settings.study == "steps"):
+        error(f"--quick and --study steps are for prompts: leave {', '.join(others)} away")
+    if others & {"zero-shot", "few-shot"} and settings.template:
+        error("zero-shot and few-shot have no instruction for your own task: leave them out")
+    if settings.predict and (len(settings.prompt) != 1 or not Path(settings.prompt[0]).is_file()):
+        error(f"--predict needs one tuned --prompt, a file from {TUNED}")
 
-    candidates: an iterable of those to tune, one after the other. A KeyboardInterrupt ends tuning:
-    what is tuned by then is tested, and it is raised again if that is nothing.
-    """
-    began, tuning, kept, done, stopped = time.perf_counter(), {}, {}, [], False
-    samples = draw_samples(context, plan, shots)
-    try:
-        for candidate in candidates:
-            for whole, part in zip((tuning, kept), tune_task(context, plan, [candidate], samples,
-                                                             shots)):
-                whole |= part
-            done.append(candidate)
-    except KeyboardInterrupt:
-        stopped = True
-        if not done:
-            raise
-    tuned = time.perf_counter()
-    tests = {name: test_task(context, name, task, plan.folder, done, kept, samples)
-             for name, task in plan.targets.items()}
-    return {"task": plan.name, "shots": shots, "examples": len(samples[0].train), "tuning": tuning,
-            "test": {name: test for name, test in tests.items() if test},
-            "test_seconds": time.perf_counter() - tuned,
-            "minutes": (time.perf_counter() - began) / 60}, stopped
+
+def own_words(settings):
+    """--words as a tuple."""
+    return tuple(word.strip() for word in settings.words.split(","))
+
+
+def check_own_task(settings, given, error):
+    """Whether --data, --template and --words go together; error(message) raises."""
+    words, formats = own_words(settings), [*filter(None, ROWS)]
+    if not settings.template or len(set(words)) < max(2, len(words)) or not all(words):
+        error("a task of your own needs --template, with one <X>, and --words, two or more that "
+              "differ: --template \"{text} It was <X> .\" --words terrible,great")
+    if "task" in given or "study" in given:
+        error("--task and --study are for the tasks that are known: leave them away")
+    for path in map(Path, settings.data):
+        if not path.is_file() or path.suffix not in formats or len(settings.data) > 2:
+            error(f"--data {' '.join(settings.data)}: give your task's file, {', '.join(formats)}, "
+                  "and, if you have one, a file to test on")
+    if not template_fields(settings.template):
+        error(f"the template {settings.template!r} names no text: \"{{text}} It was <X> .\"")
 
 
 # ------------------------------------------------------------------------------ tables, pictures
 
 NOT_RUN = ("not run", None)
+BACKBONES = {("t5-base", 768, 12): "t5-base", ("flan-t5-xl", 2048, 24): "flan-t5-xl"}
 
 
 def figure(values):
@@ -738,15 +906,15 @@ def figure(values):
 
 
 def table(written, config, settings):
-    """A call's results as a Markdown table, the paper's figures under ours.
-
-    Under its own backbone all of its methods; under another one T5-base's, and the row says so.
-    """
+    """A call's results as a Markdown table, the paper's figures under ours. Under its own backbone
+    all of its methods; under another one T5-base's, and the row says so."""
     columns = {(target, result["shots"]): test for result in written["results"]
                for target, test in result["test"].items()}
-    absent = [name for name in written["not_run"] if (name, settings.shots[0]) not in columns]
-    several = len(settings.shots) > 1
-    rows = {}
+    done = columns.keys() | {(result["task"], result["shots"]) for result in written["results"]}
+    absent = [(name, shots) for shots in settings.shots for name in written["not_run"]
+              if (name, shots) not in done]
+    names, several = [*columns, *absent], len(settings.shots) > 1
+    rows = {}                                   # {title: [(text, number or None) of a column]}
     for name in settings.prompt:
         found = [test["prompts"].get(name, {}) for test in columns.values()]
         for title, key in ((name, "tuned"), (f"{name}, untuned", "untuned")):
@@ -757,7 +925,6 @@ def table(written, config, settings):
         rows[title] = [(f"{test[key]:.1f}", test[key]) for test in columns.values()]
     for row in rows.values():
         row += [NOT_RUN] * len(absent)
-    names = [*columns, *((name, 16) for name in absent)]
     ours = BACKBONES.get((Path(settings.model).name, config.d_model, config.num_layers))
     paper = json.loads((Path(__file__).parent / "results/paper_tables.json").read_text())
     for method, tasks in paper[ours or "t5-base"].items():
@@ -797,150 +964,10 @@ def details(result, settings):
     return "\n".join(lines)
 
 
-def draw(written, settings, path):
-    """A study as a PNG: lines over steps (Fig. 3) or shots (Fig. 4), else each seed's accuracy."""
-    pyplot = import_pyplot()
-    panels, names = {}, [name for name in settings.prompt
-                         if "not_run" not in written["prompts"][name]]
-    for result in written["results"]:
-        for target, test in result["test"].items():
-            panels.setdefault(target, []).append((result, test))
-    picture, axes = pyplot.subplots(1, len(panels), squeeze=False, sharey=len(panels) > 2,
-                                    figsize=(max(4 * len(panels), 5), 4), layout="constrained")
-    for axis, (target, found) in zip(axes[0], panels.items()):
-        axis.set_xlabel("tuning steps" if settings.study == "steps" else "samples per label")
-        for place, name in enumerate(names):
-            ours = [test["prompts"][name] for _, test in found]
-            if settings.study == "steps":
-                tuning = found[0][0]["tuning"][name]
-                x = [validation["step"] for validation in tuning[0]["validations"][0]]
-                y = list(zip(*ours[0]["steps"]))
-            elif len(found) > 1:
-                x, y = [result["shots"] for result, _ in found], [one["tuned"] for one in ours]
-                axis.set_xscale("log", base=2)
-                axis.set_xticks(x, x)
-            else:
-                axis.boxplot([ours[0]["tuned"]], positions=[place], widths=0.5, showfliers=False)
-                axis.plot([place] * len(ours[0]["tuned"]), ours[0]["tuned"], "o", alpha=0.6)
-                axis.set_xlabel("")
-                continue
-            spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in y]
-            axis.errorbar(x, [statistics.mean(values) for values in y], spread, label=name,
-                          marker="o", markersize=3, capsize=2)
-        if axis.lines and not axis.containers:
-            axis.set_xticks(range(len(names)), names, rotation=20)
-        else:
-            axis.legend()
-        axis.set_title(target)
-    axes[0][0].set_ylabel(f"test accuracy in %, {len(settings.seeds)} seeds, {settings.model}")
-    image = io.BytesIO()
-    picture.savefig(image, dpi=120)
-    pyplot.close(picture)
-    atomic_write(path, lambda file: file.write(image.getvalue()))
-
-
-# ---------------------------------------------------------------------------------- predicting
-
-def predict(settings):
-    """Label the texts of --predict with a tuned prompt -> CSV lines of texts, label and the label
-    words' probabilities (they sum to 1). InputError for a prompt of another model."""
-    tensors, about = read_result(settings.prompt[0])
-    model = model_folder(settings.model)
-    if "task" not in about:
-        raise InputError(f"{settings.prompt[0]} is no tuned prompt: give one that a table names")
-    if about["model_sha256"] != model_fingerprint(model):
-        raise InputError(f"{settings.prompt[0]} was tuned on another model, {about['model']}, than "
-                         f"{settings.model} is now: give --model")
-    task = LabeledTask(**about["task"])
-    rows = load_texts(settings.predict, task)
-    t5 = load_t5(model, getattr(torch, settings.dtype), pick_device(settings.device))
-    examples, = BASELINES[about["baseline"]].pose(load_tokenizer(model, t5.config), "", task, rows,
-                                                  (), 0)
-    found, _ = score_job(t5, lambda: None, about["baseline"], tensors, examples)
-    chances = found["scores"].softmax(-1)
-    lines = io.StringIO()
-    out = csv.writer(lines, lineterminator="\n")
-    out.writerow([*template_fields(task.template), "label", *task.words])
-    for row, chance in zip(rows, chances.tolist()):
-        out.writerow([*texts_of(row), task.words[max(range(len(chance)), key=chance.__getitem__)],
-                      *(f"{p:.4f}" for p in chance)])
-    return lines.getvalue()
-
-
-# ---------------------------------------------------------------------------------- the script
-
-def parse(argv):
-    """Command line -> Settings, {name: source of its value}. Raises InputError for its mistakes."""
-    parser = knob_parser(__doc__, [Settings], FOR_TINY, CHOICES)
-    parser.add_argument("--quick", action="store_true", help=f"a demonstration: {QUICK}")
-    given = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(parser.parse_args(argv)).items()}
-    quick = QUICK if given.pop("quick") else {}
-    for name in given.keys() & (quick.keys() | {"study"} if quick else set()) - {"prompt"}:
-        parser.error(f"--quick sets {name} itself: leave one of the two away")
-    preset = quick or STUDIES.get(given.get("study"), {})
-    tiny = FOR_TINY if given.get("model", "tiny") == "tiny" else {}
-    settings = Settings(**{name: value for name, (value, _) in tiny.items()} | preset | given)
-    for name, value in asdict(settings).items():
-        values = value if isinstance(value, tuple) else (value,)
-        least = 0 if name in ("seeds", "test_rows", "jobs", "rates", "max_minutes") else 1e-9
-        if not all(least <= x < 1e9 for x in values if type(x) in (int, float)):
-            bound = "at least" if least == 0 else "above"
-            parser.error(f"{name} {value}: must be {bound} 0, below 1e9")
-        if len(set(values)) < len(values) and name != "data":
-            parser.error(f"{name} {value}: one is given twice")
-    for name in set(settings.task) - TASKS.keys() - GROUPS.keys():
-        parser.error(f"no task {name!r}. Without a network: {', '.join(OFFLINE)}; fetched, or from "
-                     f"--data: {', '.join(name for name in TASKS if name not in OFFLINE)}; groups: "
-                     f"{', '.join(GROUPS)}; or your own: --data FILE --template --words")
-    if "dg" in settings.task and set(settings.task) & set(GROUPS["dg"]):
-        parser.error("dg tests on the six domains, tuned on airlines: leave their names away")
-    check_own_task(settings, given, parser.error)
-    others = set(settings.prompt) & BASELINES.keys() - {"random", "vocab"}
-    if others and (quick or settings.study == "steps"):
-        parser.error(f"--quick and --study steps are for prompts: leave {', '.join(others)} away")
-    if others & {"zero-shot", "few-shot"} and settings.template:
-        parser.error("zero-shot and few-shot have no instruction for your own task: leave them out")
-    if settings.predict:
-        if len(settings.prompt) != 1 or not Path(settings.prompt[0]).is_file():
-            parser.error(f"--predict needs one tuned --prompt, a file from {TUNED}")
-        return settings, {}
-    newest = newest_run(settings.model) if "newest" in settings.prompt else ""
-    prompts = [newest if name == "newest" else name for name in settings.prompt]
-    if len(set(prompts)) < len(prompts) and newest != "released":
-        parser.error(f"prompt {prompts}: the newest run is given twice")
-    settings = replace(settings, prompt=tuple(dict.fromkeys(prompts)))
-    sources = {entry.name: entry.metadata["help"] for entry in fields(Settings)}
-    sources |= {name: why for name, (_, why) in tiny.items()}
-    sources |= dict.fromkeys(preset, "--quick" if quick else f"--study {settings.study}")
-    return settings, sources | dict.fromkeys(given, "given")
-
-
-def check_own_task(settings, given, error):
-    """Whether --data, --template and --words go together; error(message) raises."""
-    words = [word.strip() for word in settings.words.split(",")]
-    if not settings.template and not settings.words:
-        if len(settings.data) > 1 or Path(settings.data[0]).is_file():
-            error("--data is a folder; of a task of your own give --template and --words, too")
-        return
-    if not settings.template or len(set(words)) < max(2, len(words)) or not all(words):
-        error("a task of your own needs --template, with one <X>, and --words, two or more that "
-              "differ: --template \"{text} It was <X> .\" --words terrible,great")
-    if "task" in given or "study" in given:
-        error("--task and --study are for the tasks that are known: leave them away")
-    formats = [*filter(None, ROWS)]
-    for path in map(Path, settings.data):
-        if not path.is_file() or path.suffix not in formats or len(settings.data) > 2:
-            error(f"--data {' '.join(settings.data)}: give your task's file, {', '.join(formats)}, "
-                  "and, if you have one, a file to test on")
-    if not template_fields(settings.template):
-        error(f"the template {settings.template!r} names no text: \"{{text}} It was <X> .\"")
-
-
 def protocol(argv, result, settings, count):
     """What a demonstration left out, the protocol's command, and its minutes at this speed."""
     whole, test = Settings(), result["test"][result["task"]]
-    records = [record for records in result["tuning"].values() for record in records]
+    records = sum(result["tuning"].values(), [])
     steps, longer = records[0]["validations"][0][-1]["step"], whole.epochs / settings.epochs
     tuning = sum(record["time"]["seconds"] for record in records) * longer * 3      # rates
     testing = result["test_seconds"] * test["of"] / test["rows"]
@@ -953,105 +980,42 @@ def protocol(argv, result, settings, count):
             f"of {test['of']:,}.\nThe protocol, {minutes:.0f} minutes at this speed: {command}")
 
 
-def work_through(context, plans, written, out, count, candidates):
-    """Evaluate each number of shots and plan, write and tell each result -> whether it was stopped.
-
-    written: the JSON file `out`, to be filled. candidates: () -> an iterable for each plan. What a
-    stop leaves undone is put down as not run; with no result at all KeyboardInterrupt goes on.
-    """
-    todo, stopped = [(shots, plan) for shots in context.settings.shots for plan in plans], False
-    try:
-        while todo and not stopped:
-            result, stopped = evaluate(context, *todo[0], candidates())
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            if not written["results"] and out.exists():     # an earlier call's is kept beside
-                numbered = (out.with_suffix(f".{n}.json") for n in range(1, 10 ** 6))
-                out.rename(next(path for path in numbered if not path.exists()))
-            written["results"].append(result | {"processes": count})
-            atomic_write(out, lambda file: file.write(json.dumps(written, indent=1).encode()))
-            context.say(details(written["results"][-1], context.settings))
-            del todo[0]
-    except KeyboardInterrupt:
-        if not written["results"]:
-            raise
-        stopped = True
-    written["not_run"] |= {plan.name: "stopped before it was done" for _, plan in todo}
-    return stopped
-
-
-def main(argv):
-    """Parse, say what will run; then for each task tune, test, write and print."""
-    settings, sources = parse(argv)
-    if settings.predict:
-        lines = predict(settings)
-        if settings.out:
-            atomic_write(settings.out, lambda file: file.write(lines.encode()))
-        else:
-            print(lines, end="")
-        return
-    for name, value in asdict(settings).items():
-        print(f"{name:15} {value!s:24} {sources[name]}")
-    if settings.plot:
-        import_pyplot()                         # now, not after hours
-    found, absent = plans(settings)
-    for name, why in absent.items():
-        print(f"{name}: not run; {why}")
-    if not found:
-        raise InputError("none of these tasks is at hand, see above")
-    for line in fetch_list(settings.model):
-        print(line)
-    model = model_folder(settings.model)
-    dtype = getattr(torch, settings.dtype)
-    more = ft_memory(read_config(model)) if "ft" in settings.prompt else 0
-    if more:
-        copies = len(rates_of(settings, BASELINES["ft"])) * len(settings.seeds)
-        print(f"ft: {more / 2**30:.2f} GiB in each process beside the frozen weights and a step's "
-              f"activations; a task's rates and seeds take "
-              f"{more / 6 / 2**30 * copies:.2f} GiB in {TUNED}")
-    devices, count = processes(settings, model, more)
-    t5 = load_t5(model, dtype, torch.device(devices[0] if count == 1 else "cpu"))
-    unit = float(t5.weights["shared.weight"].float().cpu().square().mean().sqrt())
-    code = [Path(__file__).with_name(f"{name}.py") for name in (
-        "eval", "baselines", "supmer", "data", "t5")]
-    made_of = {"model": model_fingerprint(model), "dtype": settings.dtype,
-               "device": devices[0].partition(":")[0], "torch": torch.__version__,
-               "code": fingerprint(code)}
-    own = [found[0].name] if settings.template else settings.task
-    stem = "-".join([Path(settings.model).name, *([settings.study] if settings.study else own),
-                     *["quick"] * ("--quick" in argv)])
-    out = Path(settings.out or f"runs/eval/{stem}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    written = {"command": shlex.join(["python", "eval.py", *argv]), "settings": asdict(settings),
-               "prompts": {}, "not_run": absent, "results": []}
-    ends = time.monotonic() + 60 * settings.max_minutes
-    opened = {name: open_candidate(name, t5, settings) for name in settings.prompt
-              if name not in PRETRAINED}
-    with workers(t5, model, dtype, devices, count) as work:
-        context = Context(settings, load_tokenizer(model, t5.config), work, made_of,
-                          unit if settings.rate_scale == "rms" else 1.0, print)
-        stopped = work_through(context, found, written, out, count, lambda: in_turn(
-            settings, t5, opened, written["prompts"], ends, print))
-    print(f"details: {out}")
-    if not any(result["test"] for result in written["results"]):
-        return
-    text = table(written, t5.config, settings)
-    atomic_write(out.with_suffix(".md"), lambda file: file.write(f"{text}\n".encode()))
-    print(f"\n{text}\n\n±: sample standard deviation (n - 1) over the seeds")
-    if settings.plot:
-        draw(written, settings, out.with_suffix(".png"))
-        print(f"picture: {out.with_suffix('.png')}")
-    if "--quick" in argv:
-        print(protocol(argv, written["results"][-1], settings, count))
-    if stopped:
-        print("stopped: the same command goes on")
+def draw(written, settings, path):
+    """A study as a PNG: lines over steps (Fig. 3) or shots (Fig. 4), else each seed's accuracy. Of
+    what a stop left undone there is nothing in it."""
+    pyplot, panels, steps = import_pyplot(), {}, settings.study == "steps"
+    for result in written["results"]:
+        for target, test in result["test"].items():
+            panels.setdefault(target, []).append((result, test["prompts"]))
+    picture, axes = pyplot.subplots(1, len(panels), squeeze=False, sharey=len(panels) > 2,
+                                    figsize=(max(4 * len(panels), 5), 4), layout="constrained")
+    for axis, (target, found) in zip(axes[0], panels.items()):
+        names = [name for name in settings.prompt if name in found[0][1]]
+        for place, name in enumerate(names):
+            ours = [(result, test[name]) for result, test in found if name in test]
+            if steps:
+                x = [one["step"] for one in ours[0][0]["tuning"][name][0]["validations"][0]]
+                y = list(zip(*ours[0][1]["steps"]))
+            elif len(found) > 1:
+                x, y = [result["shots"] for result, _ in ours], [one["tuned"] for _, one in ours]
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(x, x)
+            else:
+                y = ours[0][1]["tuned"]
+                axis.boxplot([y], positions=[place], widths=0.5, showfliers=False)
+                axis.plot([place] * len(y), y, "o", alpha=0.6)
+                axis.set_xticks(range(len(names)), names, rotation=20)
+                continue
+            spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in y]
+            axis.errorbar(x, [statistics.mean(values) for values in y], spread, label=name,
+                          marker="o", markersize=3, capsize=2)
+            axis.set_xlabel("tuning steps" if steps else "samples per label")
+            axis.legend()
+        axis.set_title(target)
+    axes[0][0].set_ylabel(f"test accuracy in %, {len(settings.seeds)} seeds, {settings.model}")
+    atomic_write(path, lambda file: picture.savefig(file, format="png", dpi=120))
+    pyplot.close(picture)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; what is finished is kept, the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    run_script(main, "stopped; what is finished is kept, the same command goes on")

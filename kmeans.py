@@ -30,8 +30,7 @@ def nearest(points, centroids, chunk=1024):
     GPU likes larger ones.
     """
     origin = centroids.mean(0)
-    parts = [_nearest(x - origin, centroids - origin, chunk) for x in points.split(chunk)]
-    return tuple(torch.cat(part) for part in zip(*parts))
+    return _nearest(points - origin, centroids - origin, chunk)
 
 
 def _nearest(points, centroids, chunk):
@@ -46,10 +45,8 @@ def _nearest(points, centroids, chunk):
 
 def plus_plus(points, k, seed, chunk=1024):
     """k-means++ (Arthur & Vassilvitskii 2007): k of the points (n, d) to start from -> (K, d).
-
     The first is uniform; each next one is drawn with probability in proportion to its squared
-    distance from the nearest one so far. seed: whatever numpy.random.default_rng takes.
-    """
+    distance from the nearest one so far. seed: whatever numpy.random.default_rng takes."""
     rng = np.random.default_rng(seed)
     chosen, distances = [int(rng.integers(len(points)))], points.new_full((len(points),), torch.inf)
     while len(chosen) < k:

@@ -17,21 +17,21 @@ Generalization", arXiv 2303.12314. The whole method (Alg. 1), and the function t
             d phi_i   =   - a1 (dpsi/dphi)^T v + lambda_reg dL_reg/dphi     meta_gradient    Eq. 20
         Adam steps along the means over the tasks; s = mean of the s_i      meta_step
 
-T5 is frozen: every gradient is with respect to theta or phi only. All is exact: no term of the
-second-order meta-gradient is dropped (unless first_order asks for that), and memory is bounded by
-one micro-batch, because the Hessian is only ever multiplied with a vector, piece by piece.
+T5 is frozen: every gradient is with respect to theta or phi only. No term of the second-order
+meta-gradient is dropped (unless first_order asks for that), and memory is bounded by one
+micro-batch, because the Hessian is only ever multiplied with a vector, piece by piece.
 
     python supmer.py    # the second-order gradient of a toy T5 beside its finite difference, and
                         # the first-order one, along three directions of theta; seconds
 
-Letters: P prompt tokens, d model width, B rows of a micro-batch, T text positions, S = P + T, V
-inserted vectors, K label words, n examples of a set. theta (P, d), phi and their gradients are
-float32; float64 passes through untouched, for proofs.
+P prompt tokens, d model width, B rows of a micro-batch, T text positions, S = P + T, V inserted
+vectors, K label words, n examples of a set. theta (P, d), phi and their gradients are float32;
+float64 passes through untouched, for proofs.
 """
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -88,9 +88,7 @@ class Method:
 
 def encode_with_prompt(t5, theta, batch):
     """Encode [theta ; text]: theta (P, d), a Batch of B rows -> H (B, S, d), mask (B, S).
-
-    Where the batch has slots, a vector (a cluster's centroid) stands in place of a token.
-    """
+    In the batch's slots a vector (a cluster's centroid) stands in place of a token."""
     text = embed_tokens(t5, batch.ids).to(theta.dtype)                             # (B, T, d)
     slots = batch.slots[:, :, None].expand(-1, -1, text.shape[-1])                 # (B, V, d)
     text = text.scatter(1, slots, batch.vectors.to(text.dtype))
@@ -102,14 +100,13 @@ def encode_with_prompt(t5, theta, batch):
 def word_log_probs(t5, H, mask, words, words_only=False):
     """log p(<X> = word | theta, x) of each label word: H (B, S, d), mask (B, S) -> (B, K).
 
-    words: K decoder targets [<extra_id_0>, piece, ...]. The decoder reads <pad>, then the target;
-    a word of several pieces is scored by the sum of their log-probabilities. The distribution is
-    over the full vocabulary; words_only renormalizes it over the K words.
+    words: K decoder targets [<extra_id_0>, piece, ...], which the decoder reads after <pad>; a word
+    of several pieces has the sum of their log-probabilities. The distribution is over the full
+    vocabulary; words_only renormalizes it over the K words.
     """
     def after(prefix):                                                             # (B, vocabulary)
         ids = torch.LongTensor([[PAD, *prefix]]).to(H.device).expand(len(H), -1)
         return torch.log_softmax(next_token_logits(t5, decode(t5, ids, H, mask)[:, -1]), dim=-1)
-
     first = after(words[0][:1])
     scores = torch.stack([first[:, word[1]] + sum(after(word[:end])[:, word[end]]
                                                   for end in range(2, len(word)))
@@ -126,9 +123,9 @@ def gate_input(H, mask):
 def loss_share(t5, theta, batch, other, lam, words, n, method):
     """What B of a set's n examples contribute to its mean loss (Eq. 1) and to the gate's input.
 
-    other: the partner task's Batch to mix in (Eq. 4), or None. -> the sum of -sum_k Y_k log p_k
-    over the rows, divided by n; the sum of gate_input divided by n (d,). The latter is detached:
-    psi is differentiated through g and phi only, as in the paper's derivation (Eq. 13).
+    other: the partner task's Batch to mix in (Eq. 4), or None. -> the rows' sum of
+    -sum_k Y_k log p_k, divided by n; their sum of gate_input, divided by n (d,), detached: psi is
+    differentiated through g and phi only, as in the paper's derivation (Eq. 13).
     """
     H, mask = encode_with_prompt(t5, theta, batch)
     features, Y = gate_input(H, mask).sum(0).detach() / n, batch.targets.to(H.dtype)
@@ -140,10 +137,8 @@ def loss_share(t5, theta, batch, other, lam, words, n, method):
 
 def micro_batches(examples, theta, method, partner=None):
     """Batches of examples of similar length -> (rows, batch, partner's or None).
-
     Each has at most method.micro_tokens positions, theta's (P, d) and padding included, or is one
-    example. Row r of the partner stays with row r of the examples, whatever the sorting.
-    """
+    example. Row r of the partner stays with row r of the examples, whatever the sorting."""
     both = zip(examples.ids, (partner or examples).ids, strict=True)
     lengths = [len(theta) + max(len(ids), len(other)) for ids, other in both]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -161,28 +156,18 @@ def micro_batches(examples, theta, method, partner=None):
 
 def first_derivative(function, theta):
     """function: theta -> (scalar, more). -> its gradient, (the scalar, more).
-
     torch.func.grad_and_value(function, has_aux=True) gives the same, but always records its own
-    backward pass for a next derivative. Where none is taken this needs half the memory.
-    """
+    backward pass for a next derivative. Where none is taken this needs half the memory."""
     value, pull_back, more = vjp(function, theta, has_aux=True)
     gradient, = pull_back(torch.ones_like(value), retain_graph=False, create_graph=False)
     return gradient, (value, more)
 
 
 def second_derivative(function, theta):
-    """As first_derivative, and the Hessian's product u -> Hess u, shaped like theta, once.
-
-    It is the derivative of <gradient, u>, reverse over reverse; the graph that it needs is kept.
-    """
+    """As first_derivative, and the Hessian's product u -> Hess u, shaped like theta, once: the
+    derivative of <gradient, u>, reverse over reverse; the graph that it needs is kept."""
     gradient, pull_back, rest = vjp(grad_and_value(function, has_aux=True), theta, has_aux=True)
     return gradient, rest, lambda u: pull_back(u, retain_graph=False, create_graph=False)[0]
-
-
-def _zeros(theta):
-    """For g, H and a loss: in float64, so that neither the micro-batches' order nor the number of
-    ranks shows in the sums."""
-    return [torch.zeros_like(x, dtype=torch.float64) for x in (theta, theta[0], theta[0, 0])]
 
 
 def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0, ranks=SOLO):
@@ -193,45 +178,37 @@ def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0, ranks=SO
     the micro-batches.
     -> gradient (P, d), the gate's H (d,) (mean of gate_input, unmixed), the loss.
     """
-    if partner is not None and partner.words != examples.words:
-        raise ValueError("only tasks with the same label words can be mixed")
-    g, H, loss = _zeros(theta)
-    partner = partner if lam else None
-    for _, batch, other in ranks.share(micro_batches(examples, theta, method, partner)):
-        g_share, (loss_part, H_share) = first_derivative(lambda theta: loss_share(
-            t5, theta, batch, other, lam, examples.words, len(examples.ids), method), theta)
-        g, H, loss = g + g_share, H + H_share, loss + loss_part
-    return [total.to(theta.dtype) for total in ranks.all_sum(g, H, loss)]
+    return gradient_and_hessian(t5, theta, examples, replace(method, keep_graphs=0), ranks,
+                                partner, lam)[:3]
 
 
-def gradient_and_hessian(t5, theta, examples, method, ranks=SOLO):
-    """prompt_gradient() of a support set, and its loss's second derivative -> g, H, loss, hessian.
+def gradient_and_hessian(t5, theta, examples, method, ranks=SOLO, partner=None, lam=0.0):
+    """As prompt_gradient(), and the second derivative of the same loss -> g, H, loss, hessian.
 
     hessian(u) is Hess_theta L u for u (P, d), to be called once. A micro-batch's graph is made
     again for it, so that memory does not grow with the number of examples, or, for the first
-    method.keep_graphs ones, kept from here, which saves a pass. Both are exact, and equal. The
-    ranks share the micro-batches.
+    method.keep_graphs ones, kept from here, which saves a pass. Both are exact, and equal.
     """
-    def share(batch):
-        return lambda theta: loss_share(t5, theta, batch, None, 0.0, examples.words,
-                                        len(examples.ids), method)
-
-    g, H, loss, products = *_zeros(theta), []
-    for _, batch, _ in ranks.share(micro_batches(examples, theta, method)):
+    if partner is not None and partner.words != examples.words:
+        raise ValueError("only tasks with the same label words can be mixed")
+    n, partner, products = len(examples.ids), partner if lam else None, []
+    # In float64, so that neither the micro-batches' order nor the number of ranks shows in the sums
+    sums = [torch.zeros_like(x, dtype=torch.float64) for x in (theta, theta[0], theta[0, 0])]
+    for _, batch, other in ranks.share(micro_batches(examples, theta, method, partner)):
+        def share(theta, batch=batch, other=other):
+            return loss_share(t5, theta, batch, other, lam, examples.words, n, method)
         if len(products) < method.keep_graphs and not method.first_order:
-            g_share, (loss_part, H_share), product = second_derivative(share(batch), theta)
+            g, (loss, H), product = second_derivative(share, theta)
+            products.append(product)
         else:
-            g_share, (loss_part, H_share) = first_derivative(share(batch), theta)
-
-            def product(u, batch=batch):
-                return second_derivative(share(batch), theta)[2](u)
-        g, H, loss = g + g_share, H + H_share, loss + loss_part
-        products.append(product)
+            g, (loss, H) = first_derivative(share, theta)
+            products.append(lambda u, share=share: second_derivative(share, theta)[2](u))
+        sums = [total + part for total, part in zip(sums, (g, H, loss))]
 
     def hessian(u):
-        total = sum((product(u) for product in products), _zeros(theta)[0])
-        return ranks.all_sum(total)[0].to(theta.dtype)
-    return *[total.to(theta.dtype) for total in ranks.all_sum(g, H, loss)], hessian
+        zero = torch.zeros_like(theta, dtype=torch.float64)
+        return ranks.all_sum(sum((product(u) for product in products), zero))[0].to(theta.dtype)
+    return *(total.to(theta.dtype) for total in ranks.all_sum(*sums)), hessian
 
 
 # ----------------------------------------------- curriculum task augmentation (Eq. 4 and Eq. 10)
@@ -248,9 +225,7 @@ def curriculum(s, curve):
 
 def draw_lambda(b, alpha, seed, step, i):
     """Task i's mixing ratio ~ Beta(b alpha, alpha), of mean b / (1 + b); 0 at b = 0 (Alg. 2).
-
-    Eq. 10 prints the parameters the other way round, which would begin with the strongest mixing.
-    """
+    Eq. 10 prints the parameters the other way round: mixing would be strongest at first."""
     return float(np.random.default_rng((seed, step, i)).beta(b * alpha, alpha)) if b > 0 else 0.0
 
 
@@ -261,12 +236,9 @@ def mix(H_i, mask_i, Y_i, H_j, mask_j, Y_j, lam):
     Y (B, K). Both begin with P prompt positions, so prompt mixes with prompt. States at padding
     are set to zero first: what the encoder left there is arbitrary.
     """
-    S = max(H_i.shape[1], H_j.shape[1])
-
     def widen(H, mask):
-        extra = S - H.shape[1]
+        extra = max(H_i.shape[1], H_j.shape[1]) - H.shape[1]
         return F.pad(H * mask.to(H.dtype)[:, :, None], (0, 0, 0, extra)), F.pad(mask, (0, extra))
-
     (H_i, mask_i), (H_j, mask_j) = widen(H_i, mask_i), widen(H_j, mask_j)
     return (1 - lam) * H_i + lam * H_j, mask_i | mask_j, (1 - lam) * Y_i + lam * Y_j
 
@@ -275,10 +247,8 @@ def mix(H_i, mask_i, Y_i, H_j, mask_j, Y_j, lam):
 
 def init_regularizer(d, dtype=torch.float32, device="cpu"):
     """phi at the start: A = I, a = 0, W = 0, c = 0. psi is the identity: plain MAML."""
-    def zeros(*shape):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return {"A": torch.eye(d, dtype=dtype, device=device), "a": zeros(d), "W": zeros(d, d),
-            "c": zeros(d)}
+    A, zero = torch.eye(d, dtype=dtype, device=device), torch.zeros(d, dtype=dtype, device=device)
+    return {"A": A, "a": zero, "W": torch.zeros_like(A), "c": zero.clone()}
 
 
 def direction_and_length(x):
@@ -314,29 +284,27 @@ def regularize(phi, g, H):
     return z * affine(phi, g) + (1 - z) * g
 
 
-def init_released_regularizer(d, dtype=torch.float32, device="cpu"):
+def init_released_regularizer(d):
     """phi of the authors' released regularizer: names and shapes of their file, all 0."""
     r = min(1920, d)
-    shapes = {f"mlp.layers.{i}.{name}": shape for i in (0, 1)
-              for name, shape in (("u", (d, r)), ("v", (r, d)), ("bias", (d,)))}
-    shapes |= {"mlp.linear_1.weight": (24, d), "mlp.linear_1.bias": (24,),
-               "mlp.linear_2.weight": (1, 24), "mlp.linear_2.bias": (1,)}
-    return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    shapes = {"layers.0.u": (d, r), "layers.0.v": (r, d), "layers.0.bias": (d,),
+              "layers.1.u": (d, r), "layers.1.v": (r, d), "layers.1.bias": (d,),
+              "linear_1.weight": (24, d), "linear_1.bias": (24,),
+              "linear_2.weight": (1, 24), "linear_2.bias": (1,)}
+    return {f"mlp.{name}": torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def regularize_released(phi, g, H):
     """psi as released: (1 - z) h(g) + z g, ONE gate z for all, h of two factored ReLU layers.
-
-    h's rows get the length of g's. There H averaged padding, too: with ours psi is approximate.
-    """
+    h's rows get the length of g's. There H averaged padding, too: with ours psi is approximate."""
     hidden = F.relu(phi["mlp.linear_1.weight"] @ H + phi["mlp.linear_1.bias"])          # (24,)
     z = torch.sigmoid(phi["mlp.linear_2.weight"] @ hidden + phi["mlp.linear_2.bias"])   # (1,)
     h = g
     for i in (0, 1):
         u, v, bias = (phi[f"mlp.layers.{i}.{name}"] for name in ("u", "v", "bias"))
         h = F.relu(h @ v.T @ u.T + bias)                                                # (P, d)
-    lengths = [x.norm(dim=-1, keepdim=True) + 1e-8 for x in (g, h)]
-    return (1 - z) * h / lengths[1] * lengths[0] + z * g
+    of_g, of_h = (x.norm(dim=-1, keepdim=True) + 1e-8 for x in (g, h))                  # (P, 1)
+    return (1 - z) * h / of_h * of_g + z * g
 
 
 def gate_loss(phi, H, b):
@@ -353,10 +321,7 @@ REGULARIZERS = {"affine": (init_regularizer, regularize),
 
 def inner_step(theta, phi, g, H, method):
     """theta' = theta - a1 psi(g), Eq. 6 (Eq. 2 where psi is the identity) -> (P, d).
-
-    relative_step > 0 makes a1 = relative_step |theta| / |psi(g)|; the meta-gradient runs through
-    that as well.
-    """
+    relative_step > 0 makes a1 = relative_step |theta| / |psi(g)|, which is differentiated, too."""
     psi = regularize(phi, g, H)
     if method.relative_step > 0:
         direction, _ = direction_and_length(psi.flatten())
@@ -388,31 +353,24 @@ def meta_gradient(t5, theta, phi, task, partner, lam, b, method, ranks=SOLO):
     task, partner: Tasks of one variant; lam, b: floats. -> TaskGradient, the same on all ranks
     """
     g, H, support_loss, hessian = gradient_and_hessian(t5, theta, task.support, method, ranks)
-    adapted, pull_back = vjp(lambda theta, phi, g: inner_step(theta, phi, g, H, method),
-                             theta, phi, g)
+    adapted, pull_back = vjp(lambda *variables: inner_step(*variables, H, method), theta, phi, g)
     mixed = (task.query, method, partner.query, lam, ranks)
     v, _, query_loss = prompt_gradient(t5, adapted, *mixed)
     d_theta, through_psi, u = pull_back(v)                          # u = -a1 (dpsi/dg)^T v
-    if method.first_order:
-        d_theta, second = v, torch.zeros_like(v)
-    else:
-        second = hessian(u)
-        d_theta = d_theta + second
+    second = torch.zeros_like(v) if method.first_order else hessian(u)
+    d_theta = v if method.first_order else d_theta + second
     through_gate, gate_error = grad_and_value(gate_loss)(phi, H, b)
     gate_weight = method.gate_weight * method.augmentation
     d_phi = {name: through_psi[name] + gate_weight * through_gate[name] for name in phi}
     q = prompt_gradient(t5, theta, *mixed)[0] if method.exact_cosine else v
+    meta_norm, gate_norm = (torch.sqrt(sum(x.square().sum() for x in part.values()))
+                            for part in (through_psi, through_gate))
     log = {"support_loss": support_loss, "query_loss": query_loss, "gate_loss": gate_error,
            "step_size": (adapted - theta).norm() / theta.norm(),
            "second_order": second.norm() / d_theta.norm(), "gate_mean": gate(phi, H).mean(),
-           "phi_gradient_meta": _norm(through_psi),
-           "phi_gradient_gate": gate_weight * _norm(through_gate)}
+           "phi_gradient_meta": meta_norm, "phi_gradient_gate": gate_weight * gate_norm}
     return TaskGradient(d_theta, d_phi, cosine(q, regularize(phi, g, H)),
                         {name: float(value) for name, value in log.items()})
-
-
-def _norm(tensors):
-    return torch.sqrt(sum(x.square().sum() for x in tensors.values()))
 
 
 # ---------------------------------------------------------------------- meta-training's state
@@ -428,10 +386,10 @@ class MetaState:
     step: int = 0           # steps done
 
 
-def init_prompt(t5, length, seed, rows=5000):
+def init_prompt(t5, length, seed):
     """theta at the start: rows of T5's embedding table, of its first 5000 ids -> (P, d) float32."""
     table, rng = t5.weights["shared.weight"], np.random.default_rng((seed, 0, 0, 9))
-    rows = min(rows, len(table))
+    rows = min(5000, len(table))
     ids = rng.choice(rows, length, replace=length > rows)
     return embed_tokens(t5, torch.from_numpy(ids).to(table.device)).float()
 
@@ -451,32 +409,29 @@ def meta_step(t5, state, pairs, method, seed, ranks=SOLO):
     -> a dict for the log: s, b, the lambdas, and means over the tasks. Raises InputError, with the
     state as it was, when a loss or a gradient is not finite.
     """
-    b = curriculum(state.s, method.curve)
+    b, n, parts = curriculum(state.s, method.curve), len(pairs), []
     lams = [draw_lambda(b if method.curriculum else 1.0, method.alpha, seed, state.step, i)
-            if method.augmentation else 0.0 for i in range(len(pairs))]
-    parts = []
-    for (task, partner), lam in zip(pairs, lams, strict=True):
-        part = meta_gradient(t5, state.theta, state.phi, task, partner, lam, b, method,
-                             ranks)
-        finite = all(bool(x.isfinite().all()) for x in (part.d_theta, *part.d_phi.values()))
-        if not (finite and all(map(math.isfinite, part.log.values()))):
+            if method.augmentation else 0.0 for i in range(n)]
+    for (task, partner), lam in zip(pairs, lams):
+        part = meta_gradient(t5, state.theta, state.phi, task, partner, lam, b, method, ranks)
+        if not (all(x.isfinite().all() for x in (part.d_theta, *part.d_phi.values()))
+                and all(map(math.isfinite, part.log.values()))):
             raise InputError(f"step {state.step}: loss or gradient of a {task.variant} task is not "
                              f"finite: {part.log}; try a smaller inner_rate or prompt_rate")
         parts.append(part)
-    n, theta_width = len(parts), state.theta.shape[1]
     state.theta.grad = sum(part.d_theta for part in parts) / n
     for name, value in state.phi.items():
         value.grad = sum(part.d_phi[name] for part in parts) / n
+    identity = torch.eye(state.theta.shape[1]).to(state.theta)
     log = {"s": float(sum(part.s for part in parts) / n), "b": b, "lambda": lams,
            "theta_gradient": float(state.theta.grad.norm()),
-           "A_minus_I": float((state.phi["A"] - torch.eye(theta_width).to(state.theta)).norm()),
+           "A_minus_I": float((state.phi["A"] - identity).norm()),
            **{name: sum(part.log[name] for part in parts) / n for name in parts[0].log}}
-    left = 1 - state.step / method.max_steps                        # linear decay, no warm-up
     learned = ((state.theta_adam, method.prompt_rate), (state.phi_adam, method.regularizer_rate))
     for optimizer, rate in learned if method.regularizer else learned[:1]:
         group = optimizer.param_groups[0]
         torch.nn.utils.clip_grad_norm_(group["params"], method.clip)
-        group["lr"] = rate * left
+        group["lr"] = rate * (1 - state.step / method.max_steps)    # linear decay, no warm-up
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     state.s, state.step = log["s"], state.step + 1
@@ -496,8 +451,8 @@ def score(t5, theta, examples, method):
 
 
 def measure(scores, labels):
-    """Log-probabilities (n, K), labels (n,) -> the loss over the full vocabulary (Eq. 1), the loss
-    over the label words, and the number of right predictions, the best word being predicted."""
+    """Log-probabilities (n, K), labels (n,) -> the loss over the full vocabulary (Eq. 1), that over
+    the label words, and how often the likeliest word is right."""
     labels = labels.to(scores.device)
     return {"loss": float(F.nll_loss(scores, labels)),
             "word_loss": float(F.cross_entropy(scores, labels)),
@@ -514,13 +469,10 @@ def validate_task(t5, theta, phi, task, method):
 
 
 # --------------------------------------------------------------------- theta and phi on the disk
-IGNORED = ("grad_mean", "grad_std", "grad_s", "k")      # buffers in them that psi never uses
-
 
 def save_prompt(path, theta, phi, metadata):
-    """Write theta, and phi if there is one, as a safetensors file, with metadata {str: str},
-    atomically."""
-    tensors = {"theta": theta, **{f"phi.{name}": value for name, value in (phi or {}).items()}}
+    """Write theta, phi if there is one and metadata {str: str} as safetensors, atomically."""
+    tensors = {"theta": theta, **{f"phi.{name}": x for name, x in (phi or {}).items()}}
     payload = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()},
                    {**metadata, "regularizer": "affine" if phi else ""})
     atomic_write(path, lambda file: file.write(payload))
@@ -535,23 +487,20 @@ def load_prompt(path, d):
     """
     path = Path(path)
     if (path / "adapter_config.json").is_file():
-        theta, phi, metadata = _load_peft(path, d)
+        theta, phi, metadata = _load_peft(path)
     elif any(path.glob("prompt_*.pt")):
         theta, phi, metadata = _load_released(path, d)
     else:
         path = path / "prompt.safetensors" if path.is_dir() else path
-        tensors, metadata = _read_safetensors(path)
-        form = metadata.get("regularizer")
-        if form not in ("affine", ""):
-            raise InputError(f"{path}: its regularizer is {form!r}, this code reads 'affine' or "
-                             "none: give the prompt.safetensors of a run")
-        theta = tensors.pop("theta", torch.zeros(0))
-        phi = {name.removeprefix("phi."): x for name, x in tensors.items()} or None
-    tensors = {"theta": theta, **(phi or {})}
-    form = metadata["regularizer"]
-    wanted = {"theta": [len(theta), d], **{name: list(x.shape) for name, x in (
-        REGULARIZERS[form][0](d).items() if form else ())}}
-    found = {name: list(x.shape) for name, x in tensors.items()}
+        phi, metadata = _read_safetensors(path)
+        if metadata.get("regularizer") not in ("affine", ""):
+            raise InputError(f"{path}: its regularizer is {metadata.get('regularizer')!r}, this "
+                             "code reads 'affine' or none: give the prompt.safetensors of a run")
+        theta = phi.pop("theta", torch.zeros(0))
+        phi = {name.removeprefix("phi."): x for name, x in phi.items()} or None
+    form, tensors = metadata["regularizer"], {"theta": theta, **(phi or {})}
+    wanted = {"theta": torch.empty(len(theta), d), **(REGULARIZERS[form][0](d) if form else {})}
+    found, wanted = ({name: list(x.shape) for name, x in one.items()} for one in (tensors, wanted))
     if found != wanted or not len(theta):
         raise InputError(f"{path} holds {found}: no prompt and regularizer for a T5 of width {d}; "
                          "give the prompt of a run on this model")
@@ -576,13 +525,13 @@ def prompt_metadata(path):
 
 
 def _load_released(folder, d):
-    """The authors' prompt_*.pt and gradient_edit_*.pt for a T5 of width d, as _load_peft."""
-    names = [name for (width, _), name in RELEASED.items() if width == d]
-    if not names:
+    """The authors' prompt_*.pt and gradient_edit_*.pt for a T5 of width d -> as load_prompt."""
+    name = next((name for (width, _), name in RELEASED.items() if width == d), None)
+    if name is None:
         raise InputError(f"{folder} has prompts for t5-base and flan-t5-xl, of widths 768 and 2048,"
                          f" not {d}: take one of those models")
     read = []
-    for path in (folder / f"{kind}_{names[0]}.pt" for kind in ("prompt", "gradient_edit")):
+    for path in (folder / f"{kind}_{name}.pt" for kind in ("prompt", "gradient_edit")):
         try:
             read.append(torch.load(path, map_location="cpu", weights_only=True))
         except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError) as error:
@@ -590,19 +539,18 @@ def _load_released(folder, d):
             raise InputError(f"{path} cannot be read ({reason}): fetch it from "
                              "github.com/beepkh/SUPMER, folder pretrain_prompt") from None
     theta, phi = read
-    if not isinstance(theta, torch.Tensor) or not isinstance(phi, dict) or not all(
-            isinstance(x, torch.Tensor) for x in phi.values()):
+    if not isinstance(phi, dict) or not all(isinstance(x, torch.Tensor)
+                                            for x in (theta, *phi.values())):
         raise InputError(f"{folder} does not hold a tensor and a dict of tensors: fetch both again")
-    return theta, {name: x for name, x in phi.items() if name not in IGNORED}, {
-        "model": names[0], "regularizer": "released"}
+    for buffer in ("grad_mean", "grad_std", "grad_s", "k"):         # psi never uses them
+        phi.pop(buffer, None)
+    return theta, phi, {"model": name, "regularizer": "released"}
 
 
-def _load_peft(folder, d):
-    """A soft prompt as Hugging Face PEFT saves it; it has no regularizer -> theta, None, metadata.
-
-    PEFT may keep the encoder's vectors and then the decoder's: the first ones are used, as there.
-    """
-    path = folder / "adapter_config.json"
+def _load_peft(folder):
+    """A soft prompt as Hugging Face PEFT saves it -> as load_prompt. PEFT may keep the encoder's
+    vectors and then the decoder's: the first ones are used, as there."""
+    path, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         length = config["num_virtual_tokens"]
@@ -612,11 +560,11 @@ def _load_peft(folder, d):
     if kind != ("PROMPT_TUNING", "SEQ_2_SEQ_LM", int):
         raise InputError(f"{path} is of {kind[0]} for {kind[1]}: PROMPT_TUNING for SEQ_2_SEQ_LM is "
                          "what can be read")
-    tensors, _ = _read_safetensors(folder / "adapter_model.safetensors")
+    tensors, _ = _read_safetensors(file)
     vectors = tensors.get("prompt_embeddings", torch.zeros(0))
     if len(tensors) != 1 or len(vectors) not in (length, 2 * length):
-        raise InputError(f"{folder / 'adapter_model.safetensors'} must hold {length} vectors as "
-                         f"prompt_embeddings, it has {[*tensors]}: export it again")
+        raise InputError(f"{file} must hold {length} vectors as prompt_embeddings, it has "
+                         f"{[*tensors]}: export it again")
     return vectors[:length], None, {"model": str(config.get("base_model_name_or_path")),
                                     "regularizer": ""}
 
@@ -624,21 +572,18 @@ def _load_peft(folder, d):
 def save_peft(folder, theta, config, model, revision=None):
     """Write theta (P, d) as a new folder that peft.PeftModel.from_pretrained loads on a model, a
     hub id or folder, of this T5Config.
-
-    One submodule of P vectors: PEFT would otherwise expect the decoder's as well. psi has no place
-    there: only tuning as here uses it.
-    """
+    psi has no place there: only tuning as here uses it."""
     folder.mkdir(parents=True)
     values = {"peft_type": "PROMPT_TUNING", "task_type": "SEQ_2_SEQ_LM", "inference_mode": True,
               "base_model_name_or_path": model, "revision": revision,
-              "num_virtual_tokens": len(theta),
-              "token_dim": theta.shape[1], "num_transformer_submodules": 1,
+              "num_virtual_tokens": len(theta), "token_dim": theta.shape[1],
+              "num_transformer_submodules": 1,      # else PEFT expects the decoder's vectors, too
               "num_attention_heads": config.num_heads, "num_layers": config.num_layers,
               "prompt_tuning_init": "RANDOM"}
     payload = save({"prompt_embeddings": theta.float().cpu().contiguous()}, {"format": "pt"})
-    atomic_write(folder / "adapter_model.safetensors", lambda file: file.write(payload))
-    text = json.dumps(values, indent=2)
-    atomic_write(folder / "adapter_config.json", lambda file: file.write(text.encode()))
+    for name, content in (("adapter_model.safetensors", payload),
+                          ("adapter_config.json", json.dumps(values, indent=2).encode())):
+        atomic_write(folder / name, lambda file: file.write(content))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@
     y = decode(t5, target_ids, memory, mask) # (B, L, d)
     logits = next_token_logits(t5, y)        # (B, L, V)
 
-`python t5.py` has the model in tiny/ fill two blanks, and prints the five likeliest words of each
-with their probabilities; seconds.
+    python t5.py    # the model in tiny/ fills two blanks: the five likeliest words; seconds
 
 Both families are read: v1.0 (t5-small .. 11b: ReLU, tied head) and v1.1 (LM-adapted, Flan: gated
 GELU, untied head). What differs from the textbook Transformer, each at its place below: an RMS norm
@@ -74,11 +73,8 @@ def linear(x, weight):
 
 class OneDNNLinear(torch.autograd.Function):
     """F.linear with a frozen float32 weight on a CPU, by oneDNN: equal up to rounding.
-
     F.linear calls MKL, which is slower on some AMD processors; bench.py prints both rates. There
-    are no packed copies of the weight. Small ones lose more to autograd.Function than they gain.
-    """
-
+    are no packed copies of the weight. Small ones lose more to autograd.Function than they gain."""
     @staticmethod
     def forward(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -143,9 +139,7 @@ def padding_bias(mask, dtype):
 
 def attention_weights(scores, bias):
     """softmax(scores + bias) over the keys, in float32 or wider, back in the scores' dtype.
-
-    Written out: the fused kernels have no second derivative, which the meta-gradient needs.
-    """
+    Written out: the fused kernels have no second derivative, which the meta-gradient needs."""
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return torch.softmax(wide + bias.to(wide.dtype), dim=-1).to(scores.dtype)
 
@@ -155,9 +149,7 @@ def attention_weights(scores, bias):
 
 def self_attention(t5, name, x, bias):
     """Multi-head attention of x (B, S, d) over itself; bias (B or 1, h or 1, S, S) -> (B, S, d).
-
-    Weights may hold a prefix (2, h, P, k): keys and values in front of x's own, without position.
-    """
+    Weights may hold a prefix (2, h, P, k), keys and values before x's own, without position."""
     w, (B, S, _), h, k = t5.weights, x.shape, t5.config.num_heads, t5.config.d_kv
     wq, wk, wv, wo = (w[f"{name}.SelfAttention.{part}.weight"] for part in "qkvo")
     x = rms_norm(x, w[f"{name}.layer_norm.weight"], t5.config.eps)
@@ -173,10 +165,8 @@ def self_attention(t5, name, x, bias):
 
 def cross_attention(t5, name, y, memory, bias):
     """Multi-head attention of y (B, L, d) over memory (B, S, d), absorbed -> (B, L, d).
-
     Keys and values are never formed: q (Wk m) = (q Wk) m and p (Wv m) = Wv (p m), so the two
-    projections move from S encoder positions to L decoder positions: exact, and cheap at L = 2.
-    """
+    projections move from S encoder positions to L decoder positions: exact, and cheap at L = 2."""
     w, (B, L, d), h, k = t5.weights, y.shape, t5.config.num_heads, t5.config.d_kv
     wq, wk, wv, wo = (w[f"{name}.EncDecAttention.{part}.weight"] for part in "qkvo")
     memory = memory.to(wq.dtype)
@@ -211,9 +201,7 @@ def embed_tokens(t5, ids):
 
 def encode(t5, x, mask):
     """x (B, S, d) embeddings, mask (B, S) true where there is input -> H (B, S, d), normed.
-
-    What stands at padding is meaningless: mask it wherever H is used.
-    """
+    What stands at padding is meaningless: mask it wherever H is used."""
     bias = position_bias(t5, "encoder", x.shape[1]) + padding_bias(mask, x.dtype)
     for block in range(t5.config.num_layers):
         x = x + self_attention(t5, f"encoder.block.{block}.layer.0", x, bias)
@@ -223,9 +211,7 @@ def encode(t5, x, mask):
 
 def decode(t5, ids, memory, mask):
     """ids (B, L), PAD first, reading memory (B, S, d) where mask (B, S) -> (B, L, d), normed.
-
-    Output position l has seen ids[:, :l + 1]: it predicts ids[:, l + 1].
-    """
+    Output position l has seen ids[:, :l + 1]: it predicts ids[:, l + 1]."""
     y = embed_tokens(t5, ids)
     y = y.to(torch.promote_types(y.dtype, memory.dtype))
     length = ids.shape[1]
@@ -249,9 +235,7 @@ def next_token_logits(t5, y):
 @torch.no_grad()
 def greedy(t5, memory, mask, length):
     """The likeliest token, one after the other: memory (B, S, d), mask (B, S) -> ids (B, length).
-
-    After </s> comes PAD. Every step decodes all that is there: quick enough for a few tokens.
-    """
+    After </s> comes PAD. Every step decodes all that is there: quick enough for a few tokens."""
     ids = torch.full((len(memory), 1), PAD, device=memory.device)
     for _ in range(length):
         best = next_token_logits(t5, decode(t5, ids, memory, mask)[:, -1]).argmax(-1)       # (B,)
@@ -264,9 +248,7 @@ def greedy(t5, memory, mask, length):
 
 def read_config(folder):
     """config.json of a folder -> T5Config. What old files omit is as in the first release.
-
-    Raises InputError for a missing or broken file, another model than T5, impossible sizes.
-    """
+    Raises InputError for a missing or broken file, another model than T5, impossible sizes."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(f"{path} is missing: put the model's config.json there")
@@ -285,17 +267,17 @@ def read_config(folder):
         return value
 
     layers, tied = get("num_layers", below=1000), get("tie_word_embeddings", True, bool)
-    buckets = get("relative_attention_num_buckets", 32)
-    distance = get("relative_attention_max_distance", 128)
-    if buckets < 4 or distance <= buckets // 2:
-        raise InputError(f"{path}: {buckets} buckets of relative_attention do not fit {distance} "
-                         "positions; T5 has 32 and 128")
-    return T5Config(
-        d_model=get("d_model"), d_kv=get("d_kv"), d_ff=get("d_ff"), num_layers=layers,
-        num_decoder_layers=get("num_decoder_layers", layers, below=1000),
-        num_heads=get("num_heads"), vocab_size=get("vocab_size"), gated=form == "gated-gelu",
-        tied=tied, scaled=get("scale_decoder_outputs", tied, bool), num_buckets=buckets,
-        max_distance=distance, eps=get("layer_norm_epsilon", 1e-6, float, below=1))
+    config = T5Config(
+        get("d_model"), get("d_kv"), get("d_ff"), layers,
+        get("num_decoder_layers", layers, below=1000), get("num_heads"), get("vocab_size"),
+        gated=form == "gated-gelu", tied=tied, scaled=get("scale_decoder_outputs", tied, bool),
+        num_buckets=get("relative_attention_num_buckets", 32),
+        max_distance=get("relative_attention_max_distance", 128),
+        eps=get("layer_norm_epsilon", 1e-6, float, below=1))
+    if config.num_buckets < 4 or config.max_distance <= config.num_buckets // 2:
+        raise InputError(f"{path}: {config.num_buckets} buckets of relative_attention do not fit "
+                         f"{config.max_distance} positions; T5 has 32 and 128")
+    return config
 
 
 def expected_shapes(config):
@@ -305,9 +287,8 @@ def expected_shapes(config):
     forward = {m: (c.d_ff, c.d_model) for m in (("wi_0", "wi_1") if c.gated else ("wi",))}
     encoder = {"SelfAttention": attention, "DenseReluDense": forward | {"wo": (c.d_model, c.d_ff)}}
     decoder = {"SelfAttention": attention, "EncDecAttention": attention, **encoder}
-    shapes = {"shared.weight": (c.vocab_size, c.d_model)}
-    if not c.tied:
-        shapes["lm_head.weight"] = (c.vocab_size, c.d_model)
+    tables = ("shared.weight",) if c.tied else ("shared.weight", "lm_head.weight")
+    shapes = dict.fromkeys(tables, (c.vocab_size, c.d_model))
     for stack, branches, blocks in (("encoder", encoder, c.num_layers),
                                     ("decoder", decoder, c.num_decoder_layers)):
         shapes[f"{stack}.final_layer_norm.weight"] = (c.d_model,)
@@ -340,19 +321,19 @@ def load_t5(folder, dtype=torch.float32, device="cpu"):
 
     dtype: float32 or bfloat16, float64 for proofs; float16 is refused, T5's feed-forward overflows
     in it. The files are mapped, and read one after the other: the peak is the model in dtype and
-    one file. Strict both ways: every tensor of the config must be there, finite and with its shape,
-    and every tensor that is there must be used. Raises InputError otherwise.
+    one file. Every tensor of the config must be there, finite and with its shape, and every tensor
+    that is there must be used. Raises InputError otherwise.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise InputError(f"T5 does not run in {dtype}: choose float32 or bfloat16")
-    config, paths = read_config(folder), weight_files(folder)
-    named, found = paths[0] if len(paths) == 1 else folder, _headers(paths)
-    config, source = _match(named, found, config)
-    weights = {}
+    config, paths, weights = read_config(folder), weight_files(folder), {}
+    named = paths[0] if len(paths) == 1 else folder
+    config, source = _match(named, _files_of_tensors(paths), config)
     for path in paths:
         with _open(path) as file:
+            there = set(file.keys())
             weights |= {name: file.get_tensor(stored).to(device=device, dtype=dtype)
-                        for name, stored in source.items() if found[stored].path == path}
+                        for name, stored in source.items() if stored in there}
     _complain(named, "has values that are not finite in",
               [name for name, w in weights.items()          # aminmax makes no copy and keeps NaN
                if not all(map(math.isfinite, w.aminmax()))])
@@ -374,9 +355,7 @@ def shard_names(index):
 
 def weight_files(folder):
     """The safetensors files of a model folder: model.safetensors or else the shards of its index.
-
-    Raises InputError if one is missing.
-    """
+    Raises InputError if one is missing."""
     folder = Path(folder)
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file():
@@ -392,19 +371,12 @@ def weight_files(folder):
     raise InputError(f"{single} is missing: put the model's safetensors weights there{other}")
 
 
-class _Stored(NamedTuple):
-    path: Path
-    shape: list[int]
-    dtype: str
-
-
 def check_file(path):
     """Raise InputError unless a .json or .safetensors file is one, and whole."""
     if path.suffix == ".json":
         _read_json(path)
     elif path.suffix == ".safetensors":
-        with _open(path):
-            pass
+        _open(path)
 
 
 def _read_json(path):
@@ -426,24 +398,20 @@ def _open(path):
         raise InputError(f"{path} cannot be read ({what}): fetch it again") from None
 
 
-def _headers(paths):
-    """Every tensor of the files -> {name: _Stored}, from their headers alone."""
+def _files_of_tensors(paths):
+    """Every tensor of the files -> {name: the open file that has it}; only headers are read."""
     found = {}
     for path in paths:
-        with _open(path) as file:
-            _complain(path, "repeats tensors of another file:", sorted(found.keys() & file.keys()))
-            parts = {name: file.get_slice(name) for name in file.keys()}
-        found |= {name: _Stored(path, part.get_shape(), part.get_dtype())
-                  for name, part in parts.items()}
+        file = _open(path)
+        _complain(path, "repeats tensors of another file:", sorted(found.keys() & file.keys()))
+        found |= dict.fromkeys(file.keys(), file)
     return found
 
 
 def _match(path, found, config):
-    """Hold {name: _Stored} against the config -> (config, {official name: name in the files}).
-
+    """Hold {name: open file} against the config -> (config, {official name: name in the files}).
     All copies of a tied table must be equal. transformers 5 writes tie_word_embeddings true for
-    v1.1 as well (with scale_decoder_outputs false): there a head in the file makes it untied.
-    """
+    v1.1 as well (with scale_decoder_outputs false): there a head in the file makes it untied."""
     if not config.scaled and "lm_head.weight" in found:
         config = config._replace(tied=False)
     aliases = ALIASES if config.tied else ALIASES[:3]
@@ -453,15 +421,15 @@ def _match(path, found, config):
     _complain(path, "lacks", sorted(set(source.values()) - found.keys()))
     _complain(path, "has tensors that config.json does not call for:",
               sorted(found.keys() - {*source.values(), *copies, STRAY}))
+    headers = {name: found[stored].get_slice(stored) for name, stored in source.items()}
     _complain(path, "has tensors of another shape than config.json says:",
-              [f"{name} {list(shape)}, found {found[source[name]].shape}"
-               for name, shape in shapes.items() if found[source[name]].shape != list(shape)])
+              [f"{name} {list(shape)}, found {headers[name].get_shape()}"
+               for name, shape in shapes.items() if headers[name].get_shape() != list(shape)])
     _complain(path, "has no floating-point numbers in",
-              [name for name, stored in source.items() if found[stored].dtype not in FLOATS])
-    for name in copies:
-        with _open(found[table].path) as first, _open(found[name].path) as second:
-            if not torch.equal(first.get_tensor(table), second.get_tensor(name)):
-                _complain(path, f"has copies of {table} that differ from it:", [name])
+              [name for name in headers if headers[name].get_dtype() not in FLOATS])
+    _complain(path, f"has copies of {table} that differ from it:",
+              [name for name in copies if not torch.equal(found[table].get_tensor(table),
+                                                          found[name].get_tensor(name))])
     return config, source
 
 

