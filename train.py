@@ -959,28 +959,35 @@ def import_pyplot():
     return pyplot
 
 
-PANELS = {"loss": ("support_loss", "query_loss"), "mean cosine (Fig. 5)": ("s",),
-          "curriculum": ("b", "lambda"), "gate": ("gate_mean",),
+PANELS = {"loss": ("support_loss", "query_loss"), "normalized inner product (Fig. 5)": ("s",),
+          "gate, mean entry": ("gate_mean",), "lambda over b": (),
           "validation": ("loss_before", "loss")}
 
 
 def plot(folder):
-    """Draw a run's log, finished or not, as log.png beside it -> the picture's path."""
+    """Draw a run's log, finished or not, as log.png beside it -> the picture's path.
+
+    Dots are steps, or tasks' lambdas; a line is the mean of 20 steps."""
     pyplot, path = import_pyplot(), folder / "log.png"
     read_run(folder)
     lines = [entry for _, entry in read_log(folder)]
     lines = [line | line.get("validation", {}) for line in lines]
-    picture, axes = pyplot.subplots(1, len(PANELS), figsize=(20, 4), layout="constrained")
+    picture, axes = pyplot.subplots(1, len(PANELS), figsize=(17, 3.2), layout="constrained")
     for axis, (title, names) in zip(axes, PANELS.items()):
-        style = {"marker": "o"} if title == "validation" else {"linewidth": 0.8}
-        for name in names:
-            found = [line for line in lines if name in line]        # PPT has its loss alone
-            axis.plot([line["step"] for line in found], [np.mean(line[name]) for line in found],
-                      label=name, **style)
+        near, size, faint = (1, 5, 1.0) if title == "validation" else (10, 3, 0.3)
+        for color, name in zip(("C0", "C1"), names):                # PPT has its loss alone
+            x, y = ([line[key] for line in lines if name in line] for key in ("step", name))
+            axis.plot(x, y, ".", markersize=size, alpha=faint, color=color)
+            means = [np.mean(y[max(0, i + 1 - near):i + near]) for i in range(len(y))]
+            axis.plot(x, means, color=color, label=name)
+        if not names:
+            mixed = np.array([(x["b"], lam) for x in lines if x.get("b") for lam in x["lambda"]])
+            axis.plot(*mixed.reshape(-1, 2).T, ".", markersize=3, alpha=0.5, label="a task")
+            axis.plot(b := np.linspace(0, 1), b / (1 + b), label="mean, b / (1 + b)")
         axis.set_title(title)
-        axis.set_xlabel("step")
+        axis.set_xlabel("meta step" if names else "b (Eq. 10)")
         axis.legend()
-    atomic_write(path, lambda file: picture.savefig(file, format="png", dpi=100))
+    atomic_write(path, lambda file: picture.savefig(file, format="png", dpi=90))
     pyplot.close(picture)
     return path
 
