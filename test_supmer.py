@@ -6857,14 +6857,6 @@ def test_papers_figures_in_readme():
     assert names
 
 
-if __name__ == "__main__":      # what of README.md and figures/ is made of the project
-    (HERE / "figures").mkdir(exist_ok=True)
-    (HERE / "figures/flow.svg").write_text(flow())
-    shown = subprocess.run([sys.executable, HERE / "data.py"], capture_output=True, text=True,
-                           check=True).stdout
-    README.write_text(refilled(README.read_text(), shown))
-
-
 # ------------------------------------------- damaged inputs: one line, which file, what to do then
 
 REMEDY = re.compile(r"fetch it |[Tt]ake |delete|[Gg]ive |mend|drop|put|start a new run|do not use"
@@ -7400,7 +7392,7 @@ def test_help_tells_defaults_and_sources(script, capsys):
             entry.metadata["help"]), entry.name
 
 
-# -------------------------------------------------- a kill at any moment: python test_supmer.py
+# -------------------------------------------- a kill at any moment: python test_supmer.py kills
 
 def forked(work, before=lambda: None):
     """Begin work() in a process of its own, which has all modules loaded -> its id. It ends with 0,
@@ -7602,9 +7594,10 @@ def test_what_is_killed_goes_on(tmp_path):
             assert equal == of, program
 
 
-if __name__ == "__main__":          # python test_supmer.py [KILLS]: the same, with 20 kills of each
+def kill_all(kills):
+    """python test_supmer.py kills: print how each program survives so many of them."""
     with tempfile.TemporaryDirectory() as new, killable(Path(new)) as programs:
-        kills, rng = int((sys.argv + ["20"])[1]), np.random.default_rng(0)
+        rng = np.random.default_rng(0)
         print("| program | kills | ends equal to an unbroken one's | of | seconds |\n"
               "| --- | --- | --- | --- | --- |")
         for program in programs:
@@ -7612,3 +7605,13 @@ if __name__ == "__main__":          # python test_supmer.py [KILLS]: the same, w
             equal, of = survives(program, kills, rng)
             print(f"| {type(program).__doc__.partition('.')[0]} | {kills} | {equal} | {of} | "
                   f"{time.monotonic() - began:.0f} |", flush=True)
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["kills"]:
+    kill_all(20)
+elif __name__ == "__main__":    # what of README.md and figures/ is made of the project
+    (HERE / "figures").mkdir(exist_ok=True)
+    (HERE / "figures/flow.svg").write_text(flow())
+    shown = subprocess.run([sys.executable, HERE / "data.py"], capture_output=True, text=True,
+                           check=True).stdout
+    README.write_text(refilled(README.read_text(), shown))
