@@ -44,12 +44,12 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import train
-from baselines import (ABLATIONS, BASELINES, METHODS, ft_memory, given_prompt, pose,
+from baselines import (ABLATIONS, BASELINES, METHODS, ft_memory, given_prompt, normal_prompt, pose,
                        tuning_gradient, with_prompt)
 from data import (GROUPS, RELEASED, ROWS, TASKS, TINY, LabeledTask, atomic_write, few_shot,
                   fingerprint, load_test, load_texts, load_tokenizer, load_train, locate, lock,
                   model_fingerprint, model_folder, released_folder, sweep, template_fields)
-from supmer import REGULARIZERS, Method, cosine, knob, load_prompt, measure, score
+from supmer import LONGEST, REGULARIZERS, Method, cosine, knob, load_prompt, measure, score
 from t5 import InputError, load_t5, read_config, weight_files
 from train import (GIB, TINY_VALUES, fetch_list, import_pyplot, knob_parser, pick_device, read_run,
                    run_script)
@@ -793,6 +793,19 @@ def show(written, settings, config, out, count, argv):
         print(protocol(argv, written["results"][-1], settings, count))
 
 
+def check_kept(path, tensors, baseline, t5):
+    """InputError unless {name: tensor} is what a Baseline keeps when it is tuned on this T5."""
+    length = baseline.length or len(tensors.get("theta", "?"))
+    if length <= LONGEST:
+        wanted = baseline.fold(t5, (baseline.start or normal_prompt)(t5, 0, length))
+        if {n: x.shape for n, x in tensors.items()} != {n: x.shape for n, x in wanted.items()} or \
+                not all(x.is_floating_point() and x.isfinite().all() for x in tensors.values()):
+            length = math.inf
+    if not 0 < length <= LONGEST:
+        raise InputError(f"{path} does not hold what was tuned on this T5, or no finite numbers: "
+                         "give one that a table names")
+
+
 def predict(settings):
     """Label the texts of --predict with a tuned prompt: CSV lines of texts, label and the label
     words' probabilities (they sum to 1). InputError for a prompt of another model."""
@@ -813,9 +826,8 @@ def predict(settings):
                          f"{settings.model} is now: give --model")
     rows = load_texts(settings.predict, task)
     t5 = load_t5(model, getattr(torch, settings.dtype), pick_device(settings.device))
-    if "theta" in tensors and tensors["theta"].shape[1:] != (t5.config.d_model,):
-        raise InputError(f"{settings.prompt[0]}: theta is not of {settings.model}'s width: give "
-                         "one that a table names")
+    tensors = {name: x for name, x in tensors.items() if ":" not in name}   # other steps' prompts
+    check_kept(settings.prompt[0], tensors, baseline, t5)
     examples, = baseline.pose(load_tokenizer(model, t5.config), "", task, rows, (), 0)
     found, _ = score_job(t5, lambda: None, about["baseline"], tensors, examples)
     chances = found["scores"].softmax(-1)
@@ -864,8 +876,9 @@ def check(settings, given, quick, error):
     for name, value in asdict(settings).items():
         values = value if isinstance(value, tuple) else (value,)
         least = 0 if name in ("seeds", "test_rows", "jobs", "rates", "max_minutes") else 1e-9
-        if not all(least <= x < 1e9 for x in values if type(x) in (int, float)):
-            error(f"{name} {value}: must be {'above' if least else 'at least'} 0, below 1e9")
+        most = LONGEST if name == "prompt_length" else 1e9
+        if not all(least <= x <= most for x in values if type(x) in (int, float)):
+            error(f"{name} {value}: must be {'above' if least else 'at least'} 0, at most {most:g}")
         if len(set(values)) < len(values) and name != "data":
             error(f"{name} {value}: one is given twice")
     offline = [name for name in TASKS if TASKS[name].train.startswith("tasks/")]

@@ -53,7 +53,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import bench
@@ -4840,6 +4840,35 @@ def test_a_task_of_ones_own_and_its_labels(place, monkeypatch, capsys, header):
     assert found[0]["label"] == words[int(sums.argmax())]
 
 
+@pytest.mark.parametrize("damage", [
+    lambda kept: {"theta": kept["theta"][:, :-1].contiguous()},
+    lambda kept: {"theta": kept["theta"] * float("nan")},
+    lambda kept: {"theta": kept["theta"].long()},
+    lambda kept: {"theta": torch.zeros(0, 16)},
+    lambda kept: {"theta": torch.zeros(supmer.LONGEST + 1, 16)},
+    lambda kept: {**kept, "more": torch.zeros(1)},
+    lambda kept: {},
+], ids=["width", "nan", "integers", "empty", "long", "more", "none"])
+def test_labels_are_not_made_with_a_damaged_tuned_prompt(place, capsys, damage):
+    """A tuned file whose tensors are not what was tuned is refused by name, before any label; of
+    one that is whole, what other steps left in it does no harm."""
+    Path("my.csv").write_text("0,bad film\n0,dull food\n1,good film\n1,warm food\n")
+    evaluation.main(["--words", "terrible,great", *OWN, "--data", "my.csv"])
+    path = first_result("runs/eval/small-my.json")["tuning"]["vocab"][0]["file"]
+    kept, result = evaluation.read_result(path)
+    Path("new.txt").write_text("a good film\n")
+    predict = ["--model", "small", "--predict", "new.txt", "--prompt", path, "--out", "labels.csv"]
+    data.atomic_write(path, lambda file: file.write(save(
+        {**kept, "10:theta": kept["theta"].clone()}, {"result": json.dumps(result)})))
+    evaluation.main(predict)
+    Path("labels.csv").unlink()
+    data.atomic_write(path, lambda file: file.write(save(
+        damage(kept), {"result": json.dumps(result)})))
+    with pytest.raises(InputError, match=f"{path} does not hold what was tuned"):
+        evaluation.main(predict)
+    assert not Path("labels.csv").exists()
+
+
 def test_own_rows_that_are_all_sampled_are_tuned_not_tested(place, capsys):
     """Two rows a label leave nothing to test on: said, and the tuned prompt is there all the same;
     with a file to test on behind it, it is tested."""
@@ -4931,7 +4960,8 @@ def test_each_study_is_one_command(place, monkeypatch, study):
         ([*OWN, "--data", "few.csv", "--words", "bad,good", "--template", "It was"], "<X>"),
         (["--predict", "few.csv"], "one tuned --prompt"),
         (["--predict", "few.csv", "--prompt", "few.csv"], "no result of eval.py"),
-        ([*SMALL, "--prompt", "random", "--rates", "1e39"], "below 1e9"),
+        ([*SMALL, "--prompt", "random", "--rates", "1e39"], "at most 1e+09"),
+        ([*SMALL, "--prompt", "random", "--prompt-length", "10001"], "at most 10000"),
         ([*SMALL, "--prompt", "random", "--model", "no_such_model"], "no_such_model"),
     ],
 )
@@ -5394,12 +5424,18 @@ def run_train(folder, monkeypatch, capsys, *argv):
     "argv, says",
     [
         (["--no-such-option"], "unrecognized arguments: --no-such-option"),
-        (["--inner-rate", "inf"], "--inner-rate inf: it must be more than 0, and below 1e30"),
-        (["--prompt-rate", "1e38"], "--prompt-rate 1e+38: it must be 0 or more, and below 1e30"),
+        (["--inner-rate", "inf"], "--inner-rate inf: it must be more than 0, and 1e+30 at most"),
+        (["--prompt-rate", "1e38"], "--prompt-rate 1e+38: it must be 0 or more, and 1e+30 at most"),
         (["--tasks", "0"], "--tasks 0: it must be more than 0"),
         (["--seed", "-1"], "--seed -1: it must be 0 or more"),
         (["--dtype", "float16"], "--dtype float16: choose float32 or bfloat16"),
-        (["--device", "nonsense"], "--device nonsense is not to be had here"),
+        (["--device", "nonsense"], "--device nonsense: choose auto, cpu, cuda or"),
+        (["--device", "meta"], "--device meta: choose auto, cpu, cuda or"),
+        (["--device", ""], "--device : choose auto, cpu, cuda or"),
+        (["--device", "cuda:99"], "--device cuda:99 is not to be had here"),
+        (["--prompt-length", "10001"], "--prompt-length 10001: it must be more than 0, and 10,000"),
+        (["--max-tokens", "1" + 20 * "0"], "and 100,000 at most"),
+        (["--corpus", ""], "--corpus '': a name is empty"),
         (["--resume", "nowhere"], "nowhere holds no run"),
         (["--resume", "nowhere", "--steps", "3"], "nothing but --yes"),
         (["--model", "no-such-folder"], "no-such-folder"),

@@ -46,9 +46,9 @@ from baselines import (ABLATIONS, METHODS, PLAIN, UNIFIED, examples_per_step, mi
                        ppt_step)
 from data import (SOLO, VARIANTS, LabeledIndex, Ranks, TaskIndex, atomic_write, labeled_task,
                   meta_task)
-from supmer import (Method, gradient_and_hessian, init_prompt, init_regularizer, init_state, knob,
-                    load_prompt, meta_gradient, meta_step, prompt_gradient, prompt_metadata,
-                    save_peft, save_prompt, validate_task)
+from supmer import (LONGEST, Method, gradient_and_hessian, init_prompt, init_regularizer,
+                    init_state, knob, load_prompt, meta_gradient, meta_step, prompt_gradient,
+                    prompt_metadata, save_peft, save_prompt, validate_task)
 from t5 import T5, InputError, T5Config, count_weights, expected_shapes, load_t5, read_json
 
 
@@ -645,6 +645,7 @@ def as_many_examples(training, method, examples, steps_given):
 
 
 KNOBS = {entry.name: entry for cls in (Training, Method) for entry in fields(cls)}
+MOST = {"prompt_length": LONGEST, "max_tokens": 10 ** 5}
 MAY_BE_ZERO = ("seed", "relative_step", "gate_weight", "prompt_rate", "regularizer_rate",
                "save_seconds", "keep_graphs", "keep_gib", "patience")
 
@@ -660,10 +661,12 @@ def settings(chosen):
         option, kind = "--" + name.replace("_", "-"), type(KNOBS[name].default)
         if type(value) is not kind or kind is tuple and not all(type(x) is str for x in value):
             raise InputError(f"{option} {value!r}: it must be of type {kind.__name__}")
-        least = 0 if name in MAY_BE_ZERO else 1e-30
-        if kind in (int, float) and not least <= value < 1e30:
+        if kind is tuple and not all(value):
+            raise InputError(f"{option} '': a name is empty; give files or folders")
+        least, most = 0 if name in MAY_BE_ZERO else 1e-30, MOST.get(name, 1e30)
+        if kind in (int, float) and not least <= value <= most:
             bound = "more than 0" if least else "0 or more"
-            raise InputError(f"{option} {value}: it must be {bound}, and below 1e30")
+            raise InputError(f"{option} {value}: it must be {bound}, and {most:,.6g} at most")
     training, method = (cls(**{entry.name: chosen[entry.name] for entry in fields(cls)
                                if entry.name in chosen}) for cls in (Training, Method))
     for wrong, why in (
@@ -911,6 +914,8 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device {name}: choose auto, cpu, cuda or a numbered one, as cuda:1")
     try:
         device = torch.empty(1, device=name).device             # with its number
     except (RuntimeError, AssertionError) as error:
