@@ -139,7 +139,7 @@ def p_tuning_v2_start(t5, seed, length):
         layer = name.removesuffix(".SelfAttention.prefix")
         x = rms_norm(rows, w[f"{layer}.layer_norm.weight"], c.eps)                      # (P, d)
         both = [linear(x, w[f"{layer}.SelfAttention.{part}.weight"]) for part in "kv"]
-        both = torch.stack(both).view(2, length, c.num_heads, c.d_kv)
+        both = torch.stack(both).view(2, length, c.num_heads, c.d_kv)               # (2, P, h, k)
         parameters[name] = both.transpose(1, 2).float().contiguous()                # (2, h, P, k)
     return parameters
 
@@ -173,7 +173,8 @@ def fold_prefix(t5, parameters):
     """The MLP's output, as P-Tuning-v2's parameters."""
     E, W1, b1, W2, b2 = (parameters[name] for name in ("E", "W1", "b1", "W2", "b2"))
     names, c = prefix_names(t5), t5.config
-    made = (torch.tanh(E @ W1 + b1) @ W2 + b2).view(len(E), len(names), 2, c.num_heads, c.d_kv)
+    made = torch.tanh(E @ W1 + b1) @ W2 + b2                            # (P, layers 2 h k)
+    made = made.view(len(E), len(names), 2, c.num_heads, c.d_kv)        # (P, layers, 2, h, k)
     return dict(zip(names, made.permute(1, 2, 3, 0, 4)))                            # (2, h, P, k)
 
 

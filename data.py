@@ -1759,16 +1759,17 @@ def model_fingerprint(folder):
 
 # --------------------------------------------------------------------------- a demonstration
 def demonstrate():
-    """Print a task of each variant, 3 support examples and 1 query, of a part of tiny/'s corpus."""
+    """Print a task of each variant, 3 support examples and 1 query, of a part of tiny/'s corpus, in
+    64 tokens, as train.py gives them to the embedded T5."""
     folder = model_folder("tiny")
     t5 = load_t5(folder)
     tokenizer = load_tokenizer(folder, t5.config)
     with tempfile.TemporaryDirectory() as new:
         store = build_store(Path(new) / "store", [folder / "corpus.jsonl.gz"], tokenizer, t5,
                             clusters=5, seed=0, model=folder, max_bytes=200_000)
-        index = TaskIndex(store, tokenizer, support=3, query=1)
+        index = TaskIndex(store, tokenizer, support=3, query=1, max_tokens=64)
         for variant in VARIANTS:
-            task = meta_task(index, 0, 0, 0, variant=variant, stream=1)
+            task = meta_task(index, 3, 0, 0, variant=variant, stream=1)
             names = task.clusters if variant == "ss-cluster" else ()
             print(f"{variant}, anchors of cluster {task.clusters}")
             for name, examples in (("support", task.support), ("query", task.query)):

@@ -25,8 +25,14 @@ micro-batch, because the Hessian is only ever multiplied with a vector, piece by
                         # the first-order one, along three directions of theta; seconds
 
 P prompt tokens, d model width, B rows of a micro-batch, T text positions, S = P + T, V inserted
-vectors, K label words, n examples of a set. theta (P, d), phi and their gradients are float32;
-float64 passes through untouched, for proofs.
+vectors, K label words, n examples of a set or tasks of a step. H encoder states (B, S, d), or the
+gate's one mean of them (d,); Y the labels, one-hot (B, K). theta (P, d), phi and their gradients
+are float32; float64 passes through untouched, for proofs.
+
+From data.py come plain tuples: Examples, a set's texts as lists of token ids with their labels and
+the label words; Batch, rows of them as padded tensors: ids, mask (B, T), slots (B, V), vectors
+(B, V, d), targets (B, K), made by collate; Task, a support and a query set. Ranks are the processes
+that share the work, SOLO is one alone.
 """
 
 import json
@@ -74,7 +80,7 @@ class Method:
     curriculum: bool = knob(True, "lambda follows b (Eq. 10); without it ~ Beta(alpha, alpha)")
     regularizer: bool = knob(True, "learn phi; without it psi stays the identity")
     exact_cosine: bool = knob(
-        False, "s from grad L_query(theta), one pass more, instead of v (Alg. 1, line 13)")
+        False, "s from q = grad L_query(theta), one pass more, instead of v (Alg. 1, lines 13, 15)")
     words_only: bool = knob(
         False, "loss over the label words, not the whole vocabulary (LM-BFF, PERFECT)")
     micro_tokens: int = knob(
@@ -85,7 +91,7 @@ class Method:
         "memory and speed, not the result (ours); see keep_gib")
 
 
-# ----------------------------------------------------- the prompted model and its loss (Eq. 1)
+# -------------------------------------------------------------- the prompted model and its loss
 
 def encode_with_prompt(t5, theta, batch):
     """Encode [theta ; text]: theta (P, d), a Batch of B rows -> H (B, S, d), mask (B, S).
@@ -94,7 +100,7 @@ def encode_with_prompt(t5, theta, batch):
     slots = batch.slots[:, :, None].expand(-1, -1, text.shape[-1])                 # (B, V, d)
     text = text.scatter(1, slots, batch.vectors.to(text.dtype))
     x = torch.cat([theta.expand(len(text), -1, -1), text], dim=1)                  # (B, P + T, d)
-    mask = F.pad(batch.mask, (len(theta), 0), value=True)
+    mask = F.pad(batch.mask, (len(theta), 0), value=True)                          # (B, P + T)
     return encode(t5, x, mask), mask
 
 
@@ -106,7 +112,7 @@ def word_log_probs(t5, H, mask, words, words_only=False):
     vocabulary; words_only renormalizes it over the K words.
     """
     def after(prefix):                                                             # (B, vocabulary)
-        ids = torch.LongTensor([[PAD, *prefix]]).to(H.device).expand(len(H), -1)
+        ids = torch.LongTensor([[PAD, *prefix]]).to(H.device).expand(len(H), -1)   # (B, L)
         return torch.log_softmax(next_token_logits(t5, decode(t5, ids, H, mask)[:, -1]), dim=-1)
     first = after(words[0][:1])
     scores = torch.stack([first[:, word[1]] + sum(after(word[:end])[:, word[end]]
@@ -117,14 +123,14 @@ def word_log_probs(t5, H, mask, words, words_only=False):
 
 def gate_input(H, mask):
     """Each row's mean of H over its prompt and non-padding text: (B, S, d), (B, S) -> (B, d)."""
-    weight = mask.to(H.dtype)[:, :, None]
+    weight = mask.to(H.dtype)[:, :, None]                                          # (B, S, 1)
     return (H * weight).sum(1) / weight.sum(1)
 
 
 def loss_share(t5, theta, batch, other, lam, words, n, method):
     """What B of a set's n examples contribute to its mean loss (Eq. 1) and to the gate's input.
 
-    other: the partner task's Batch to mix in (Eq. 4), or None. -> the rows' sum of
+    other: the partner task's Batch to mix() in, or None. -> the rows' sum of
     -sum_k Y_k log p_k, divided by n; their sum of gate_input, divided by n (d,), detached: psi is
     differentiated through g and phi only, as in the paper's derivation (Eq. 13).
     """
@@ -152,8 +158,9 @@ def micro_batches(examples, theta, method, partner=None):
                partner and collate(partner, rows, theta.device))
 
 
-# In the next two, torch.autograd.grad through the same graph is faster on a CPU core: by 1 % in
-# micro-batches of 1024 positions at t5-base's width, by 6 to 8 % in those of 512.
+# In the next two, torch.autograd.grad through the same graph is faster on a CPU core, by 1 to 8 %.
+# It needs theta to require grad, a flag that every caller would have to set and clear; torch.func
+# takes a plain function of theta, as the mathematics does.
 
 def first_derivative(function, theta):
     """function: theta -> (scalar, more). -> its gradient, (the scalar, more).
@@ -172,9 +179,9 @@ def second_derivative(function, theta):
 
 
 def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0, ranks=SOLO):
-    """The gradient of the mean loss over n Examples with respect to theta (P, d), Eq. 1.
+    """The gradient of the mean loss over n Examples with respect to theta (P, d).
 
-    With a partner and lambda > 0 its examples are mixed in, pair by pair (Eq. 4), and the gradient
+    With a partner and lambda > 0 its examples are mixed in, pair by pair, and the gradient
     runs through both; at lambda = 0 the partner is neither encoded nor attended to. The ranks share
     the micro-batches.
     -> gradient (P, d), the gate's H (d,) (mean of gate_input, unmixed), the loss.
@@ -212,7 +219,7 @@ def gradient_and_hessian(t5, theta, examples, method, ranks=SOLO, partner=None, 
     return *(total.to(theta.dtype) for total in ranks.all_sum(*sums)), hessian
 
 
-# ----------------------------------------------- curriculum task augmentation (Eq. 4 and Eq. 10)
+# ------------------------------------------------------------------ curriculum task augmentation
 
 def curriculum(s, curve):
     """b in [0, 1] from the last step's mean cosine s: (m^((1+s)/2) - 1) / (m - 1), Eq. 10.
@@ -244,7 +251,7 @@ def mix(H_i, mask_i, Y_i, H_j, mask_j, Y_j, lam):
     return (1 - lam) * H_i + lam * H_j, mask_i | mask_j, (1 - lam) * Y_i + lam * Y_j
 
 
-# --------------------------------------------------- the meta-gradient regularizer psi (Eq. 5)
+# ------------------------------------------------------------- the meta-gradient regularizer psi
 
 def init_regularizer(d, dtype=torch.float32, device="cpu"):
     """phi at the start: A = I, a = 0, W = 0, c = 0. psi is the identity: plain MAML."""
@@ -259,7 +266,7 @@ def direction_and_length(x):
     derivatives. Rows are scaled by their largest entry first, a constant to the derivative that
     cancels, so that tiny gradients do not underflow.
     """
-    scale = x.detach().abs().amax(-1, keepdim=True)
+    scale = x.detach().abs().amax(-1, keepdim=True)                                # (..., 1)
     alive = scale > 0
     scale = torch.where(alive, scale, 1.0)
     safe = torch.where(alive, x / scale, 1.0)
@@ -270,7 +277,7 @@ def direction_and_length(x):
 def affine(phi, g):
     """h(g) = |g| (A g/|g| + a) / |A g/|g| + a| for each row of g (P, d), all by the same map."""
     direction, length = direction_and_length(g)
-    turned, _ = direction_and_length(direction @ phi["A"].T + phi["a"])
+    turned, _ = direction_and_length(direction @ phi["A"].T + phi["a"])            # (P, d)
     return length * turned
 
 
@@ -321,19 +328,19 @@ REGULARIZERS = {"affine": (init_regularizer, regularize),
 # --------------------------------------------------------- the inner step and the meta-gradient
 
 def inner_step(theta, phi, g, H, method):
-    """theta' = theta - a1 psi(g), Eq. 6 (Eq. 2 where psi is the identity) -> (P, d).
+    """theta' = theta - a1 psi(g), Eq. 6, and Eq. 2 where psi is the identity -> (P, d).
     relative_step > 0 makes a1 = relative_step |theta| / |psi(g)|, which is differentiated, too."""
     psi = regularize(phi, g, H)
     if method.relative_step > 0:
-        direction, _ = direction_and_length(psi.flatten())
-        _, length = direction_and_length(theta.flatten())
+        direction, _ = direction_and_length(psi.flatten())                         # (P d,)
+        _, length = direction_and_length(theta.flatten())                          # (1,)
         return theta - method.relative_step * length * direction.view_as(theta)    # (P, d)
     return theta - method.inner_rate * psi
 
 
 def cosine(a, b):
     """cos(a, b) of two gradients (P, d), each as one vector (Alg. 1, line 15); 0 beside zeros."""
-    (a, _), (b, _) = direction_and_length(a.flatten()), direction_and_length(b.flatten())
+    (a, _), (b, _) = (direction_and_length(x.flatten()) for x in (a, b))           # (P d,)
     return (a * b).sum().clamp(-1, 1)
 
 
@@ -348,7 +355,7 @@ class TaskGradient(NamedTuple):
 def meta_gradient(t5, theta, phi, task, partner, lam, b, method, ranks=SOLO):
     """The gradient of L_q(theta - a1 psi(grad L_s(theta); phi)) + lambda_reg L_reg (Eq. 8, 20).
 
-    d theta = v - a1 Hess_s(theta) (dpsi/dg)^T v          (first_order: v alone, as in Eq. 3)
+    d theta = v - a1 Hess_s(theta) (dpsi/dg)^T v          (first_order: v alone)
     d phi   =   - a1 (dpsi/dphi)^T v + lambda_reg dL_reg/dphi
 
     task, partner: Tasks of one variant; lam, b: floats. -> TaskGradient, the same on all ranks
@@ -452,7 +459,7 @@ def score(t5, theta, examples, method):
 
 
 def measure(scores, labels):
-    """Log-probabilities (n, K), labels (n,) -> the loss over the full vocabulary (Eq. 1), that over
+    """Log-probabilities (n, K), labels (n,) -> the loss over the full vocabulary, that over
     the label words, and how often the likeliest word is right."""
     labels = labels.to(scores.device)
     return {"loss": float(F.nll_loss(scores, labels)),
@@ -615,7 +622,9 @@ if __name__ == "__main__":
         labels, words = torch.arange(n) % 2, [[39, 5], [39, 6]]
         return Examples(ids, [[]] * n, torch.zeros(n, 0, d), labels, words)
 
-    config = T5Config(d, 4, 12, 1, 1, 2, 40, True, False, False, 32, 128, 1e-6)
+    config = T5Config(d_model=d, d_kv=4, d_ff=12, num_layers=1, num_decoder_layers=1, num_heads=2,
+                      vocab_size=40, gated=True, tied=False, scaled=False, num_buckets=32,
+                      max_distance=128, eps=1e-6)
     toy = T5(config, {name: 0.3 * normal(*shape) + ("layer_norm" in name)
                       for name, shape in expected_shapes(config).items()})
     theta, phi = normal(3, d), {name: value + 0.3 * normal(*value.shape)

@@ -158,14 +158,16 @@ def self_attention(t5, name, x, bias):
     w, (B, S, _), h, k = t5.weights, x.shape, t5.config.num_heads, t5.config.d_kv
     wq, wk, wv, wo = (w[f"{name}.SelfAttention.{part}.weight"] for part in "qkvo")
     x = rms_norm(x, w[f"{name}.layer_norm.weight"], t5.config.eps)
-    q, key, value = (linear(x, m).view(B, S, h, k).transpose(1, 2) for m in (wq, wk, wv))
+    q, key, value = (linear(x, m).view(B, S, h, k).transpose(1, 2)             # (B, h, S, k)
+                     for m in (wq, wk, wv))
     prefix = w.get(f"{name}.SelfAttention.prefix")
     if prefix is not None:
-        both = zip(prefix.to(q.dtype)[:, None].expand(-1, B, -1, -1, -1), (key, value))
+        prefix = prefix.to(q.dtype)[:, None].expand(-1, B, -1, -1, -1)         # (2, B, h, P, k)
+        both = zip(prefix, (key, value))
         key, value = (torch.cat(pair, dim=2) for pair in both)                 # (B, h, P + S, k)
-        bias = F.pad(bias, (prefix.shape[2], 0))
+        bias = F.pad(bias, (prefix.shape[3], 0))                               # (.., S, P + S)
     p = attention_weights(q @ key.mT, bias)                  # (B, h, S, S), NOT scaled by k^-0.5
-    return linear((p @ value).transpose(1, 2).reshape(B, S, h * k), wo)
+    return linear((p @ value).transpose(1, 2).reshape(B, S, h * k), wo)        # (B, S, d)
 
 
 def cross_attention(t5, name, y, memory, bias):
@@ -176,12 +178,12 @@ def cross_attention(t5, name, y, memory, bias):
     wq, wk, wv, wo = (w[f"{name}.EncDecAttention.{part}.weight"] for part in "qkvo")
     memory = memory.to(wq.dtype)
     q = linear(rms_norm(y, w[f"{name}.layer_norm.weight"], t5.config.eps), wq).view(B, L, h, k)
-    q = torch.einsum("blhk,hkd->bhld", q, wk.view(h, k, d))
+    q = torch.einsum("blhk,hkd->bhld", q, wk.view(h, k, d))                    # (B, h, L, d)
     scores = (q.reshape(B, h * L, d) @ memory.mT).view(B, h, L, -1)            # (B, h, L, S)
     p = attention_weights(scores, bias)
-    read = (p.reshape(B, h * L, -1) @ memory).view(B, h, L, d)
-    read = torch.einsum("bhld,hkd->blhk", read, wv.view(h, k, d))
-    return linear(read.reshape(B, L, h * k), wo)
+    read = (p.reshape(B, h * L, -1) @ memory).view(B, h, L, d)                 # (B, h, L, d)
+    read = torch.einsum("bhld,hkd->blhk", read, wv.view(h, k, d))              # (B, L, h, k)
+    return linear(read.reshape(B, L, h * k), wo)                               # (B, L, d)
 
 
 def feed_forward(t5, name, x):
