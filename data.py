@@ -134,7 +134,8 @@ def _undamaged(read, file, where, counts):
 
 def _decode(raw, where, counts):
     text = raw.decode("utf-8-sig", errors="replace")
-    if 4 * text.count("\0") > len(text):             # UTF-16's every other byte
+    even, odd = (text[i::2].count("\0") for i in (0, 1))
+    if max(even, odd) > max(4, len(text) // 4, 4 * min(even, odd)):     # UTF-16's every other byte
         raise InputError(f"{where}: NUL characters; give text in UTF-8")
     counts["broken UTF-8"] += "\0" in text or "\ufffd" in text and "\ufffd".encode() not in raw
     return text.replace("\0", "\ufffd")

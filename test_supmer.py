@@ -1935,6 +1935,17 @@ def test_broken_utf8_is_replaced_and_counted(tmp_path):
     assert counts["broken UTF-8"] == 2
 
 
+def test_a_block_of_zeros_is_broken_bytes_not_another_encoding(tmp_path):
+    """What a torn disk leaves in a file, a line of NULs or some behind a text, ends no build of a
+    corpus: it is counted as any broken bytes are. UTF-16 is refused (below)."""
+    for zeros in (b"\0", b"\0" * 4096, b"It fell." + b"\0" * 4096):
+        (tmp_path / "a.txt").write_bytes(b"It rained.\n\n" + zeros + b"\n\nWe left.")
+        counts = Counter()
+        found = list(documents([tmp_path / "a.txt"], counts=counts))
+        assert found == [["It rained."], [zeros.decode().replace("\0", "\ufffd")], ["We left."]]
+        assert counts["broken UTF-8"] == 1
+
+
 @pytest.mark.parametrize("name, content, says", [
     ("a.jsonl", b'{"text": "ok"}\n{"text": ', "a.jsonl, line 2: not JSON"),
     ("a.jsonl", b'{"body": "ok"}', "line 1: no `text`"),
