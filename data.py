@@ -752,19 +752,25 @@ def embed_sentences(t5, ids, mask):
         return torch.where(mask, H, 0).sum(1) / mask.sum(1)                         # (B, d)
 
 
-def _embedded(tokens, offsets, rows, embed, budget):
-    """Embed the sentences `rows`, sorted by length -> pairs: their positions in rows, (B, d)."""
-    for begin in range(0, len(rows), CHUNK):
-        part = rows[begin:begin + CHUNK]
-        lengths = offsets[part + 1] - offsets[part]
-        order = np.argsort(lengths, kind="stable")
-        while len(order):       # lengths rise: the last sentence of a batch sets its width
-            padded = lengths[order[:budget]] * np.arange(1, len(order[:budget]) + 1)
-            batch, order = np.split(order, [max(1, np.searchsorted(padded, budget, "right"))])
-            ids = pad_sequence([torch.from_numpy(tokens[offsets[i]:offsets[i + 1]].astype(np.int64))
-                                for i in part[batch]], batch_first=True, padding_value=PAD)
-            mask = torch.arange(ids.shape[1]) < torch.from_numpy(lengths[batch])[:, None]
-            yield begin + batch, embed(ids, mask)
+def _embedded(tokens, offsets, rows, embed, budget, ranks=SOLO):
+    """Embed the sentences `rows`, sorted by length -> pairs: their positions in rows, (B, d). The
+    ranks take the batches in turn: each is the same, to the bit, however many they are."""
+    def batches():
+        for begin in range(0, len(rows), CHUNK):
+            part = rows[begin:begin + CHUNK]
+            lengths = offsets[part + 1] - offsets[part]
+            order = np.argsort(lengths, kind="stable")
+            while len(order):       # lengths rise: the last sentence of a batch sets its width
+                padded = lengths[order[:budget]] * np.arange(1, len(order[:budget]) + 1)
+                size = max(1, np.searchsorted(padded, budget, "right"))
+                yield begin + order[:size]
+                order = order[size:]
+    for batch in ranks.share(batches()):
+        ids = [torch.from_numpy(tokens[offsets[i]:offsets[i + 1]].astype(np.int64))
+               for i in rows[batch]]
+        lengths = torch.tensor([[len(sentence)] for sentence in ids])
+        ids = pad_sequence(ids, batch_first=True, padding_value=PAD)
+        yield batch, embed(ids, torch.arange(ids.shape[1]) < lengths)
 
 
 def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
@@ -776,22 +782,20 @@ def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
     embed = embed or (lambda ids, mask: embed_sentences(t5, ids, mask))
     budget = BATCH_TOKENS[t5.weights["shared.weight"].device.type if t5 else "cpu"]
 
-    def embedded(stage, own, done, total):      # own: this rank's share of the sentences
+    def embedded(stage, rows, done, total, share=SOLO):
         progress(stage, done, total)
-        for positions, H in _embedded(tokens, offsets, own, embed, budget):
+        for positions, H in _embedded(tokens, offsets, rows, embed, budget, share):
             yield positions, H
             done += len(H) * ranks.world
             progress(stage, min(done, total), total)
     if not ranks.gather(path.exists())[0]:
         training = np.flatnonzero(anchor & ~held_out)
-        size, points = min(len(training), SAMPLE * clusters), None
+        size = min(len(training), SAMPLE * clusters)
         sample = np.random.default_rng((seeds[0], 0, 0, 2)).choice(training, size, replace=False)
-        if size < ranks.world:
-            raise InputError(f"{size} sentences for {ranks.world} processes: start fewer")
-        own = np.arange(ranks.rank, size, ranks.world)
-        for positions, H in embedded("embedding a sample", sample[own], 0, size):
-            points = H.new_zeros(size, H.shape[1]) if points is None else points
-            points[torch.from_numpy(own[positions]).to(H.device)] = H
+        _, H = next(_embedded(tokens, offsets, sample[:1], embed, budget))      # d, where it is
+        points = H.new_zeros(size, H.shape[1])
+        for positions, H in embedded("embedding a sample", sample, 0, size, ranks):
+            points[torch.from_numpy(positions).to(H.device)] = H
         points = torch.cat([ranks.all_sum(part)[0] for part in points.split(CHUNK)])
         if not points.isfinite().all():
             raise InputError("sentence embeddings are not finite: the model's weights are damaged")
