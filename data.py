@@ -715,6 +715,7 @@ def _write_text(folder, read, tokenizer, progress):
                 save(False, counts)
         found.update(counts)
         save(True, found)
+    tell()                                  # the last slice's time is this stage's
     return found
 
 
