@@ -972,7 +972,7 @@ PANELS = {"loss": ("support_loss", "query_loss"), "normalized inner product (Fig
 def plot(folder):
     """Draw a run's log, finished or not, as log.png beside it -> the picture's path.
 
-    Dots are steps, or tasks' lambdas; a line is the mean of 20 steps."""
+    Dots are steps, or tasks' lambdas; a line is the mean of 19 steps."""
     pyplot, path = import_pyplot(), folder / "log.png"
     read_run(folder)
     lines = [entry for _, entry in read_log(folder)]
