@@ -879,16 +879,17 @@ class TaskIndex:
     """What drawing a task needs, made once, so that a task costs the same whatever the corpus.
 
     support, query: the sets' sizes; variants: those that meta_task draws from; max_tokens: the
-    longest source; recast: {variant: (template, words)} to put in place of its own (Unified-PPT). A
-    cluster is usable with support + query anchors: sentences of different text, for next-sentence
-    variants not the last of their document, and that of 4 or more. InputError, with what each
-    cluster lacks, unless a variant has a usable one (ss: four) in training and held-out documents.
+    longest source; recast: {variant: (template, words)} to put in place of its own (Unified-PPT);
+    mixing: training tasks will have partners of other clusters. A cluster is usable with support +
+    query anchors: sentences of different text, for next-sentence variants not the last of their
+    document, and that of 4 or more. InputError, with what each cluster lacks, unless a variant has
+    a usable one (ss: four; training ones of mixing: two) in training and held-out documents.
     """
 
     def __init__(self, store, tokenizer, *, support=32, query=32, variants=VARIANTS,
-                 max_tokens=MAX_TOKENS, recast={}):
+                 max_tokens=MAX_TOKENS, recast={}, mixing=False):
         self.store, self.sizes, self.max_tokens = store, (support, query), max_tokens
-        self.variants = tuple(variants)
+        self.variants, self.mixing = tuple(variants), mixing
         cast = {v: (TEMPLATES[v[:2]], WORDS[v]) for v in VARIANTS} | recast
         self.parts = {v: compile_template(tokenizer, template) for v, (template, _) in cast.items()}
         self.words = {v: decoder_targets(tokenizer, words) for v, (_, words) in cast.items()}
@@ -914,7 +915,8 @@ class TaskIndex:
 
     def _check(self, split, variant):
         pool, kind = self.pools[split, variant[:2]], variant[3:]
-        wanted, need = 4 if variant[:2] == "ss" else 1, sum(self.sizes)
+        wanted = 4 if variant[:2] == "ss" else 2 if self.mixing and split == "train" else 1
+        need = sum(self.sizes)
         lacking = np.maximum(need - pool.count[kind], 0)
         fewest = [*sorted(lacking), *[need] * wanted][:wanted]
         if any(fewest):

@@ -2871,6 +2871,15 @@ def test_too_few_sentences_for_the_tasks_are_counted(planted):
     index = TaskIndex(one, tokenizer, variants=("sp-next",))
     with pytest.raises(InputError, match="mixing needs two"):
         meta_task(index, 0, 0, 0, stream=1, avoid=(0,))
+    says = "sp-next: 64 train sentences are lacking: of 64 usable ones 0, 64 in the 2 fullest"
+    with pytest.raises(InputError, match=says):
+        TaskIndex(one, tokenizer, variants=("sp-next",), mixing=True)
+
+
+def test_what_mixing_lacks_is_told_before_a_run_begins(small_world):
+    """A partner task is of another cluster: with one, train.py says so before the first step."""
+    with pytest.raises(InputError, match="sp-next: .* in the 2 fullest cluster"):
+        make_run(small_world, "unmixed", clusters=1)
 
 
 def test_a_corpus_of_one_sentence_repeated_is_refused_not_looped_over(planted):
@@ -5323,7 +5332,7 @@ def make_run(small_world, name, **changes):
     with contextlib.chdir(folder):
         t5 = T.load_t5("model")
         index, _, _ = train.open_indexes(
-            training, Path("model"), data.load_tokenizer("model", t5.config), t5
+            training, method, Path("model"), data.load_tokenizer("model", t5.config), t5
         )
         (folder / name).mkdir(exist_ok=True)
         return train.Run(folder / name, training, method, t5, index)

@@ -432,7 +432,7 @@ def make_store(what, make, ranks):
     return store
 
 
-def open_indexes(training, model_folder, tokenizer, t5, ranks=SOLO):
+def open_indexes(training, method, model_folder, tokenizer, t5, ranks=SOLO):
     """The corpus -> TaskIndex, or None; the labeled sets -> LabeledIndex, or None; made_of, what
     both are made of."""
     def store_of(what, build, source, clusters, **how):
@@ -454,7 +454,7 @@ def open_indexes(training, model_folder, tokenizer, t5, ranks=SOLO):
     if training.corpus:
         store = store_of("corpus", data.build_store, corpus_paths(training), training.clusters,
                          max_bytes=training.bytes, one_per_format=training.one_per_format)
-        index = TaskIndex(store, tokenizer, **sizes,
+        index = TaskIndex(store, tokenizer, **sizes, mixing=mixes(training, method),
                           variants=[v for v in VARIANTS if v.startswith(training.only)],
                           recast=UNIFIED if training.method == "unified-ppt" else {})
         made_of |= store.meta["made_of"]
@@ -491,7 +491,7 @@ def main(argv):
     model_folder = data.model_folder(training.model)
     t5 = load_t5(model_folder, getattr(torch, training.dtype), device)
     tokenizer = data.load_tokenizer(model_folder, t5.config)
-    index, labeled, made_of = open_indexes(training, model_folder, tokenizer, t5, ranks)
+    index, labeled, made_of = open_indexes(training, method, model_folder, tokenizer, t5, ranks)
     if folder:
         check_origin(folder, made_of)
     elif ranks.rank == 0:
