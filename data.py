@@ -1098,9 +1098,10 @@ class LabeledIndex:
     """What drawing a meta task from labeled sets needs (Table 3: labeled data as meta tasks).
     stores: {name: build_labeled's}. A cluster is usable if it has ceil(support / K) +
     ceil(query / K) different texts of each label. InputError, with what each cluster lacks, unless
-    each set has a usable one in training and in held-out texts."""
+    each set has a usable one in training (mixing: two, see TaskIndex) and in held-out texts."""
 
-    def __init__(self, stores, tokenizer, *, support=32, query=32, max_tokens=MAX_TOKENS):
+    def __init__(self, stores, tokenizer, *, support=32, query=32, max_tokens=MAX_TOKENS,
+                 mixing=False):
         self.stores, self.sizes, self.max_tokens = stores, (support, query), max_tokens
         self.variants, self.words, self.rows, self.usable = tuple(stores), {}, {}, {}
         self.parts = compile_template(tokenizer, LabeledTask("", "").template)
@@ -1117,10 +1118,11 @@ class LabeledIndex:
                                                   np.cumsum(counts)[:-1])
                 lacking = np.maximum(need - counts, 0).reshape(clusters, K).sum(1)
                 self.usable[split, name] = np.flatnonzero(lacking == 0)
-                if lacking.all():
+                wanted = 2 if mixing and split == "train" else 1
+                if len(self.usable[split, name]) < wanted:
                     raise InputError(f"{name}: {', '.join(map(str, lacking))} {split} texts are "
-                                     f"lacking in each cluster for {need} of each label: give more "
-                                     "rows, or fewer clusters")
+                                     f"lacking in each cluster for {need} of each label, which "
+                                     f"{wanted} must have: give more rows, or fewer clusters")
 
 
 def labeled_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):

@@ -3242,6 +3242,10 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
     says = "set: (\\d+, ){2}\\d+ validation texts are lacking in each cluster for 40 of each"
     with pytest.raises(InputError, match=says):
         data.LabeledIndex({"set": store}, tokenizer, support=60, query=60)
+    one = {"set": store._replace(cluster=np.zeros_like(store.cluster))}
+    data.LabeledIndex(one, tokenizer, support=7, query=3)
+    with pytest.raises(InputError, match="set: 0, 12, 12 train texts .*, which 2 must have"):
+        data.LabeledIndex(one, tokenizer, support=7, query=3, mixing=True)
 
 
 @pytest.mark.parametrize("labels, known", [

@@ -441,6 +441,7 @@ def open_indexes(training, method, model_folder, tokenizer, t5, ranks=SOLO):
             progress=progress, ranks=ranks, **how), ranks)
     index, labeled, made_of = None, None, {}
     sizes = {name: getattr(training, name) for name in ("support", "query", "max_tokens")}
+    sizes |= {"mixing": mixes(training, method)}
     if training.labeled:
         files = [path for path in sorted(Path(training.labeled).glob("*"))
                  if path.suffix in (".csv", ".tsv", ".jsonl")]
@@ -454,7 +455,7 @@ def open_indexes(training, method, model_folder, tokenizer, t5, ranks=SOLO):
     if training.corpus:
         store = store_of("corpus", data.build_store, corpus_paths(training), training.clusters,
                          max_bytes=training.bytes, one_per_format=training.one_per_format)
-        index = TaskIndex(store, tokenizer, **sizes, mixing=mixes(training, method),
+        index = TaskIndex(store, tokenizer, **sizes,
                           variants=[v for v in VARIANTS if v.startswith(training.only)],
                           recast=UNIFIED if training.method == "unified-ppt" else {})
         made_of |= store.meta["made_of"]
