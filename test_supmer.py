@@ -5295,6 +5295,7 @@ def test_labeled_sets_are_mixed_in(small_world, tmp_path, monkeypatch, capsys):
     made = train.read_run(folder / "labeled")
     assert "corpus" in made["made_of"]
     assert [*made["versions"]] == ["python", "torch", "numpy", "tokenizers", "safetensors"]
+    assert (made["processes"], made["threads"]) == (1, torch.get_num_threads())
 
 
 def test_a_resumed_run_keeps_as_many_graphs(small_world, monkeypatch):

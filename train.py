@@ -280,7 +280,7 @@ def check_free(folder):
         raise InputError(f"{folder} exists: name another --run, or go on with --resume {folder}")
 
 
-def new_run(argv, training, method, made_of, wanted):
+def new_run(argv, training, method, made_of, wanted, processes=1):
     """Make the folder `wanted`, or the next free runs/<model>-<number>, with its run.json. What is
     not SUPMER has its name_of in the folder's name."""
     name = name_of(training, method)
@@ -297,6 +297,7 @@ def new_run(argv, training, method, made_of, wanted):
         "model": training.model, "name": name,
         "training": asdict(training), "method": asdict(method),
         "made_of": made_of, "command": shlex.join(["python", "train.py", *argv]),
+        "processes": processes, "threads": torch.get_num_threads(),
         "finished": False, "ended": None,
         "versions": {"python": platform.python_version(), **{
             used: version(used) for used in ("torch", "numpy", "tokenizers", "safetensors")}}})
@@ -496,7 +497,7 @@ def main(argv):
     if folder:
         check_origin(folder, made_of)
     elif ranks.rank == 0:
-        folder = new_run(argv, training, method, made_of, control.run)
+        folder = new_run(argv, training, method, made_of, control.run, ranks.world)
     folder = ranks.gather(folder)[0]
     print(f"run:    {folder}")
 
