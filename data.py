@@ -697,6 +697,9 @@ def _write_text(folder, read, tokenizer, progress):
         columns = {name: stack.enter_context(open(folder / f"{name}.bin", "ab")) for name in TEXT}
         for name, file in columns.items():
             length = counts[TEXT[name]] + (name == "offsets")   # it has one more, at first a 0
+            if counts and file.tell() < length * array(COLUMNS[name]).itemsize:
+                raise InputError(f"{file.name} has lost what it held, so all is dropped that there "
+                                 "was of this store: start again")
             file.truncate(length * array(COLUMNS[name]).itemsize)
 
         def save(whole, counts):

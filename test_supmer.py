@@ -2272,6 +2272,27 @@ def build_again(planted, tmp_path, cache="cache", **changes):
                             **arguments)
 
 
+@pytest.mark.parametrize("left", [None, 0, 9])
+def test_a_half_made_store_that_lost_text_is_dropped(planted, tmp_path, left):
+    """Where a crash of the machine cost a file its end, no zeros take its place: it is told, and
+    the next call makes the whole store anew."""
+    def stop(stage, done, total):
+        if stage == "assigning clusters":
+            raise KeyboardInterrupt
+    whole = build_again(planted, tmp_path, "whole")
+    for name in data.TEXT.keys() - {"label"}:
+        with pytest.raises(KeyboardInterrupt):
+            build_again(planted, tmp_path, name, progress=stop)
+        building, = (tmp_path / name).iterdir()
+        path = building / f"{name}.bin"
+        path.unlink() if left is None else os.truncate(path, left)
+        with pytest.raises(InputError, match=f"{name}.bin has lost what it held.*: start again"):
+            build_again(planted, tmp_path, name)
+        again = build_again(planted, tmp_path, name)
+        for file in whole.folder.iterdir():
+            assert file.read_bytes() == (again.folder / file.name).read_bytes(), file
+
+
 def test_each_stage_is_told_when_it_is_done(planted, tmp_path, monkeypatch):
     """What train.py takes a stage's time from: the last slice is tokenized before reading text is
     told for the last time, not after it, in the time of the stage behind."""
