@@ -134,7 +134,8 @@ def _undamaged(read, file, where, counts):
 
 def _decode(raw, where, counts):
     text = raw.decode("utf-8-sig", errors="replace")
-    if 4 * text.count("\0") > len(text):             # UTF-16's every other byte
+    even, odd = (text[i::2].count("\0") for i in (0, 1))
+    if max(even, odd) > max(4, len(text) // 4, 4 * min(even, odd)):     # UTF-16's every other byte
         raise InputError(f"{where}: NUL characters; give text in UTF-8")
     counts["broken UTF-8"] += "\0" in text or "\ufffd" in text and "\ufffd".encode() not in raw
     return text.replace("\0", "\ufffd")
@@ -696,6 +697,9 @@ def _write_text(folder, read, tokenizer, progress):
         columns = {name: stack.enter_context(open(folder / f"{name}.bin", "ab")) for name in TEXT}
         for name, file in columns.items():
             length = counts[TEXT[name]] + (name == "offsets")   # it has one more, at first a 0
+            if counts and file.tell() < length * array(COLUMNS[name]).itemsize:
+                raise InputError(f"{file.name} has lost what it held, so all is dropped that there "
+                                 "was of this store: start again")
             file.truncate(length * array(COLUMNS[name]).itemsize)
 
         def save(whole, counts):
@@ -714,6 +718,7 @@ def _write_text(folder, read, tokenizer, progress):
                 save(False, counts)
         found.update(counts)
         save(True, found)
+    tell()                                  # the last slice's time is this stage's
     return found
 
 
@@ -751,19 +756,25 @@ def embed_sentences(t5, ids, mask):
         return torch.where(mask, H, 0).sum(1) / mask.sum(1)                         # (B, d)
 
 
-def _embedded(tokens, offsets, rows, embed, budget):
-    """Embed the sentences `rows`, sorted by length -> pairs: their positions in rows, (B, d)."""
-    for begin in range(0, len(rows), CHUNK):
-        part = rows[begin:begin + CHUNK]
-        lengths = offsets[part + 1] - offsets[part]
-        order = np.argsort(lengths, kind="stable")
-        while len(order):       # lengths rise: the last sentence of a batch sets its width
-            padded = lengths[order[:budget]] * np.arange(1, len(order[:budget]) + 1)
-            batch, order = np.split(order, [max(1, np.searchsorted(padded, budget, "right"))])
-            ids = pad_sequence([torch.from_numpy(tokens[offsets[i]:offsets[i + 1]].astype(np.int64))
-                                for i in part[batch]], batch_first=True, padding_value=PAD)
-            mask = torch.arange(ids.shape[1]) < torch.from_numpy(lengths[batch])[:, None]
-            yield begin + batch, embed(ids, mask)
+def _embedded(tokens, offsets, rows, embed, budget, ranks=SOLO):
+    """Embed the sentences `rows`, sorted by length -> pairs: their positions in rows, (B, d). The
+    ranks take the batches in turn: each is the same, to the bit, however many they are."""
+    def batches():
+        for begin in range(0, len(rows), CHUNK):
+            part = rows[begin:begin + CHUNK]
+            lengths = offsets[part + 1] - offsets[part]
+            order = np.argsort(lengths, kind="stable")
+            while len(order):       # lengths rise: the last sentence of a batch sets its width
+                padded = lengths[order[:budget]] * np.arange(1, len(order[:budget]) + 1)
+                size = max(1, np.searchsorted(padded, budget, "right"))
+                yield begin + order[:size]
+                order = order[size:]
+    for batch in ranks.share(batches()):
+        ids = [torch.from_numpy(tokens[offsets[i]:offsets[i + 1]].astype(np.int64))
+               for i in rows[batch]]
+        lengths = torch.tensor([[len(sentence)] for sentence in ids])
+        ids = pad_sequence(ids, batch_first=True, padding_value=PAD)
+        yield batch, embed(ids, torch.arange(ids.shape[1]) < lengths)
 
 
 def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
@@ -775,22 +786,20 @@ def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
     embed = embed or (lambda ids, mask: embed_sentences(t5, ids, mask))
     budget = BATCH_TOKENS[t5.weights["shared.weight"].device.type if t5 else "cpu"]
 
-    def embedded(stage, own, done, total):      # own: this rank's share of the sentences
+    def embedded(stage, rows, done, total, share=SOLO):
         progress(stage, done, total)
-        for positions, H in _embedded(tokens, offsets, own, embed, budget):
+        for positions, H in _embedded(tokens, offsets, rows, embed, budget, share):
             yield positions, H
             done += len(H) * ranks.world
             progress(stage, min(done, total), total)
     if not ranks.gather(path.exists())[0]:
         training = np.flatnonzero(anchor & ~held_out)
-        size, points = min(len(training), SAMPLE * clusters), None
+        size = min(len(training), SAMPLE * clusters)
         sample = np.random.default_rng((seeds[0], 0, 0, 2)).choice(training, size, replace=False)
-        if size < ranks.world:
-            raise InputError(f"{size} sentences for {ranks.world} processes: start fewer")
-        own = np.arange(ranks.rank, size, ranks.world)
-        for positions, H in embedded("embedding a sample", sample[own], 0, size):
-            points = H.new_zeros(size, H.shape[1]) if points is None else points
-            points[torch.from_numpy(own[positions]).to(H.device)] = H
+        _, H = next(_embedded(tokens, offsets, sample[:1], embed, budget))      # d, where it is
+        points = H.new_zeros(size, H.shape[1])
+        for positions, H in embedded("embedding a sample", sample, 0, size, ranks):
+            points[torch.from_numpy(positions).to(H.device)] = H
         points = torch.cat([ranks.all_sum(part)[0] for part in points.split(CHUNK)])
         if not points.isfinite().all():
             raise InputError("sentence embeddings are not finite: the model's weights are damaged")
@@ -873,16 +882,17 @@ class TaskIndex:
     """What drawing a task needs, made once, so that a task costs the same whatever the corpus.
 
     support, query: the sets' sizes; variants: those that meta_task draws from; max_tokens: the
-    longest source; recast: {variant: (template, words)} to put in place of its own (Unified-PPT). A
-    cluster is usable with support + query anchors: sentences of different text, for next-sentence
-    variants not the last of their document, and that of 4 or more. InputError, with what each
-    cluster lacks, unless a variant has a usable one (ss: four) in training and held-out documents.
+    longest source; recast: {variant: (template, words)} to put in place of its own (Unified-PPT);
+    mixing: training tasks will have partners of other clusters. A cluster is usable with support +
+    query anchors: sentences of different text, for next-sentence variants not the last of their
+    document, and that of 4 or more. InputError, with what each cluster lacks, unless a variant has
+    a usable one (ss: four; training ones of mixing: two) in training and held-out documents.
     """
 
     def __init__(self, store, tokenizer, *, support=32, query=32, variants=VARIANTS,
-                 max_tokens=MAX_TOKENS, recast={}):
+                 max_tokens=MAX_TOKENS, recast={}, mixing=False):
         self.store, self.sizes, self.max_tokens = store, (support, query), max_tokens
-        self.variants = tuple(variants)
+        self.variants, self.mixing = tuple(variants), mixing
         cast = {v: (TEMPLATES[v[:2]], WORDS[v]) for v in VARIANTS} | recast
         self.parts = {v: compile_template(tokenizer, template) for v, (template, _) in cast.items()}
         self.words = {v: decoder_targets(tokenizer, words) for v, (_, words) in cast.items()}
@@ -908,7 +918,8 @@ class TaskIndex:
 
     def _check(self, split, variant):
         pool, kind = self.pools[split, variant[:2]], variant[3:]
-        wanted, need = 4 if variant[:2] == "ss" else 1, sum(self.sizes)
+        wanted = 4 if variant[:2] == "ss" else 2 if self.mixing and split == "train" else 1
+        need = sum(self.sizes)
         lacking = np.maximum(need - pool.count[kind], 0)
         fewest = [*sorted(lacking), *[need] * wanted][:wanted]
         if any(fewest):
@@ -1090,9 +1101,10 @@ class LabeledIndex:
     """What drawing a meta task from labeled sets needs (Table 3: labeled data as meta tasks).
     stores: {name: build_labeled's}. A cluster is usable if it has ceil(support / K) +
     ceil(query / K) different texts of each label. InputError, with what each cluster lacks, unless
-    each set has a usable one in training and in held-out texts."""
+    each set has a usable one in training (mixing: two, see TaskIndex) and in held-out texts."""
 
-    def __init__(self, stores, tokenizer, *, support=32, query=32, max_tokens=MAX_TOKENS):
+    def __init__(self, stores, tokenizer, *, support=32, query=32, max_tokens=MAX_TOKENS,
+                 mixing=False):
         self.stores, self.sizes, self.max_tokens = stores, (support, query), max_tokens
         self.variants, self.words, self.rows, self.usable = tuple(stores), {}, {}, {}
         self.parts = compile_template(tokenizer, LabeledTask("", "").template)
@@ -1109,10 +1121,11 @@ class LabeledIndex:
                                                   np.cumsum(counts)[:-1])
                 lacking = np.maximum(need - counts, 0).reshape(clusters, K).sum(1)
                 self.usable[split, name] = np.flatnonzero(lacking == 0)
-                if lacking.all():
+                wanted = 2 if mixing and split == "train" else 1
+                if len(self.usable[split, name]) < wanted:
                     raise InputError(f"{name}: {', '.join(map(str, lacking))} {split} texts are "
-                                     f"lacking in each cluster for {need} of each label: give more "
-                                     "rows, or fewer clusters")
+                                     f"lacking in each cluster for {need} of each label, which "
+                                     f"{wanted} must have: give more rows, or fewer clusters")
 
 
 def labeled_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):

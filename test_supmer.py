@@ -1935,6 +1935,17 @@ def test_broken_utf8_is_replaced_and_counted(tmp_path):
     assert counts["broken UTF-8"] == 2
 
 
+def test_a_block_of_zeros_is_broken_bytes_not_another_encoding(tmp_path):
+    """What a torn disk leaves in a file, a line of NULs or some behind a text, ends no build of a
+    corpus: it is counted as any broken bytes are. UTF-16 is refused (below)."""
+    for zeros in (b"\0", b"\0" * 4096, b"It fell." + b"\0" * 4096):
+        (tmp_path / "a.txt").write_bytes(b"It rained.\n\n" + zeros + b"\n\nWe left.")
+        counts = Counter()
+        found = list(documents([tmp_path / "a.txt"], counts=counts))
+        assert found == [["It rained."], [zeros.decode().replace("\0", "\ufffd")], ["We left."]]
+        assert counts["broken UTF-8"] == 1
+
+
 @pytest.mark.parametrize("name, content, says", [
     ("a.jsonl", b'{"text": "ok"}\n{"text": ', "a.jsonl, line 2: not JSON"),
     ("a.jsonl", b'{"body": "ok"}', "line 1: no `text`"),
@@ -2261,6 +2272,37 @@ def build_again(planted, tmp_path, cache="cache", **changes):
                             **arguments)
 
 
+@pytest.mark.parametrize("left", [None, 0, 9])
+def test_a_half_made_store_that_lost_text_is_dropped(planted, tmp_path, left):
+    """Where a crash of the machine cost a file its end, no zeros take its place: it is told, and
+    the next call makes the whole store anew."""
+    def stop(stage, done, total):
+        if stage == "assigning clusters":
+            raise KeyboardInterrupt
+    whole = build_again(planted, tmp_path, "whole")
+    for name in data.TEXT.keys() - {"label"}:
+        with pytest.raises(KeyboardInterrupt):
+            build_again(planted, tmp_path, name, progress=stop)
+        building, = (tmp_path / name).iterdir()
+        path = building / f"{name}.bin"
+        path.unlink() if left is None else os.truncate(path, left)
+        with pytest.raises(InputError, match=f"{name}.bin has lost what it held.*: start again"):
+            build_again(planted, tmp_path, name)
+        again = build_again(planted, tmp_path, name)
+        for file in whole.folder.iterdir():
+            assert file.read_bytes() == (again.folder / file.name).read_bytes(), file
+
+
+def test_each_stage_is_told_when_it_is_done(planted, tmp_path, monkeypatch):
+    """What train.py takes a stage's time from: the last slice is tokenized before reading text is
+    told for the last time, not after it, in the time of the stage behind."""
+    told, tokenize = [], data.tokenize
+    monkeypatch.setattr(data, "tokenize", lambda *given: (told.append("work"), tokenize(*given))[1])
+    build_again(planted, tmp_path, progress=lambda stage, done, total: told.append(stage))
+    assert told[told.index("embedding a sample") - 1] == "reading text, bytes"
+    assert "work" in told and told[told.index("embedding a sample") - 2] == "work"
+
+
 def test_a_store_is_made_once_for_the_same_things(planted, tmp_path):
     """The same corpus, model and options: no work. Another of any of them: another store."""
     def forbidden(ids, mask):
@@ -2333,7 +2375,7 @@ def test_a_stopped_build_goes_on_where_it_was(planted, tmp_path, monkeypatch):
                                 planted[0], None, 3, 0, model=model, progress=progress,
                                 embed=partial(spy, "embedded", embed))
     whole = build("whole")
-    assert dict(did) == {"files": 2, "embedded": 320 + 400}
+    assert dict(did) == {"files": 2, "embedded": 1 + 320 + 400}      # one tells the width
     did.clear()
     for stop in (("reading text, bytes", 5000, KeyboardInterrupt()),
                  ("embedding a sample", 0, OSError(28, "No space left on device")),
@@ -2346,7 +2388,7 @@ def test_a_stopped_build_goes_on_where_it_was(planted, tmp_path, monkeypatch):
                 file.write(b"half")
     stop = ("", 0, None)
     broken = build("broken")
-    assert did["files"] == 4 and 320 + 400 < did["embedded"] < 2 * 320 + 400 + 64
+    assert did["files"] == 4 and 320 + 400 < did["embedded"] < 2 * 321 + 400 + 64
     for file in sorted(whole.folder.iterdir()):
         assert file.read_bytes() == (broken.folder / file.name).read_bytes(), file
     assert [path.name for path in (tmp_path / "broken").iterdir()] == [whole.folder.name]
@@ -2474,19 +2516,26 @@ def test_a_step_is_the_same_on_any_number_of_ranks(world, monkeypatch):
 
 def test_ranks_make_one_store(planted, tmp_path, monkeypatch):
     """Three ranks share the embedding, each sentence once, and the store is byte for byte one
-    rank's; ranks with other corpora, or that see another store, are told so."""
+    rank's, though an embedding's last bits depend on what is in its batch; so it is with more ranks
+    than batches. Ranks with other corpora, or that see another store, are told so."""
     monkeypatch.setattr(data, "CHUNK", 64)
-    alone, embedded = build_again(planted, tmp_path, "alone"), Counter()
+    embedded = Counter()
 
     def build(ranks, cache="together"):
         def count(ids, mask):
             embedded[ranks.rank] += len(ids)
-            return by_topic(planted[0])(ids, mask)
+            return by_topic(planted[0])(ids, mask) + 1e-4 * (ids.sum() % 97)
         return build_again(planted, tmp_path, cache, embed=count, ranks=ranks)
+    alone = build(data.SOLO, "alone")
+    embedded.clear()
     stores = on_ranks(monkeypatch, 3, build)
     for file in sorted(alone.folder.iterdir()):
         assert file.read_bytes() == (stores[2].folder / file.name).read_bytes(), file
-    assert sum(embedded.values()) == 18 * 40 + 800 and min(embedded.values()) > 400
+    assert sum(embedded.values()) == 18 * 40 + 800 + 3 and min(embedded.values()) > 400
+    monkeypatch.setattr(data, "CHUNK", 10 ** 4)
+    monkeypatch.setitem(data.BATCH_TOKENS, "cpu", 10 ** 6)          # two ranks find no batch
+    few = [build(data.SOLO, "few"), *on_ranks(monkeypatch, 3, lambda ranks: build(ranks, "fewer"))]
+    assert few[0].centroids.tobytes() == few[3].centroids.tobytes()
     found = on_ranks(monkeypatch, 2, lambda ranks: build_again(planted, tmp_path, seed=ranks.rank,
                                                               ranks=ranks))
     assert all("the ranks have different corpora" in str(error) for error in found)
@@ -2843,6 +2892,15 @@ def test_too_few_sentences_for_the_tasks_are_counted(planted):
     index = TaskIndex(one, tokenizer, variants=("sp-next",))
     with pytest.raises(InputError, match="mixing needs two"):
         meta_task(index, 0, 0, 0, stream=1, avoid=(0,))
+    says = "sp-next: 64 train sentences are lacking: of 64 usable ones 0, 64 in the 2 fullest"
+    with pytest.raises(InputError, match=says):
+        TaskIndex(one, tokenizer, variants=("sp-next",), mixing=True)
+
+
+def test_what_mixing_lacks_is_told_before_a_run_begins(small_world):
+    """A partner task is of another cluster: with one, train.py says so before the first step."""
+    with pytest.raises(InputError, match="sp-next: .* in the 2 fullest cluster"):
+        make_run(small_world, "unmixed", clusters=1)
 
 
 def test_a_corpus_of_one_sentence_repeated_is_refused_not_looped_over(planted):
@@ -3205,6 +3263,10 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
     says = "set: (\\d+, ){2}\\d+ validation texts are lacking in each cluster for 40 of each"
     with pytest.raises(InputError, match=says):
         data.LabeledIndex({"set": store}, tokenizer, support=60, query=60)
+    one = {"set": store._replace(cluster=np.zeros_like(store.cluster))}
+    data.LabeledIndex(one, tokenizer, support=7, query=3)
+    with pytest.raises(InputError, match="set: 0, 12, 12 train texts .*, which 2 must have"):
+        data.LabeledIndex(one, tokenizer, support=7, query=3, mixing=True)
 
 
 @pytest.mark.parametrize("labels, known", [
@@ -5254,6 +5316,7 @@ def test_labeled_sets_are_mixed_in(small_world, tmp_path, monkeypatch, capsys):
     made = train.read_run(folder / "labeled")
     assert "corpus" in made["made_of"]
     assert [*made["versions"]] == ["python", "torch", "numpy", "tokenizers", "safetensors"]
+    assert (made["processes"], made["threads"]) == (1, torch.get_num_threads())
 
 
 def test_a_resumed_run_keeps_as_many_graphs(small_world, monkeypatch):
@@ -5295,7 +5358,7 @@ def make_run(small_world, name, **changes):
     with contextlib.chdir(folder):
         t5 = T.load_t5("model")
         index, _, _ = train.open_indexes(
-            training, Path("model"), data.load_tokenizer("model", t5.config), t5
+            training, method, Path("model"), data.load_tokenizer("model", t5.config), t5
         )
         (folder / name).mkdir(exist_ok=True)
         return train.Run(folder / name, training, method, t5, index)

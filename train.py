@@ -280,7 +280,7 @@ def check_free(folder):
         raise InputError(f"{folder} exists: name another --run, or go on with --resume {folder}")
 
 
-def new_run(argv, training, method, made_of, wanted):
+def new_run(argv, training, method, made_of, wanted, processes=1):
     """Make the folder `wanted`, or the next free runs/<model>-<number>, with its run.json. What is
     not SUPMER has its name_of in the folder's name."""
     name = name_of(training, method)
@@ -297,6 +297,7 @@ def new_run(argv, training, method, made_of, wanted):
         "model": training.model, "name": name,
         "training": asdict(training), "method": asdict(method),
         "made_of": made_of, "command": shlex.join(["python", "train.py", *argv]),
+        "processes": processes, "threads": torch.get_num_threads(),
         "finished": False, "ended": None,
         "versions": {"python": platform.python_version(), **{
             used: version(used) for used in ("torch", "numpy", "tokenizers", "safetensors")}}})
@@ -432,7 +433,7 @@ def make_store(what, make, ranks):
     return store
 
 
-def open_indexes(training, model_folder, tokenizer, t5, ranks=SOLO):
+def open_indexes(training, method, model_folder, tokenizer, t5, ranks=SOLO):
     """The corpus -> TaskIndex, or None; the labeled sets -> LabeledIndex, or None; made_of, what
     both are made of."""
     def store_of(what, build, source, clusters, **how):
@@ -441,6 +442,7 @@ def open_indexes(training, model_folder, tokenizer, t5, ranks=SOLO):
             progress=progress, ranks=ranks, **how), ranks)
     index, labeled, made_of = None, None, {}
     sizes = {name: getattr(training, name) for name in ("support", "query", "max_tokens")}
+    sizes |= {"mixing": mixes(training, method)}
     if training.labeled:
         files = [path for path in sorted(Path(training.labeled).glob("*"))
                  if path.suffix in (".csv", ".tsv", ".jsonl")]
@@ -491,11 +493,11 @@ def main(argv):
     model_folder = data.model_folder(training.model)
     t5 = load_t5(model_folder, getattr(torch, training.dtype), device)
     tokenizer = data.load_tokenizer(model_folder, t5.config)
-    index, labeled, made_of = open_indexes(training, model_folder, tokenizer, t5, ranks)
+    index, labeled, made_of = open_indexes(training, method, model_folder, tokenizer, t5, ranks)
     if folder:
         check_origin(folder, made_of)
     elif ranks.rank == 0:
-        folder = new_run(argv, training, method, made_of, control.run)
+        folder = new_run(argv, training, method, made_of, control.run, ranks.world)
     folder = ranks.gather(folder)[0]
     print(f"run:    {folder}")
 
@@ -972,7 +974,7 @@ PANELS = {"loss": ("support_loss", "query_loss"), "normalized inner product (Fig
 def plot(folder):
     """Draw a run's log, finished or not, as log.png beside it -> the picture's path.
 
-    Dots are steps, or tasks' lambdas; a line is the mean of 20 steps."""
+    Dots are steps, or tasks' lambdas; a line is the mean of 19 steps."""
     pyplot, path = import_pyplot(), folder / "log.png"
     read_run(folder)
     lines = [entry for _, entry in read_log(folder)]
