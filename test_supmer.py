@@ -64,6 +64,7 @@ import exercises
 import kmeans as km
 import supmer
 import t5 as T
+import tiny as maker
 import train
 from data import (MASK, TASKS, TaskIndex, VARIANTS, collate, documents, fill_template, hash_share,
                   load_test, load_tokenizer, meta_task, split_sentences, task_examples)
@@ -3627,6 +3628,21 @@ def test_the_demonstration_without_the_embedded_model(tmp_path):
 
 @pytest.mark.skipif(not (data.TINY / "model.safetensors").is_file(),
                     reason="tiny/ has not been built: python tiny.py")
+@pytest.mark.parametrize("lost", ["tokenizer.json", "model.safetensors"])
+def test_the_models_demonstration_with_a_damaged_file(tmp_path, lost):
+    """`python t5.py` ends with status 2 and says how to build tiny/."""
+    (tmp_path / "t5.py").write_bytes(Path(T.__file__).read_bytes())
+    (tmp_path / "tiny").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / "tiny" / name).symlink_to(data.TINY / name)
+    (tmp_path / "tiny" / lost).unlink()
+    (tmp_path / "tiny" / lost).write_text("{")
+    done = subprocess.run([sys.executable, "t5.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "python tiny.py" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not (data.TINY / "model.safetensors").is_file(),
+                    reason="tiny/ has not been built: python tiny.py")
 def test_each_module_shows_its_concept(capsys):
     """Run alone: the second-order gradient is its finite difference and the first-order one is not;
     blanks are filled with words, likeliest first; a task of each variant is text, source -> target;
@@ -4963,6 +4979,21 @@ def test_each_study_is_one_command(place, monkeypatch, study):
         ([*SMALL, "--prompt", "random", "--rates", "1e39"], "at most 1e+09"),
         ([*SMALL, "--prompt", "random", "--prompt-length", "10001"], "at most 10000"),
         ([*SMALL, "--prompt", "random", "--model", "no_such_model"], "no_such_model"),
+        (["--prompt", "randm", "--model", "none"], "randm is missing: give RUN, newest, released, "
+         "random, vocab, prefix-tuning, p-tuning-v2, ft, zero-shot, few-shot, supmer, ppt, "),
+        ([*SMALL, "--prompt", "random", "--device", "gpu", "--task", "sst2"], "--device gpu: choo"),
+        (["--prompt", "random", "--predict", ""], "predict '': it is empty"),
+        (["--prompt", "random", "--data", ""], "data '': it is empty"),
+        (["--prompt", "random", "--rates", "0", "0.1"], "0 is each method's own"),
+        (["--prompt", "random", "--labeled", "small"], "--labeled small: give a folder, with"),
+        (["--prompt", "metapt", "--labeled", "none"], "--labeled none: give a folder"),
+        (["--prompt", "random", "metapt"], "metapt learns from labeled sentiment"),
+        (["--prompt", "random", "--out", "small"], "--out small: name a .json file"),
+        (["--prompt", "random", "--out", "my.md"], "--out my.md: name a .json file"),
+        (["--prompt", "random", "--out", "folder.json"], "folder.json: it would replace what is"),
+        (["--predict", "my.csv", "--prompt", "one.csv", "--out", "my.csv"], "it would replace"),
+        (["--predict", "my.csv", "--prompt", "one.csv", "--out", "one.csv"], "it would replace"),
+        (["--prompt", "random", "--model", "caf\udce9"], r"['caf\udce9'] are not UTF-8"),
     ],
 )
 def test_mistakes_end_in_one_line(place, monkeypatch, capsys, argv, said):
@@ -4970,6 +5001,7 @@ def test_mistakes_end_in_one_line(place, monkeypatch, capsys, argv, said):
     write_run("runs/other", model="other", finished=False)
     write_run("runs/long", finished=False, P=5)
     write_run("runs/wide", finished=False, d=24)
+    Path("folder.json").mkdir()
     for name, content in (("my", b"0,a\n1,b\n2,c\n"), ("one", b"0,a\n0,b\n"),
                           ("few", b"0,a\n0,b\n1,c\n"), ("latin", b"0,caf\xe9\n1,b\n")):
         Path(f"{name}.csv").write_bytes(content)
@@ -4977,6 +5009,16 @@ def test_mistakes_end_in_one_line(place, monkeypatch, capsys, argv, said):
     error = capsys.readouterr().err.split("\r")[-1]
     line = error[error.index("error: ") :]
     assert line.count("\n") == 1 and said in line
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_tuning(place, monkeypatch):
+    """--out in a read-only folder, as it looks to a user who is not root."""
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "ro" and access(
+        path, mode))
+    monkeypatch.setattr(evaluation, "tune", lambda *_: pytest.fail("it tunes"))
+    with pytest.raises(InputError, match="ro cannot be written to: give another --out"):
+        evaluation.main([*SMALL, "--prompt", "vocab", "--out", "ro/out.json"])
 
 
 def test_loss_that_is_not_finite_is_told(monkeypatch):
@@ -6420,7 +6462,7 @@ def test_a_study_makes_the_runs_that_are_missing(place, monkeypatch, capsys):
     assert "| supmer | not run |" in printed and "| random | not run |" in printed
     assert re.search(r"\| vocab \| \d+", printed) and "the same command goes on" in printed
     with pytest.raises(InputError, match="no labeled data"):        # by its name alone: an error
-        evaluation.main([*SMALL, "--prompt", "metapt"])
+        evaluation.main([*SMALL, "--prompt", "metapt", "--labeled", "small"])
 
 
 def test_what_time_did_not_allow_is_not_run(place, monkeypatch, capsys):
@@ -6496,12 +6538,52 @@ def test_a_contender_that_dies_loses_no_others_figures():
     assert seconds > 0 and mb >= 0 and value is None
 
 
-@pytest.mark.parametrize("argv, says", [(["--threads", "0"], "1 or more"),
-                                        (["--json", "no/such/file"], "no such folder")])
-def test_benchs_mistakes(argv, says):
+@pytest.mark.parametrize("argv, says", [
+    (["--threads", "0"], "1 or more"), (["--threads", "100000"], "at most"),
+    (["--json", "no/such/file"], "no such folder"), (["--json", "tiny.py/file"], "no such folder"),
+    (["--json", "tiny"], "name another"), (["--json", ""], "name another")])
+def test_benchs_mistakes(argv, says, monkeypatch):
     """Told in one line before anything is measured."""
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(bench, "product_rates", lambda s: pytest.fail("it measures"))
     with pytest.raises(InputError, match=says):
         bench.main(argv)
+
+
+@pytest.mark.parametrize("argv, says", [
+    ([], "give --data FOLDER"), (["--data", ""], "give --data FOLDER"),
+    (["--data", "none"], "none has no text"), (["--data", "text", "--steps", "0"], "--steps 0: 1"),
+    (["--data", "text", "--steps", "9" * 30], "at most"), (["--stepz"], "the options are --data"),
+    (["--data", "text", "--out", "ro"], "ro cannot be written to"),
+    (["--data", "text", "--work", "ro"], "ro cannot be written to"),
+    (["--data", "text", "--work", "old"], "old was made of other text")])
+def test_mistakes_in_building_tiny(argv, says, tmp_path, monkeypatch):
+    """Told before anything is fetched or trained; tiny/ is not touched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SUPMER_DATA", raising=False)
+    monkeypatch.setattr(maker, "fetch", lambda folder: pytest.fail("it fetches"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "ro" and access(
+        path, mode))
+    for name in ("text", "ro", "old"):
+        Path(name).mkdir()
+    Path("text/a.txt").write_text("It rained.")
+    Path("old/made_of").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=says):
+        maker.main(argv)
+    assert not any(Path(name).exists() for name in ("tiny/config.json", "text/config.json"))
+
+
+def test_a_terminal_without_the_signs_does_not_stop_a_result(monkeypatch):
+    """What stdout's encoding lacks, such as a table's \u00b1, is escaped."""
+    shown = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(sys, "argv", ["eval.py"])
+    with pytest.raises(SystemExit):
+        train.run_script(lambda argv: print("70.0 \u00b1 10.0"), "stopped")
+    shown.flush()
+    assert shown.buffer.getvalue() == b"70.0 \\xb1 10.0\n"
 
 
 # ------------------------------------------------------------ the embedded T5: meta-training learns
