@@ -7471,6 +7471,42 @@ def test_inner_rates_stay_finite_or_say_so(rate, n, P):
         assert state.theta.isfinite().all() and all(x.isfinite().all() for x in state.phi.values())
 
 
+@pytest.mark.parametrize("options", [
+    {}, {"relative_step": 0.03, "exact_cosine": True}, {"first_order": True}, {"words_only": True}])
+@pytest.mark.parametrize("case", ["flat", "certain", "tiny", "gate 0", "gate 1", "A 0", "equal"])
+def test_extremes_of_a_step_are_no_errors(case, options):
+    """A gradient that is zero for every row, or whose squares are, by a loss that is flat or at its
+    end; a gate driven to 0 or 1; an A that makes every row zero; equal texts with one label, mixed
+    with themselves, a prompt of one vector: two steps are finite, and so is their log."""
+    method, n = Method(max_steps=9, **options), 1 + (case != "equal")
+    t5, state = small_state(method, P=n)
+    pairs = [(random_task(1, n), random_task(2, n))]
+    head = t5.weights["lm_head.weight"]
+    if case == "flat":
+        head.zero_()
+    elif case == "certain":
+        head.zero_()[7] = 1e4 * torch.sign(t5.weights["decoder.final_layer_norm.weight"])
+    elif case == "tiny":
+        head.mul_(1e-25)
+    elif case == "equal":
+        one = random_examples(1, 0)
+        same = one._replace(ids=one.ids * 5, slots=[[]] * 5, vectors=torch.zeros(5, 0, 8),
+                            labels=one.labels.expand(5).clone())
+        pairs = [(data.Task("sp-next", (0,), same, same),) * 2]
+    if case == "A 0":
+        state.phi["A"].zero_()
+    if case.startswith("gate"):
+        state.phi["c"].fill_(1e4 if case == "gate 1" else -1e4)
+    for _ in range(2):
+        log = supmer.meta_step(t5, state, pairs, method, 0)
+        assert all(math.isfinite(x) for x in log.values() if type(x) is float), log
+        assert state.theta.isfinite().all() and all(x.isfinite().all() for x in state.phi.values())
+    if case in ("flat", "certain"):
+        assert log["second_order"] == log["theta_gradient"] == 0
+    if case.startswith("gate"):
+        assert log["gate_mean"] == float(case[-1])
+
+
 @pytest.mark.parametrize("script, argv, says", [
     (train, ["--inner-rate", "0.5"], "--inner-rate has no effect with --relative-step 0.03"),
     (train, ["--keep-gib", "1", "--keep-graphs", "2"], "--keep-graphs has no effect with --keep-"),
