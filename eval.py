@@ -798,7 +798,7 @@ def show(written, settings, config, out, count, argv):
 
 def check_kept(path, tensors, baseline, t5):
     """InputError unless {name: tensor} is what a Baseline keeps when it is tuned on this T5."""
-    length = baseline.length or len(tensors.get("theta", "?"))
+    length = baseline.length or len(torch.atleast_1d(tensors.get("theta", torch.zeros(1))))
     if length <= LONGEST:
         wanted = baseline.fold(t5, (baseline.start or normal_prompt)(t5, 0, length))
         if {n: x.shape for n, x in tensors.items()} != {n: x.shape for n, x in wanted.items()} or \

@@ -4861,10 +4861,11 @@ def test_a_task_of_ones_own_and_its_labels(place, monkeypatch, capsys, header):
     lambda kept: {"theta": kept["theta"] * float("nan")},
     lambda kept: {"theta": kept["theta"].long()},
     lambda kept: {"theta": torch.zeros(0, 16)},
+    lambda kept: {"theta": torch.zeros(())},
     lambda kept: {"theta": torch.zeros(supmer.LONGEST + 1, 16)},
     lambda kept: {**kept, "more": torch.zeros(1)},
     lambda kept: {},
-], ids=["width", "nan", "integers", "empty", "long", "more", "none"])
+], ids=["width", "nan", "integers", "empty", "number", "long", "more", "none"])
 def test_labels_are_not_made_with_a_damaged_tuned_prompt(place, capsys, damage):
     """A tuned file whose tensors are not what was tuned is refused by name, before any label; of
     one that is whole, what other steps left in it does no harm."""
@@ -5139,6 +5140,7 @@ def small_world(tmp_path_factory):
 AS_A_SCRIPT = """import os, resource, runpy, sys
 os.dup2(out.fileno(), 1)
 os.dup2(err.fileno(), 2)
+sys.stdout = open(1, "w", closefd=False)        # the old one takes it for the file that it was
 os.chdir(folder)
 os.environ.update(environment)
 resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
