@@ -2857,10 +2857,10 @@ def test_a_corpus_of_one_sentence_repeated_is_refused_not_looped_over(planted):
 
 def test_words_of_several_pieces_cannot_be_meta_labels(planted, tmp_path):
     """A tokenizer that cuts `maybe` in two is refused before any task is drawn."""
-    model, tokenizer = write_model(tmp_path, TEMPLATE_WORDS)
+    model, tokenizer = write_model(tmp_path, [*TEMPLATE_WORDS, "ma", "be", "es"])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),
                                                        pre_tokenizers.Split("y", "removed")])
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="maybe, A, B, C, D must be a piece each"):
         TaskIndex(planted[1], tokenizer)
 
 
@@ -3206,6 +3206,16 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
     says = "set: (\\d+, ){2}\\d+ validation texts are lacking in each cluster for 40 of each"
     with pytest.raises(InputError, match=says):
         data.LabeledIndex({"set": store}, tokenizer, support=60, query=60)
+    with pytest.raises(InputError, match="set: one usable train cluster, mixing needs two"):
+        data.labeled_task(index, 0, 0, 0, stream=2, variant="set", avoid=tuple(range(99)))
+
+
+@pytest.mark.parametrize("row", [("", "T0 d1"), ("bad", " ")])
+def test_labeled_sets_have_a_label_and_a_text_in_each_row(tmp_path, row):
+    """What has none is told with its line."""
+    rows = [(("good", "bad")[i % 2], f"T{i % 3} d{i}") for i in range(60)]
+    with pytest.raises(InputError, match="set.csv, line 6.: .*a row is a label and a text"):
+        labeled_store(tmp_path, [*rows, row])
 
 
 @pytest.mark.parametrize("labels, known", [
@@ -4792,6 +4802,8 @@ def test_what_a_group_lacks_is_told_and_the_rest_is_run(place, monkeypatch, caps
     for name in ("trec", "dg"):
         with pytest.raises(InputError, match="is not in data.*give --data FOLDER"):
             evaluation.main([*short, name])
+    with pytest.raises(InputError, match="none of these tasks is at hand, see above"):
+        evaluation.main([*short, "all", "--data", "empty"])
 
 
 def test_domain_generalization_tunes_on_airlines_alone(place, monkeypatch, capsys):
@@ -4883,7 +4895,22 @@ def test_labels_are_not_made_with_a_damaged_tuned_prompt(place, capsys, damage):
         damage(kept), {"result": json.dumps(result)})))
     with pytest.raises(InputError, match=f"{path} does not hold what was tuned"):
         evaluation.main(predict)
+    for other, says in (({"model_sha256": "0"}, "was tuned on another model, small, than small is"),
+                        ({"task": result["task"] | {"words": ["a"]}}, "is no tuned prompt")):
+        data.atomic_write(path, lambda file: file.write(save(
+            kept, {"result": json.dumps(result | other)})))
+        with pytest.raises(InputError, match=f"{path} {says}"):
+            evaluation.main(predict)
     assert not Path("labels.csv").exists()
+
+
+def test_workers_that_memory_does_not_allow(place):
+    """Too many bytes for one are told beforehand; one that dies, with what to try."""
+    with pytest.raises(InputError, match="a process needs some .* GiB, there are"):
+        evaluation.processes(evaluation.Settings(device="cpu"), Path("small"), 10 ** 18)
+    with pytest.raises(InputError, match="a process ended .* Try fewer --jobs than 2"):
+        with evaluation.workers(None, "small", torch.float32, ["cpu"], 2) as work:
+            work([evaluation.Job(Path("x"), Dies(), {}, 1)], "")
 
 
 def test_own_rows_that_are_all_sampled_are_tuned_not_tested(place, capsys):
@@ -5267,6 +5294,11 @@ def test_a_run_belongs_to_one_process(small_world, monkeypatch, capsys):
     folder, options = small_world
     code, _ = run_train(folder, monkeypatch, capsys, *options, "--steps", "1", "--run", "mine")
     assert code == 0
+    code, said = run_train(folder, monkeypatch, capsys, "--resume", "mine")
+    assert code == 2 and "mine is finished already: start a new run" in said
+    for there in ("mine", "corpus.jsonl"):
+        code, said = run_train(folder, monkeypatch, capsys, *options, "--run", there)
+        assert code == 2 and f"{there} exists: name another --run" in said
     train.write_run(folder / "mine", train.read_run(folder / "mine") | {"finished": False})
     with data.lock(folder / "mine" / "lock", lambda owner: pytest.fail("nobody has it")):
         code, said = run_train(folder, monkeypatch, capsys, "--resume", "mine")
@@ -6244,6 +6276,16 @@ def test_ppt_step_by_hand(small_world):
     assert about["method"] == "ppt" and about["regularizer"] == ""
 
 
+def test_ppt_step_stops_on_numbers_that_are_not_finite():
+    """A NaN in the weights stops the step with its number and a remedy, and changes nothing."""
+    t5, state = small_state(Method())
+    t5.weights["lm_head.weight"][0, 0] = float("nan")
+    before = state.theta.clone()
+    with pytest.raises(InputError, match="step 0: the loss is nan.*smaller prompt_rate"):
+        baselines.ppt_step(t5, state, [(random_task(1), random_task(1))], Method(), 0)
+    assert torch.equal(state.theta, before) and state.step == 0
+
+
 @pytest.mark.parametrize("method", ["ppt", "unified-ppt"])
 def test_plain_pretraining_lowers_the_loss(small_world, method):
     """Forty steps on one batch of tasks lower its loss by a tenth."""
@@ -6575,6 +6617,13 @@ def test_mistakes_in_building_tiny(argv, says, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=says):
         maker.main(argv)
     assert not any(Path(name).exists() for name in ("tiny/config.json", "text/config.json"))
+
+
+def test_a_damaged_package_of_tinys_is_told(tmp_path, monkeypatch):
+    """With the folder that is to be deleted."""
+    monkeypatch.setattr(maker, "build", lambda *_: zipfile.ZipFile(io.BytesIO(b"none")))
+    with pytest.raises(InputError, match="a package is damaged .*: delete w/packages"):
+        maker.main(["--data", str(tmp_path), "--work", "w"])
 
 
 def test_a_terminal_without_the_signs_does_not_stop_a_result(monkeypatch):
