@@ -7426,6 +7426,24 @@ def test_memory_is_bounded_whatever_a_file_claims(tmp_path):
     assert ended(forked(empty, lambda: limited(50_000_000))) == 0
 
 
+def test_what_is_too_large_or_too_much_is_refused(tmp_path):
+    """JSON of 64 MB, unread; a PEFT file with a second tensor; released tensors without data."""
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(1 << 26)
+    with pytest.raises(InputError, match="config.json is not JSON .it is too large"):
+        T.read_json(tmp_path / "config.json")
+    supmer.save_peft(tmp_path / "peft", torch.ones(2, 6), V10, "m")
+    save_file({"prompt_embeddings": torch.ones(2, 6), "more": torch.ones(2)},
+              tmp_path / "peft" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="must hold 2 vectors as prompt_embeddings, it has"):
+        supmer.load_prompt(tmp_path / "peft", 6)
+    name = next(name for (width, _), name in data.RELEASED.items() if width == 768)
+    for kind, what in (("prompt", torch.ones(2, 768, device="meta")), ("gradient_edit", {})):
+        torch.save(what, tmp_path / f"{kind}_{name}.pt")
+    with pytest.raises(InputError, match="does not hold a tensor and a dict of tensors"):
+        supmer.load_prompt(tmp_path, 768)
+
+
 def test_nothing_in_a_file_is_run():
     """By the syntax of every module: no eval or exec, no shell, no pickle but the one that looks
     nothing up, torch.load of weights only, numpy's files without objects, no code from a hub."""
