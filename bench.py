@@ -39,7 +39,7 @@ import t5 as T
 from kmeans import kmeans
 from supmer import (Method, gate_input, gradient_and_hessian, init_prompt, init_regularizer,
                     inner_step, meta_gradient, mix, prompt_gradient)
-from train import one_line, pick_device, stand_in
+from train import one_line, pick_device, run_script, stand_in
 
 RATE, LAM = 50.0, 0.3               # an inner rate at which the second-order part is not noise
 
@@ -427,10 +427,11 @@ def main(argv):
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
     parser.add_argument("--json", type=Path, help="write all that was measured to this file")
     given = parser.parse_args(argv)
-    if given.threads < 1:
-        raise T.InputError("--threads must be 1 or more")
-    if given.json and not given.json.absolute().parent.is_dir():
-        raise T.InputError(f"--json {given.json}: there is no such folder")
+    if not 1 <= given.threads <= os.cpu_count():
+        raise T.InputError(f"--threads {given.threads}: 1 or more, at most {os.cpu_count()} here")
+    folder = given.json and f"{given.json.absolute().parent}/"
+    if folder and (given.json.is_dir() or not os.access(folder, os.W_OK)):
+        raise T.InputError(f"--json {given.json}: no such folder to write a file to; name another")
     s = replace(QUICK if given.quick else Sizes(), device=str(pick_device(given.device)))
     os.environ["OMP_NUM_THREADS"] = str(given.threads)      # of scikit-learn's and faiss's, too
     torch.set_num_threads(given.threads)
@@ -466,10 +467,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (T.InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main, "stopped; nothing is kept of it")

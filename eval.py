@@ -732,6 +732,7 @@ def main(argv):
         print(f"{name:15} {value!s:24} {sources[name]}")
     if settings.plot:
         import_pyplot()                         # now, not after hours
+    pick_device(settings.device)                # before anything is fetched
     found, absent = plans(settings)
     for name, why in absent.items():
         print(f"{name}: not run; {why}")
@@ -760,6 +761,8 @@ def main(argv):
                      *["quick"] * ("--quick" in argv)])
     out = Path(settings.out or f"runs/eval/{stem}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise InputError(f"{out.parent} cannot be written to: give another --out")
     written = {"command": shlex.join(["python", "eval.py", *argv]), "settings": asdict(settings),
                "prompts": {}, "not_run": absent, "results": []}
     ends = time.monotonic() + 60 * settings.max_minutes
@@ -795,7 +798,7 @@ def show(written, settings, config, out, count, argv):
 
 def check_kept(path, tensors, baseline, t5):
     """InputError unless {name: tensor} is what a Baseline keeps when it is tuned on this T5."""
-    length = baseline.length or len(tensors.get("theta", "?"))
+    length = baseline.length or len(torch.atleast_1d(tensors.get("theta", torch.zeros(1))))
     if length <= LONGEST:
         wanted = baseline.fold(t5, (baseline.start or normal_prompt)(t5, 0, length))
         if {n: x.shape for n, x in tensors.items()} != {n: x.shape for n, x in wanted.items()} or \
@@ -879,6 +882,8 @@ def check(settings, given, quick, error):
         most = LONGEST if name == "prompt_length" else 1e9
         if not all(least <= x <= most for x in values if type(x) in (int, float)):
             error(f"{name} {value}: must be {'above' if least else 'at least'} 0, at most {most:g}")
+        if name in given and "" in values:
+            error(f"{name} '': it is empty")
         if len(set(values)) < len(values) and name != "data":
             error(f"{name} {value}: one is given twice")
     offline = [name for name in TASKS if TASKS[name].train.startswith("tasks/")]
@@ -902,6 +907,26 @@ def check(settings, given, quick, error):
         error(f"--predict takes all else from its prompt: leave {', '.join(vain)} away")
     if settings.predict and (len(settings.prompt) != 1 or not Path(settings.prompt[0]).is_file()):
         error(f"--predict needs one tuned --prompt, a file from {TUNED}")
+    known = ["newest", "released", *(name for name in BASELINES if BASELINES[name].start),
+             *PRETRAINED]
+    for name in settings.prompt:
+        if name not in known and not Path(name).exists():
+            error(f"prompt {name} is missing: give RUN, {', '.join(known)}")
+    out, labeled, metapt = settings.out, settings.labeled, "metapt" in settings.prompt
+    made = (COMPARED / f"{Path(settings.model).name}-metapt").exists()
+    for wrong, why in (
+            (0 in settings.rates and any(settings.rates),
+             f"rates {settings.rates}: 0 is each method's own, give it alone or not at all"),
+            (labeled and not (metapt and Path(labeled).is_dir()),
+             f"--labeled {labeled}: give a folder, with --prompt metapt"),
+            (metapt and not (labeled or settings.study or made),
+             "metapt learns from labeled sentiment: give --labeled FOLDER"),
+            (out and not settings.predict and Path(out).suffix != ".json",
+             f"--out {out}: name a .json file; the table and the picture lie beside it"),
+            (out and (Path(out).is_dir() or out in (settings.predict, *settings.prompt)),
+             f"--out {out}: it would replace what is there, name another file")):
+        if wrong:
+            error(why)
 
 
 def own_words(settings):

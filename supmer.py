@@ -375,7 +375,8 @@ def meta_gradient(t5, theta, phi, task, partner, lam, b, method, ranks=SOLO):
                             for part in (through_psi, through_gate))
     log = {"support_loss": support_loss, "query_loss": query_loss, "gate_loss": gate_error,
            "step_size": (adapted - theta).norm() / theta.norm(),
-           "second_order": second.norm() / d_theta.norm(), "gate_mean": gate(phi, H).mean(),
+           "second_order": second.norm() / d_theta.norm().clamp_min(1e-37),     # 0 beside 0
+           "gate_mean": gate(phi, H).mean(),
            "phi_gradient_meta": meta_norm, "phi_gradient_gate": gate_weight * gate_norm}
     return TaskGradient(d_theta, d_phi, cosine(q, regularize(phi, g, H)),
                         {name: float(value) for name, value in log.items()})

@@ -454,11 +454,10 @@ if __name__ == "__main__":
     from tokenizers import Tokenizer
     tiny = Path(__file__).with_name("tiny")
     try:
-        t5 = load_t5(tiny)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        t5, tokenizer = load_t5(tiny), Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    except Exception as error:      # the tokenizers package raises nothing more precise
+        print(f"error: {error}; python tiny.py makes {tiny}", file=sys.stderr)
         sys.exit(2)
-    tokenizer = Tokenizer.from_file(str(tiny / "tokenizer.json"))
     for text in ("I loved this film. It was <extra_id_0>.", "It is boring. It was <extra_id_0>."):
         ids = torch.tensor([tokenizer.encode(text).ids])                       # (1, S)
         mask = torch.ones_like(ids, dtype=torch.bool)

@@ -64,6 +64,7 @@ import exercises
 import kmeans as km
 import supmer
 import t5 as T
+import tiny as maker
 import train
 from data import (MASK, TASKS, TaskIndex, VARIANTS, collate, documents, fill_template, hash_share,
                   load_test, load_tokenizer, meta_task, split_sentences, task_examples)
@@ -2914,10 +2915,10 @@ def test_a_corpus_of_one_sentence_repeated_is_refused_not_looped_over(planted):
 
 def test_words_of_several_pieces_cannot_be_meta_labels(planted, tmp_path):
     """A tokenizer that cuts `maybe` in two is refused before any task is drawn."""
-    model, tokenizer = write_model(tmp_path, TEMPLATE_WORDS)
+    model, tokenizer = write_model(tmp_path, [*TEMPLATE_WORDS, "ma", "be", "es"])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),
                                                        pre_tokenizers.Split("y", "removed")])
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="maybe, A, B, C, D must be a piece each"):
         TaskIndex(planted[1], tokenizer)
 
 
@@ -3267,6 +3268,14 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
     data.LabeledIndex(one, tokenizer, support=7, query=3)
     with pytest.raises(InputError, match="set: 0, 12, 12 train texts .*, which 2 must have"):
         data.LabeledIndex(one, tokenizer, support=7, query=3, mixing=True)
+
+
+@pytest.mark.parametrize("row", [("", "T0 d1"), ("bad", " ")])
+def test_labeled_sets_have_a_label_and_a_text_in_each_row(tmp_path, row):
+    """What has none is told with its line."""
+    rows = [(("good", "bad")[i % 2], f"T{i % 3} d{i}") for i in range(60)]
+    with pytest.raises(InputError, match="set.csv, line 6.: .*a row is a label and a text"):
+        labeled_store(tmp_path, [*rows, row])
 
 
 @pytest.mark.parametrize("labels, known", [
@@ -3684,6 +3693,21 @@ def test_the_demonstration_without_the_embedded_model(tmp_path):
     for name in ("data.py", "t5.py", "kmeans.py"):
         (tmp_path / name).write_bytes((Path(data.__file__).parent / name).read_bytes())
     done = subprocess.run([sys.executable, "data.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "python tiny.py" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not (data.TINY / "model.safetensors").is_file(),
+                    reason="tiny/ has not been built: python tiny.py")
+@pytest.mark.parametrize("lost", ["tokenizer.json", "model.safetensors"])
+def test_the_models_demonstration_with_a_damaged_file(tmp_path, lost):
+    """`python t5.py` ends with status 2 and says how to build tiny/."""
+    (tmp_path / "t5.py").write_bytes(Path(T.__file__).read_bytes())
+    (tmp_path / "tiny").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / "tiny" / name).symlink_to(data.TINY / name)
+    (tmp_path / "tiny" / lost).unlink()
+    (tmp_path / "tiny" / lost).write_text("{")
+    done = subprocess.run([sys.executable, "t5.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "python tiny.py" in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -4838,6 +4862,8 @@ def test_what_a_group_lacks_is_told_and_the_rest_is_run(place, monkeypatch, caps
     for name in ("trec", "dg"):
         with pytest.raises(InputError, match="is not in data.*give --data FOLDER"):
             evaluation.main([*short, name])
+    with pytest.raises(InputError, match="none of these tasks is at hand, see above"):
+        evaluation.main([*short, "all", "--data", "empty"])
 
 
 def test_domain_generalization_tunes_on_airlines_alone(place, monkeypatch, capsys):
@@ -4907,10 +4933,11 @@ def test_a_task_of_ones_own_and_its_labels(place, monkeypatch, capsys, header):
     lambda kept: {"theta": kept["theta"] * float("nan")},
     lambda kept: {"theta": kept["theta"].long()},
     lambda kept: {"theta": torch.zeros(0, 16)},
+    lambda kept: {"theta": torch.zeros(())},
     lambda kept: {"theta": torch.zeros(supmer.LONGEST + 1, 16)},
     lambda kept: {**kept, "more": torch.zeros(1)},
     lambda kept: {},
-], ids=["width", "nan", "integers", "empty", "long", "more", "none"])
+], ids=["width", "nan", "integers", "empty", "number", "long", "more", "none"])
 def test_labels_are_not_made_with_a_damaged_tuned_prompt(place, capsys, damage):
     """A tuned file whose tensors are not what was tuned is refused by name, before any label; of
     one that is whole, what other steps left in it does no harm."""
@@ -4928,7 +4955,22 @@ def test_labels_are_not_made_with_a_damaged_tuned_prompt(place, capsys, damage):
         damage(kept), {"result": json.dumps(result)})))
     with pytest.raises(InputError, match=f"{path} does not hold what was tuned"):
         evaluation.main(predict)
+    for other, says in (({"model_sha256": "0"}, "was tuned on another model, small, than small is"),
+                        ({"task": result["task"] | {"words": ["a"]}}, "is no tuned prompt")):
+        data.atomic_write(path, lambda file: file.write(save(
+            kept, {"result": json.dumps(result | other)})))
+        with pytest.raises(InputError, match=f"{path} {says}"):
+            evaluation.main(predict)
     assert not Path("labels.csv").exists()
+
+
+def test_workers_that_memory_does_not_allow(place):
+    """Too many bytes for one are told beforehand; one that dies, with what to try."""
+    with pytest.raises(InputError, match="a process needs some .* GiB, there are"):
+        evaluation.processes(evaluation.Settings(device="cpu"), Path("small"), 10 ** 18)
+    with pytest.raises(InputError, match="a process ended .* Try fewer --jobs than 2"):
+        with evaluation.workers(None, "small", torch.float32, ["cpu"], 2) as work:
+            work([evaluation.Job(Path("x"), Dies(), {}, 1)], "")
 
 
 def test_own_rows_that_are_all_sampled_are_tuned_not_tested(place, capsys):
@@ -5025,6 +5067,21 @@ def test_each_study_is_one_command(place, monkeypatch, study):
         ([*SMALL, "--prompt", "random", "--rates", "1e39"], "at most 1e+09"),
         ([*SMALL, "--prompt", "random", "--prompt-length", "10001"], "at most 10000"),
         ([*SMALL, "--prompt", "random", "--model", "no_such_model"], "no_such_model"),
+        (["--prompt", "randm", "--model", "none"], "randm is missing: give RUN, newest, released, "
+         "random, vocab, prefix-tuning, p-tuning-v2, ft, zero-shot, few-shot, supmer, ppt, "),
+        ([*SMALL, "--prompt", "random", "--device", "gpu", "--task", "sst2"], "--device gpu: choo"),
+        (["--prompt", "random", "--predict", ""], "predict '': it is empty"),
+        (["--prompt", "random", "--data", ""], "data '': it is empty"),
+        (["--prompt", "random", "--rates", "0", "0.1"], "0 is each method's own"),
+        (["--prompt", "random", "--labeled", "small"], "--labeled small: give a folder, with"),
+        (["--prompt", "metapt", "--labeled", "none"], "--labeled none: give a folder"),
+        (["--prompt", "random", "metapt"], "metapt learns from labeled sentiment"),
+        (["--prompt", "random", "--out", "small"], "--out small: name a .json file"),
+        (["--prompt", "random", "--out", "my.md"], "--out my.md: name a .json file"),
+        (["--prompt", "random", "--out", "folder.json"], "folder.json: it would replace what is"),
+        (["--predict", "my.csv", "--prompt", "one.csv", "--out", "my.csv"], "it would replace"),
+        (["--predict", "my.csv", "--prompt", "one.csv", "--out", "one.csv"], "it would replace"),
+        (["--prompt", "random", "--model", "caf\udce9"], r"['caf\udce9'] are not UTF-8"),
     ],
 )
 def test_mistakes_end_in_one_line(place, monkeypatch, capsys, argv, said):
@@ -5032,6 +5089,7 @@ def test_mistakes_end_in_one_line(place, monkeypatch, capsys, argv, said):
     write_run("runs/other", model="other", finished=False)
     write_run("runs/long", finished=False, P=5)
     write_run("runs/wide", finished=False, d=24)
+    Path("folder.json").mkdir()
     for name, content in (("my", b"0,a\n1,b\n2,c\n"), ("one", b"0,a\n0,b\n"),
                           ("few", b"0,a\n0,b\n1,c\n"), ("latin", b"0,caf\xe9\n1,b\n")):
         Path(f"{name}.csv").write_bytes(content)
@@ -5039,6 +5097,16 @@ def test_mistakes_end_in_one_line(place, monkeypatch, capsys, argv, said):
     error = capsys.readouterr().err.split("\r")[-1]
     line = error[error.index("error: ") :]
     assert line.count("\n") == 1 and said in line
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_tuning(place, monkeypatch):
+    """--out in a read-only folder, as it looks to a user who is not root."""
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "ro" and access(
+        path, mode))
+    monkeypatch.setattr(evaluation, "tune", lambda *_: pytest.fail("it tunes"))
+    with pytest.raises(InputError, match="ro cannot be written to: give another --out"):
+        evaluation.main([*SMALL, "--prompt", "vocab", "--out", "ro/out.json"])
 
 
 def test_loss_that_is_not_finite_is_told(monkeypatch):
@@ -5159,6 +5227,7 @@ def small_world(tmp_path_factory):
 AS_A_SCRIPT = """import os, resource, runpy, sys
 os.dup2(out.fileno(), 1)
 os.dup2(err.fileno(), 2)
+sys.stdout = open(1, "w", closefd=False)        # the old one takes it for the file that it was
 os.chdir(folder)
 os.environ.update(environment)
 resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
@@ -5285,6 +5354,11 @@ def test_a_run_belongs_to_one_process(small_world, monkeypatch, capsys):
     folder, options = small_world
     code, _ = run_train(folder, monkeypatch, capsys, *options, "--steps", "1", "--run", "mine")
     assert code == 0
+    code, said = run_train(folder, monkeypatch, capsys, "--resume", "mine")
+    assert code == 2 and "mine is finished already: start a new run" in said
+    for there in ("mine", "corpus.jsonl"):
+        code, said = run_train(folder, monkeypatch, capsys, *options, "--run", there)
+        assert code == 2 and f"{there} exists: name another --run" in said
     train.write_run(folder / "mine", train.read_run(folder / "mine") | {"finished": False})
     with data.lock(folder / "mine" / "lock", lambda owner: pytest.fail("nobody has it")):
         code, said = run_train(folder, monkeypatch, capsys, "--resume", "mine")
@@ -6263,6 +6337,16 @@ def test_ppt_step_by_hand(small_world):
     assert about["method"] == "ppt" and about["regularizer"] == ""
 
 
+def test_ppt_step_stops_on_numbers_that_are_not_finite():
+    """A NaN in the weights stops the step with its number and a remedy, and changes nothing."""
+    t5, state = small_state(Method())
+    t5.weights["lm_head.weight"][0, 0] = float("nan")
+    before = state.theta.clone()
+    with pytest.raises(InputError, match="step 0: the loss is nan.*smaller prompt_rate"):
+        baselines.ppt_step(t5, state, [(random_task(1), random_task(1))], Method(), 0)
+    assert torch.equal(state.theta, before) and state.step == 0
+
+
 @pytest.mark.parametrize("method", ["ppt", "unified-ppt"])
 def test_plain_pretraining_lowers_the_loss(small_world, method):
     """Forty steps on one batch of tasks lower its loss by a tenth."""
@@ -6483,7 +6567,7 @@ def test_a_study_makes_the_runs_that_are_missing(place, monkeypatch, capsys):
     assert "| supmer | not run |" in printed and "| random | not run |" in printed
     assert re.search(r"\| vocab \| \d+", printed) and "the same command goes on" in printed
     with pytest.raises(InputError, match="no labeled data"):        # by its name alone: an error
-        evaluation.main([*SMALL, "--prompt", "metapt"])
+        evaluation.main([*SMALL, "--prompt", "metapt", "--labeled", "small"])
 
 
 def test_what_time_did_not_allow_is_not_run(place, monkeypatch, capsys):
@@ -6559,12 +6643,59 @@ def test_a_contender_that_dies_loses_no_others_figures():
     assert seconds > 0 and mb >= 0 and value is None
 
 
-@pytest.mark.parametrize("argv, says", [(["--threads", "0"], "1 or more"),
-                                        (["--json", "no/such/file"], "no such folder")])
-def test_benchs_mistakes(argv, says):
+@pytest.mark.parametrize("argv, says", [
+    (["--threads", "0"], "1 or more"), (["--threads", "100000"], "at most"),
+    (["--json", "no/such/file"], "no such folder"), (["--json", "tiny.py/file"], "no such folder"),
+    (["--json", "tiny"], "name another"), (["--json", ""], "name another")])
+def test_benchs_mistakes(argv, says, monkeypatch):
     """Told in one line before anything is measured."""
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(bench, "product_rates", lambda s: pytest.fail("it measures"))
     with pytest.raises(InputError, match=says):
         bench.main(argv)
+
+
+@pytest.mark.parametrize("argv, says", [
+    ([], "give --data FOLDER"), (["--data", ""], "give --data FOLDER"),
+    (["--data", "none"], "none has no text"), (["--data", "text", "--steps", "0"], "--steps 0: 1"),
+    (["--data", "text", "--steps", "9" * 30], "at most"), (["--stepz"], "the options are --data"),
+    (["--data", "text", "--out", "ro"], "ro cannot be written to"),
+    (["--data", "text", "--work", "ro"], "ro cannot be written to"),
+    (["--data", "text", "--work", "old"], "old was made of other text")])
+def test_mistakes_in_building_tiny(argv, says, tmp_path, monkeypatch):
+    """Told before anything is fetched or trained; tiny/ is not touched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SUPMER_DATA", raising=False)
+    monkeypatch.setattr(maker, "fetch", lambda folder: pytest.fail("it fetches"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "ro" and access(
+        path, mode))
+    for name in ("text", "ro", "old"):
+        Path(name).mkdir()
+    Path("text/a.txt").write_text("It rained.")
+    Path("old/made_of").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=says):
+        maker.main(argv)
+    assert not any(Path(name).exists() for name in ("tiny/config.json", "text/config.json"))
+
+
+def test_a_damaged_package_of_tinys_is_told(tmp_path, monkeypatch):
+    """With the folder that is to be deleted."""
+    monkeypatch.setattr(maker, "build", lambda *_: zipfile.ZipFile(io.BytesIO(b"none")))
+    with pytest.raises(InputError, match="a package is damaged .*: delete w/packages"):
+        maker.main(["--data", str(tmp_path), "--work", "w"])
+
+
+def test_a_terminal_without_the_signs_does_not_stop_a_result(monkeypatch):
+    """What stdout's encoding lacks, such as a table's \u00b1, is escaped."""
+    shown = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(sys, "argv", ["eval.py"])
+    with pytest.raises(SystemExit):
+        train.run_script(lambda argv: print("70.0 \u00b1 10.0"), "stopped")
+    shown.flush()
+    assert shown.buffer.getvalue() == b"70.0 \\xb1 10.0\n"
 
 
 # ------------------------------------------------------------ the embedded T5: meta-training learns
@@ -7351,6 +7482,24 @@ def test_memory_is_bounded_whatever_a_file_claims(tmp_path):
     assert ended(forked(empty, lambda: limited(50_000_000))) == 0
 
 
+def test_what_is_too_large_or_too_much_is_refused(tmp_path):
+    """JSON of 64 MB, unread; a PEFT file with a second tensor; released tensors without data."""
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(1 << 26)
+    with pytest.raises(InputError, match="config.json is not JSON .it is too large"):
+        T.read_json(tmp_path / "config.json")
+    supmer.save_peft(tmp_path / "peft", torch.ones(2, 6), V10, "m")
+    save_file({"prompt_embeddings": torch.ones(2, 6), "more": torch.ones(2)},
+              tmp_path / "peft" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="must hold 2 vectors as prompt_embeddings, it has"):
+        supmer.load_prompt(tmp_path / "peft", 6)
+    name = next(name for (width, _), name in data.RELEASED.items() if width == 768)
+    for kind, what in (("prompt", torch.ones(2, 768, device="meta")), ("gradient_edit", {})):
+        torch.save(what, tmp_path / f"{kind}_{name}.pt")
+    with pytest.raises(InputError, match="does not hold a tensor and a dict of tensors"):
+        supmer.load_prompt(tmp_path, 768)
+
+
 def test_nothing_in_a_file_is_run():
     """By the syntax of every module: no eval or exec, no shell, no pickle but the one that looks
     nothing up, torch.load of weights only, numpy's files without objects, no code from a hub."""
@@ -7445,6 +7594,42 @@ def test_inner_rates_stay_finite_or_say_so(rate, n, P):
         log = supmer.meta_step(t5, state, pairs, method, 0)
         assert all(map(math.isfinite, [*(x for x in log.values() if type(x) is float)]))
         assert state.theta.isfinite().all() and all(x.isfinite().all() for x in state.phi.values())
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"relative_step": 0.03, "exact_cosine": True}, {"first_order": True}, {"words_only": True}])
+@pytest.mark.parametrize("case", ["flat", "certain", "tiny", "gate 0", "gate 1", "A 0", "equal"])
+def test_extremes_of_a_step_are_no_errors(case, options):
+    """A gradient that is zero for every row, or whose squares are, by a loss that is flat or at its
+    end; a gate driven to 0 or 1; an A that makes every row zero; equal texts with one label, mixed
+    with themselves, a prompt of one vector: two steps are finite, and so is their log."""
+    method, n = Method(max_steps=9, **options), 1 + (case != "equal")
+    t5, state = small_state(method, P=n)
+    pairs = [(random_task(1, n), random_task(2, n))]
+    head = t5.weights["lm_head.weight"]
+    if case == "flat":
+        head.zero_()
+    elif case == "certain":
+        head.zero_()[7] = 1e4 * torch.sign(t5.weights["decoder.final_layer_norm.weight"])
+    elif case == "tiny":
+        head.mul_(1e-25)
+    elif case == "equal":
+        one = random_examples(1, 0)
+        same = one._replace(ids=one.ids * 5, slots=[[]] * 5, vectors=torch.zeros(5, 0, 8),
+                            labels=one.labels.expand(5).clone())
+        pairs = [(data.Task("sp-next", (0,), same, same),) * 2]
+    if case == "A 0":
+        state.phi["A"].zero_()
+    if case.startswith("gate"):
+        state.phi["c"].fill_(1e4 if case == "gate 1" else -1e4)
+    for _ in range(2):
+        log = supmer.meta_step(t5, state, pairs, method, 0)
+        assert all(math.isfinite(x) for x in log.values() if type(x) is float), log
+        assert state.theta.isfinite().all() and all(x.isfinite().all() for x in state.phi.values())
+    if case in ("flat", "certain"):
+        assert log["second_order"] == log["theta_gradient"] == 0
+    if case.startswith("gate"):
+        assert log["gate_mean"] == float(case[-1])
 
 
 @pytest.mark.parametrize("script, argv, says", [

@@ -55,7 +55,7 @@ from kmeans import kmeans
 from supmer import Method, measure, score
 from t5 import (EOS, InputError, T5, T5Config, decode, embed_tokens, encode, expected_shapes,
                 load_t5, next_token_logits)
-from train import one_line
+from train import one_line, run_script
 
 CONFIG = T5Config(d_model=256, d_kv=64, d_ff=512, num_layers=3, num_decoder_layers=2, num_heads=4,
                   vocab_size=8500, gated=False, tied=False, scaled=False, num_buckets=32,
@@ -1255,9 +1255,12 @@ def build(data, out, work, steps, dtype):
             print(f"{data} has no {kind}/: its test sets' text is not looked for, nor kept out")
     tiny, out, made_of = out, work / "out", work / "made_of"    # tiny/ changes at the very end
     key = fingerprint(files)
-    if made_of.exists() and made_of.read_text() != key:
+    if made_of.exists() and made_of.read_bytes() != key.encode():
         raise InputError(f"{work} was made of other text: give another --work, or delete it")
-    work.mkdir(parents=True, exist_ok=True)
+    for folder in (tiny, work):                     # the first one is written to after hours
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise InputError(f"{folder} cannot be written to: give another --out and --work")
     write(made_of, key.encode())
     packages = fetch(work / "packages")
     rated = rated_sentences(packages["vaderSentiment"])
@@ -1286,33 +1289,30 @@ def build(data, out, work, steps, dtype):
 
 
 def main(argv):
-    """The command line. A user's mistake ends with one line and status 2."""
+    """The command line. InputError for a user's mistake."""
     parser = one_line(argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter))
-    parser.add_argument("--data", default=os.environ.get("SUPMER_DATA"), type=Path,
+    parser.add_argument("--data", default=os.environ.get("SUPMER_DATA"),
                         help="the folder of data sets, $SUPMER_DATA")
     parser.add_argument("--out", type=Path, default="tiny", help="where all of it goes")
     parser.add_argument("--work", type=Path, default=".tiny_work", help="downloads and state")
     parser.add_argument("--steps", type=int, default=4000, help="of training")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
                         help="of the products; float32 where the CPU knows no bfloat16")
+    options = parser.parse_args(argv)
+    if not options.data:
+        raise InputError("no data: give --data FOLDER, or set SUPMER_DATA")
+    if not 1 <= options.steps <= 10 ** 9:           # without one the start would replace tiny/
+        raise InputError(f"--steps {options.steps}: 1 or more, at most {10 ** 9}")
     try:
-        options = parser.parse_args(argv)
-        if options.data is None:
-            raise InputError("no data: give --data FOLDER, or set SUPMER_DATA")
-        build(options.data, options.out, options.work, options.steps,
+        build(Path(options.data), options.out, options.work, options.steps,
               getattr(torch, options.dtype))
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except (subprocess.CalledProcessError, zipfile.BadZipFile, tarfile.TarError, EOFError,
             zlib.error) as error:
-        print(f"error: a package is damaged ({error!r}): delete {options.work / 'packages'}",
-              file=sys.stderr)
-        return 2
-    return 0
+        raise InputError(f"a package is damaged ({error!r}): delete {options.work / 'packages'}"
+                         ) from None
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main, "stopped; the same command goes on from what --work holds")

@@ -1001,8 +1001,11 @@ def plot(folder):
 
 def run_script(main, stopped):
     """End this process with main(arguments)'s status. What a user got wrong, and a Ctrl-C, is one
-    line on stderr and no traceback."""
+    line on stderr and no traceback. What the terminal's encoding lacks is escaped."""
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if broken := [word for word in sys.argv[1:] if re.search("[\ud800-\udfff]", word)]:
+            raise InputError(f"{broken} are not UTF-8: rename those files or folders")
         sys.exit(main(sys.argv[1:]))
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
