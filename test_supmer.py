@@ -2794,7 +2794,7 @@ def test_an_index_does_not_grow_with_the_sentences(tmp_path):
         own = [index.first, *(x for pair in index.documents.values() for x in pair),
                *(x for pool in index.pools.values() for x in (pool.start, *pool.count.values()))]
         assert all(np.may_share_memory(x.order, store.order) for x in index.pools.values())
-        assert set(vars(index)) == {"store", "sizes", "max_tokens", "variants", "parts", "words",
+        assert set(vars(index)) == {"store", "sizes", "max_tokens", "variants", "mixing", "parts", "words",
                                     "first", "documents", "pools"}
         held.append(sum(x.nbytes for x in own) / (n // 25))
     assert max(held) < 30 and held[1] < 1.01 * held[0]              # bytes a document
@@ -3268,6 +3268,8 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
     data.LabeledIndex(one, tokenizer, support=7, query=3)
     with pytest.raises(InputError, match="set: 0, 12, 12 train texts .*, which 2 must have"):
         data.LabeledIndex(one, tokenizer, support=7, query=3, mixing=True)
+    with pytest.raises(InputError, match="set: one usable train cluster, mixing needs two"):
+        data.labeled_task(index, 0, 0, 0, stream=2, variant="set", avoid=tuple(range(99)))
 
 
 @pytest.mark.parametrize("row", [("", "T0 d1"), ("bad", " ")])
