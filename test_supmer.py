@@ -2794,8 +2794,8 @@ def test_an_index_does_not_grow_with_the_sentences(tmp_path):
         own = [index.first, *(x for pair in index.documents.values() for x in pair),
                *(x for pool in index.pools.values() for x in (pool.start, *pool.count.values()))]
         assert all(np.may_share_memory(x.order, store.order) for x in index.pools.values())
-        assert set(vars(index)) == {"store", "sizes", "max_tokens", "variants", "mixing", "parts", "words",
-                                    "first", "documents", "pools"}
+        assert set(vars(index)) == {"store", "sizes", "max_tokens", "variants", "mixing", "parts",
+                                    "words", "first", "documents", "pools"}
         held.append(sum(x.nbytes for x in own) / (n // 25))
     assert max(held) < 30 and held[1] < 1.01 * held[0]              # bytes a document
 
