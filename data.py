@@ -1198,7 +1198,8 @@ TASKS = {
        for name in ("movie", "amazon", "nyt", "tweets")},
 }
 GROUPS = {"all": tuple(TASKS)[:12], "dg": tuple(TASKS)[12:18],      # Tables 1 and 2
-          "evidence": ("movie", "amazon", "nyt", "tweets", "subj", "sst2", "cr", "mr", "trec")}
+          "evidence": ("movie", "amazon", "nyt", "tweets", "subj", "sst2", "cr", "mr", "trec",
+                       "mrpc", "airlines")}
 
 
 def load_train(task, folder=TINY, say=lambda line: None):
