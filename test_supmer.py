@@ -7070,7 +7070,8 @@ def test_readme_gives_options_that_exist():
     code = "".join((HERE / name).read_text() for name in ("train.py", "eval.py", "bench.py",
                                                          "tiny.py"))
     known = {entry.name for cls in (train.Training, Method, evaluation.Settings)
-             for entry in fields(cls)} | {"nproc_per_node", "no_exact_cosine"}
+             for entry in fields(cls)} | {"nproc_per_node", "no_exact_cosine",
+                                                     "no_words_only"}
     for option in set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", README.read_text())):
         assert option.replace("-", "_") in known or f'"--{option}"' in code, option
 
