@@ -697,10 +697,11 @@ def _write_text(folder, read, tokenizer, progress):
         columns = {name: stack.enter_context(open(folder / f"{name}.bin", "ab")) for name in TEXT}
         for name, file in columns.items():
             length = counts[TEXT[name]] + (name == "offsets")   # it has one more, at first a 0
-            if counts and file.tell() < length * array(COLUMNS[name]).itemsize:
+            size = length * array(COLUMNS[name]).itemsize
+            if counts and file.tell() < size:
                 raise InputError(f"{file.name} has lost what it held, so all is dropped that there "
                                  "was of this store: start again")
-            file.truncate(length * array(COLUMNS[name]).itemsize)
+            file.truncate(size)
 
         def save(whole, counts):
             for file in columns.values():

@@ -482,11 +482,16 @@ def newest_run(model):
                      "give --prompt RUN|released|random|vocab")
 
 
+def compared_folder(name, model):
+    """Where train.py's run of a method or ablation on a model is, or will be."""
+    return COMPARED / f"{Path(model).name}-{name}"
+
+
 def pretrained_run(name, settings, minutes):
     """The folder under runs/compared of a method's or ablation's run, which train.py makes, or goes
     on with, within so many minutes (0: any). KeyboardInterrupt if it was stopped, InputError if it
     cannot be. All of a model's have the same numbers but for the method's own."""
-    folder = COMPARED / f"{Path(settings.model).name}-{name}"
+    folder = compared_folder(name, settings.model)
 
     def finished():
         return folder.exists() and read_run(folder)["finished"]
@@ -522,8 +527,6 @@ def open_candidate(name, t5, settings, minutes=0):
     path = Path(pretrained_run(name, settings, minutes) if name in PRETRAINED else name)
     if name == "released":
         path = TINY if model == "tiny" else released_folder(t5.config)
-    if not path.exists():
-        raise InputError(f"{path} is missing: give --prompt RUN|released|random|vocab")
     theta, phi, about = load_prompt(path, t5.config.d_model)
     if not belongs(about, t5.config, model):
         raise InputError(f"{path} was learned on another {about.get('model')} than {model} is now:"
@@ -799,12 +802,12 @@ def show(written, settings, config, out, count, argv):
 def check_kept(path, tensors, baseline, t5):
     """InputError unless {name: tensor} is what a Baseline keeps when it is tuned on this T5."""
     length = baseline.length or len(torch.atleast_1d(tensors.get("theta", torch.zeros(1))))
-    if length <= LONGEST:
+    fits = 0 < length <= LONGEST and all(
+        x.is_floating_point() and x.isfinite().all() for x in tensors.values())
+    if fits:
         wanted = baseline.fold(t5, (baseline.start or normal_prompt)(t5, 0, length))
-        if {n: x.shape for n, x in tensors.items()} != {n: x.shape for n, x in wanted.items()} or \
-                not all(x.is_floating_point() and x.isfinite().all() for x in tensors.values()):
-            length = math.inf
-    if not 0 < length <= LONGEST:
+        fits = {n: x.shape for n, x in tensors.items()} == {n: x.shape for n, x in wanted.items()}
+    if not fits:
         raise InputError(f"{path} does not hold what was tuned on this T5, or no finite numbers: "
                          "give one that a table names")
 
@@ -913,7 +916,7 @@ def check(settings, given, quick, error):
         if name not in known and not Path(name).exists():
             error(f"prompt {name} is missing: give RUN, {', '.join(known)}")
     out, labeled, metapt = settings.out, settings.labeled, "metapt" in settings.prompt
-    made = (COMPARED / f"{Path(settings.model).name}-metapt").exists()
+    made = compared_folder("metapt", settings.model).exists()
     for wrong, why in (
             (0 in settings.rates and any(settings.rates),
              f"rates {settings.rates}: 0 is each method's own, give it alone or not at all"),

@@ -7071,7 +7071,7 @@ def test_readme_gives_options_that_exist():
                                                          "tiny.py"))
     known = {entry.name for cls in (train.Training, Method, evaluation.Settings)
              for entry in fields(cls)} | {"nproc_per_node", "no_exact_cosine",
-                                                     "no_words_only"}
+                                          "no_words_only"}
     for option in set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", README.read_text())):
         assert option.replace("-", "_") in known or f'"--{option}"' in code, option
 
