@@ -26,10 +26,12 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data import (MASK, SOLO, WORDS, compile_template, fill_template, task_examples,
                   template_fields, tokenize)
-from supmer import first_derivative, init_prompt, loss_share, micro_batches, prompt_gradient
+from supmer import (first_derivative, init_prompt, init_regularizer, loss_share, micro_batches,
+                    prompt_gradient, regularize)
 from t5 import T5, InputError, T5Config, count_weights, expected_shapes, linear, rms_norm
 
 PREFIX_LENGTH = 20          # of both prefix methods; the paper gives none (ours)
@@ -196,6 +198,36 @@ def ft_memory(config):
     """Bytes that one process of FT holds beside the frozen weights and a step's activations: the
     tuned weights, a set's and a micro-batch's gradient, Adam's two moments, the best so far."""
     return 6 * 4 * count_weights(config)
+
+
+# ------------------------------------------------------ the authors' released regularizer
+
+def init_released_regularizer(d):
+    """phi of the authors' released regularizer: names and shapes of their file, all 0."""
+    r = min(1920, d)
+    shapes = {"layers.0.u": (d, r), "layers.0.v": (r, d), "layers.0.bias": (d,),
+              "layers.1.u": (d, r), "layers.1.v": (r, d), "layers.1.bias": (d,),
+              "linear_1.weight": (24, d), "linear_1.bias": (24,),
+              "linear_2.weight": (1, 24), "linear_2.bias": (1,)}
+    return {f"mlp.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+
+
+def regularize_released(phi, g, H):
+    """psi as released: (1 - z) h(g) + z g, ONE gate z for all, h of two factored ReLU layers.
+    h's rows get the length of g's. There H averaged padding, too: with ours psi is approximate."""
+    hidden = F.relu(phi["mlp.linear_1.weight"] @ H + phi["mlp.linear_1.bias"])          # (24,)
+    z = torch.sigmoid(phi["mlp.linear_2.weight"] @ hidden + phi["mlp.linear_2.bias"])   # (1,)
+    h = g
+    for i in (0, 1):
+        u, v, bias = (phi[f"mlp.layers.{i}.{name}"] for name in ("u", "v", "bias"))
+        h = F.relu(h @ v.T @ u.T + bias)                                                # (P, d)
+    of_g, of_h = (x.norm(dim=-1, keepdim=True) + 1e-8 for x in (g, h))                  # (P, 1)
+    return (1 - z) * h / of_h * of_g + z * g
+
+
+# The forms of psi, by the name that a prompt's file gives: parameters at the start, psi(phi, g, H).
+REGULARIZERS = {"affine": (init_regularizer, regularize),
+                "released": (init_released_regularizer, regularize_released)}
 
 
 # ------------------------------------------------ inputs: the template, options, instructions

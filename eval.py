@@ -44,15 +44,15 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import train
-from baselines import (ABLATIONS, BASELINES, METHODS, ft_memory, given_prompt, normal_prompt, pose,
-                       tuning_gradient, with_prompt)
+from baselines import (ABLATIONS, BASELINES, METHODS, REGULARIZERS, ft_memory, given_prompt,
+                       normal_prompt, pose, tuning_gradient, with_prompt)
 from data import (GROUPS, RELEASED, ROWS, TASKS, TINY, LabeledTask, atomic_write, few_shot,
                   fingerprint, load_test, load_texts, load_tokenizer, load_train, locate, lock,
                   model_fingerprint, model_folder, released_folder, sweep, template_fields)
-from supmer import LONGEST, REGULARIZERS, Method, cosine, knob, load_prompt, measure, score
+from supmer import Method, cosine, knob, measure, score
 from t5 import InputError, load_t5, read_config, weight_files
-from train import (GIB, TINY_VALUES, fetch_list, import_pyplot, knob_parser, pick_device, read_run,
-                   run_script)
+from train import (GIB, LONGEST, TINY_VALUES, fetch_list, import_pyplot, knob_parser, load_prompt,
+                   pick_device, read_run, run_script)
 
 PRETRAINED = {**{name: "--method" for name in METHODS}, **dict.fromkeys(ABLATIONS, "--ablation")}
 

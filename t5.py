@@ -239,18 +239,6 @@ def next_token_logits(t5, y):
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-@torch.no_grad()
-def greedy(t5, memory, mask, length):
-    """The likeliest token, one after the other: memory (B, S, d), mask (B, S) -> ids (B, length).
-    After </s> comes PAD. Every step decodes all that is there: quick enough for a few tokens."""
-    ids = torch.full((len(memory), 1), PAD, device=memory.device)
-    for _ in range(length):
-        best = next_token_logits(t5, decode(t5, ids, memory, mask)[:, -1]).argmax(-1)       # (B,)
-        ended = (ids == EOS).any(1)
-        ids = torch.cat([ids, torch.where(ended, PAD, best)[:, None]], dim=1)
-    return ids[:, 1:]
-
-
 # ----------------------------------------------------------------------------- reading weights
 
 def read_config(folder):

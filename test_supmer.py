@@ -205,33 +205,30 @@ def test_bfloat16_is_nearer_than_transformers(pair):
     assert error < 0.05
 
 
+@torch.no_grad()
+def greedy(t5, memory, mask, length):
+    """The likeliest token, one after the other: memory (B, S, d), mask (B, S) -> ids (B, length).
+    After </s> comes PAD."""
+    ids = torch.full((len(memory), 1), T.PAD, device=memory.device)
+    for _ in range(length):
+        best = T.next_token_logits(t5, T.decode(t5, ids, memory, mask)[:, -1]).argmax(-1)
+        ended = (ids == T.EOS).any(1)
+        ids = torch.cat([ids, torch.where(ended, T.PAD, best)[:, None]], dim=1)
+    return ids[:, 1:]
+
+
 def test_greedy_decoding_equals_transformers(pair):
     """The likeliest tokens of 50 texts, 12 each, are those of transformers' generate; they differ
     from text to text."""
     theirs, ours = pair
     ids = torch.randint(2, 120, (50, 9), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids).bool()
-    out = T.greedy(ours, T.encode(ours, T.embed_tokens(ours, ids), mask), mask, 12)
+    out = greedy(ours, T.encode(ours, T.embed_tokens(ours, ids), mask), mask, 12)
     reference = theirs.generate(input_ids=ids, attention_mask=mask.long(), do_sample=False,
                                 num_beams=1, max_new_tokens=12, decoder_start_token_id=T.PAD,
                                 eos_token_id=T.EOS, pad_token_id=T.PAD)[:, 1:]
     assert torch.equal(out[:, :reference.shape[1]], reference) and len(out.unique(dim=0)) > 3
     assert (out[:, reference.shape[1]:] == T.PAD).all()
-
-
-def test_greedy_decoding_ends_at_its_end():
-    """After </s> there is PAD; the tokens before it are those that come without an end."""
-    t5 = model(V10)
-    x, mask, _ = batch(V10)
-    memory = T.encode(t5, x, mask)
-    free = T.greedy(t5, memory, mask, 6)
-    assert (free[:, 0] == logits(t5, x, mask, torch.zeros(2, 1).long()).argmax(-1)[:, 0]).all()
-    last = int(free[0, 2])
-    swapped = [T.EOS if i == last else last if i == T.EOS else i for i in range(V10.vocab_size)]
-    table = t5.weights["shared.weight"][swapped]
-    ended = T.greedy(t5._replace(weights=t5.weights | {"lm_head.weight": table}), memory, mask, 6)
-    first = free[0].tolist().index(last)
-    assert ended[0, first] == T.EOS and (ended[0, first + 1:] == T.PAD).all()
 
 
 # d_model, d_kv, d_ff, heads, feed-forward of the official models; two layers, a small vocabulary
@@ -291,7 +288,7 @@ def check_against(theirs, ours):
     assert relative(gradient, prompt.grad) < 1e-5
     x = torch.cat([prompts, T.embed_tokens(ours, ids[:1]).expand(50, -1, -1)], 1)
     mask = mask[:1].expand(50, -1)
-    likeliest = T.greedy(ours, T.encode(ours, x, mask), mask, 4)
+    likeliest = greedy(ours, T.encode(ours, x, mask), mask, 4)
     reference = theirs.generate(inputs_embeds=x, attention_mask=mask.long(), do_sample=False,
                                 num_beams=1, max_new_tokens=4, decoder_start_token_id=T.PAD,
                                 eos_token_id=T.EOS, pad_token_id=T.PAD)[:, 1:]
@@ -4220,7 +4217,7 @@ def write_run(folder, model="small", finished=True, ended=1.0, P=3, d=16, name="
         k: v + 0.2 * torch.randn(v.shape, generator=generator)
         for k, v in supmer.init_regularizer(d).items()
     }
-    supmer.save_prompt(
+    train.save_prompt(
         Path(folder) / "prompt.safetensors",
         torch.randn(P, d, generator=generator),
         phi,
@@ -4936,7 +4933,7 @@ def test_a_task_of_ones_own_and_its_labels(place, monkeypatch, capsys, header):
     lambda kept: {"theta": kept["theta"].long()},
     lambda kept: {"theta": torch.zeros(0, 16)},
     lambda kept: {"theta": torch.zeros(())},
-    lambda kept: {"theta": torch.zeros(supmer.LONGEST + 1, 16)},
+    lambda kept: {"theta": torch.zeros(train.LONGEST + 1, 16)},
     lambda kept: {**kept, "more": torch.zeros(1)},
     lambda kept: {},
 ], ids=["width", "nan", "integers", "empty", "number", "long", "more", "none"])
@@ -5529,7 +5526,7 @@ def test_the_lowest_validation_loss_is_kept(small_world, monkeypatch):
     kept = run.state.theta.clone()
     run.step()
     run.validate()
-    theta, phi, about = supmer.load_prompt(run.folder / "prompt.safetensors", 16)
+    theta, phi, about = train.load_prompt(run.folder / "prompt.safetensors", 16)
     assert (
         torch.equal(theta, kept) and about["step"] == "1" and about["validation_loss"] == "0.500000"
     )
@@ -5877,27 +5874,27 @@ def test_prompt_files_of_others_are_refused(tmp_path):
     named with what it holds.
     """
     path, phi = tmp_path / "prompt.safetensors", supmer.init_regularizer(8)
-    supmer.save_prompt(path, torch.ones(3, 8), phi, {"model": "m"})
-    theta, read, about = supmer.load_prompt(path, 8)
+    train.save_prompt(path, torch.ones(3, 8), phi, {"model": "m"})
+    theta, read, about = train.load_prompt(path, 8)
     assert (
         torch.equal(theta, torch.ones(3, 8))
         and torch.equal(read["A"], torch.eye(8))
         and about["model"] == "m"
     )
     with pytest.raises(InputError, match="for a T5 of width 16"):
-        supmer.load_prompt(path, 16)
+        train.load_prompt(path, 16)
     save_file({"theta": torch.ones(3, 8)}, path)
     with pytest.raises(InputError, match="its regularizer is None"):
-        supmer.load_prompt(path, 8)
+        train.load_prompt(path, 8)
     save_file({"theta": torch.ones(3, 8)}, path, {"regularizer": "affine"})
     with pytest.raises(InputError, match="no prompt and regularizer"):
-        supmer.load_prompt(path, 8)
-    supmer.save_prompt(path, torch.full((3, 8), torch.nan), phi, {})
+        train.load_prompt(path, 8)
+    train.save_prompt(path, torch.full((3, 8), torch.nan), phi, {})
     with pytest.raises(InputError, match="not finite"):
-        supmer.load_prompt(path, 8)
+        train.load_prompt(path, 8)
     path.write_bytes(b"<html>404</html>")
     with pytest.raises(InputError, match="cannot be read as a prompt"):
-        supmer.load_prompt(path, 8)
+        train.load_prompt(path, 8)
 
 
 # --------------------------------------------------------- prompts of others: the authors', PEFT's
@@ -5905,7 +5902,7 @@ def test_prompt_files_of_others_are_refused(tmp_path):
 def test_released_regularizer_by_hand():
     """Width 2, rank 2: gate sigmoid(1 * relu(24 * (1 + 3) / 4) - 24) = 1/2; h is relu(relu(g)
     swapped - (0, 1)), rescaled to |g|; psi is their mean."""
-    phi = supmer.init_released_regularizer(2)
+    phi = baselines.init_released_regularizer(2)
     for i in (0, 1):
         phi[f"mlp.layers.{i}.u"] = torch.eye(2)
         phi[f"mlp.layers.{i}.v"] = torch.eye(2)
@@ -5918,10 +5915,10 @@ def test_released_regularizer_by_hand():
     # relu(g): (3, 4), (0, 4), (0, 0), (0, 0); swapped, - 1: (4, 2), (4, 0), (0, 0), (0, 0)
     h = torch.tensor([[4., 2.], [5., 0.], [0., 0.], [0., 0.]])
     h[0] *= 5 / 20 ** 0.5
-    psi = supmer.regularize_released(phi, g, torch.tensor([1., 3.]))
+    psi = baselines.regularize_released(phi, g, torch.tensor([1., 3.]))
     assert torch.allclose(psi, (g + h) / 2, rtol=1e-6)
     closed = phi | {"mlp.linear_2.bias": torch.tensor([100.])}
-    assert torch.allclose(supmer.regularize_released(closed, g, torch.tensor([1., 3.])), g)
+    assert torch.allclose(baselines.regularize_released(closed, g, torch.tensor([1., 3.])), g)
 
 
 def released_files(folder, name, d):
@@ -5930,7 +5927,7 @@ def released_files(folder, name, d):
     generator = torch.Generator().manual_seed(0)
     theta = torch.randn(100, d, generator=generator)
     phi = {name: torch.randn(x.shape, generator=generator) / 9
-           for name, x in supmer.init_released_regularizer(d).items()}
+           for name, x in baselines.init_released_regularizer(d).items()}
     buffers = {"grad_mean": torch.full((d,), math.nan), "grad_std": torch.full((d,), math.nan),
                "grad_s": torch.zeros(d), "k": torch.zeros(1)}
     folder.mkdir(exist_ok=True)
@@ -5943,10 +5940,10 @@ def released_files(folder, name, d):
 def test_released_prompts_are_read(name, d, tmp_path):
     """Both sizes of the authors' files, buffers ignored by name; psi is finite."""
     theta, phi = released_files(tmp_path, name, d)
-    read, read_phi, about = supmer.load_prompt(tmp_path, d)
+    read, read_phi, about = train.load_prompt(tmp_path, d)
     assert torch.equal(read, theta) and about["regularizer"] == "released"
     assert read_phi.keys() == phi.keys() and all(torch.equal(read_phi[n], phi[n]) for n in phi)
-    psi = supmer.REGULARIZERS["released"][1](read_phi, theta / 1e6, theta.mean(0))
+    psi = baselines.REGULARIZERS["released"][1](read_phi, theta / 1e6, theta.mean(0))
     assert psi.isfinite().all() and not torch.allclose(psi, theta / 1e6)
 
 
@@ -5967,7 +5964,7 @@ def test_tuning_with_the_authors_files(place, monkeypatch):
     prompt = evaluation.open_candidate("released", small_t5(), settings)
     g, H = theta.flip(0) / 1e4, theta[0]
     assert torch.equal(prompt.starts[0](small_t5())["theta"], theta)
-    assert torch.equal(prompt.psi(g, H), supmer.regularize_released(phi, g, H))
+    assert torch.equal(prompt.psi(g, H), baselines.regularize_released(phi, g, H))
     with_psi, without = (tune(small_t5(), theta, psi, (small_examples(8),) * 2, 10, 0.3,
                                          settings)[0] for psi in (prompt.psi, None))
     assert with_psi[-1]["loss"] != pytest.approx(without[-1]["loss"], rel=1e-4)
@@ -5982,34 +5979,34 @@ def test_damaged_released_prompts(tmp_path):
     released_files(tmp_path, "t5base", 768)
     prompt, edit = tmp_path / "prompt_t5base.pt", tmp_path / "gradient_edit_t5base.pt"
     with pytest.raises(InputError, match="for t5-base and flan-t5-xl, of widths 768 and 2048, not"):
-        supmer.load_prompt(tmp_path, 512)
+        train.load_prompt(tmp_path, 512)
     with pytest.raises(InputError, match="prompt_flant5xl.pt cannot be read.*pretrain_prompt"):
-        supmer.load_prompt(tmp_path, 2048)
+        train.load_prompt(tmp_path, 2048)
     whole = prompt.read_bytes()
     evil = pickle.dumps(Evil(tmp_path / "executed"))
     for content in (whole[:-100], whole[:3], b"", b"<html>no</html>", evil):
         prompt.write_bytes(content)
         with pytest.raises(InputError, match="prompt_t5base.pt cannot be read") as caught:
-            supmer.load_prompt(tmp_path, 768)
+            train.load_prompt(tmp_path, 768)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
     torch.save({"a": 1}, prompt)
     with pytest.raises(InputError, match="does not hold a tensor and a dict of tensors"):
-        supmer.load_prompt(tmp_path, 768)
+        train.load_prompt(tmp_path, 768)
     prompt.write_bytes(whole)
     phi = torch.load(edit, weights_only=True)
     for changed in ({n: x for n, x in phi.items() if "linear_1" not in n},
                     phi | {"mlp.linear_2.bias": torch.zeros(2)}, phi | {"extra": torch.zeros(2)}):
         torch.save(changed, edit)
         with pytest.raises(InputError, match="no prompt and regularizer for a T5 of width 768"):
-            supmer.load_prompt(tmp_path, 768)
+            train.load_prompt(tmp_path, 768)
 
 
 def run_with_prompt(folder, config, model):
     """A run's folder as train.py leaves it, with a random prompt of 5 vectors -> theta."""
     theta = torch.randn(5, config.d_model, generator=torch.Generator().manual_seed(6))
     folder.mkdir()
-    supmer.save_prompt(folder / "prompt.safetensors", theta,
+    train.save_prompt(folder / "prompt.safetensors", theta,
                        supmer.init_regularizer(config.d_model), {"model": str(model)})
     return theta
 
@@ -6024,30 +6021,30 @@ def test_export_for_peft_and_back(tmp_path, capsys):
     assert f"5 vectors for peft.PeftModel.from_pretrained on {model}" in capsys.readouterr().out
     values = json.loads((out / "adapter_config.json").read_text())
     assert (values["num_virtual_tokens"], values["num_transformer_submodules"]) == (5, 1)
-    read, phi, about = supmer.load_prompt(out, V11.d_model)
+    read, phi, about = train.load_prompt(out, V11.d_model)
     assert torch.equal(read, theta) and phi is None and about["model"] == str(model)
     file = out / "adapter_model.safetensors"
     save_file({"prompt_embeddings": torch.cat([theta, -theta])}, file)
-    assert torch.equal(supmer.load_prompt(out, V11.d_model)[0], theta)
+    assert torch.equal(train.load_prompt(out, V11.d_model)[0], theta)
     for changed, says in (({"x": theta}, "must hold 5 vectors"), ({}, "must hold 5 vectors"),
                           ({"prompt_embeddings": theta[:4]}, "must hold 5 vectors"),
                           ({"prompt_embeddings": theta * math.nan}, "not finite"),
                           ({"prompt_embeddings": theta.repeat(1, 2)}, "no prompt and regularizer")):
         save_file(changed, file)
         with pytest.raises(InputError, match=says):
-            supmer.load_prompt(out, V11.d_model)
+            train.load_prompt(out, V11.d_model)
     file.unlink()
     with pytest.raises(InputError, match="adapter_model.safetensors cannot be read"):
-        supmer.load_prompt(out, V11.d_model)
+        train.load_prompt(out, V11.d_model)
     for key, value in (("peft_type", "LORA"), ("task_type", "CAUSAL_LM"),
                        ("num_virtual_tokens", "5")):
         (out / "adapter_config.json").write_text(json.dumps(values | {key: value}))
         with pytest.raises(InputError, match="PROMPT_TUNING for SEQ_2_SEQ_LM is what can be read"):
-            supmer.load_prompt(out, V11.d_model)
+            train.load_prompt(out, V11.d_model)
     for text in ("{", "[]", "{}", "7"):
         (out / "adapter_config.json").write_text(text)
         with pytest.raises(InputError, match="adapter_config.json cannot be read"):
-            supmer.load_prompt(out, V11.d_model)
+            train.load_prompt(out, V11.d_model)
     with pytest.raises(InputError, match="exists: name another folder"):
         train.main(["--export-peft", str(tmp_path / "run"), str(out)])
 
@@ -6067,7 +6064,7 @@ def test_peft_reads_our_prompt_and_we_read_theirs(tmp_path):
     train.export_peft(tmp_path / "run", tmp_path / "adapter")
     adapter = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)
     peft.get_peft_model(copy.deepcopy(theirs), adapter).save_pretrained(tmp_path / "of peft")
-    read, _, _ = supmer.load_prompt(tmp_path / "of peft", 32)
+    read, _, _ = train.load_prompt(tmp_path / "of peft", 32)
     assert read.shape == (3, 32)
     ids = torch.randint(2, 60, (2, 9), generator=torch.Generator().manual_seed(7))
     mask, target = torch.ones_like(ids).bool(), torch.tensor([[0, 5, 6], [0, 7, 8]])
@@ -6333,7 +6330,7 @@ def test_ppt_step_by_hand(small_world):
     run.method = replace(method, regularizer=False)
     run.best = float("inf")
     run.validate()
-    kept, phi, about = supmer.load_prompt(run.folder / "prompt.safetensors", 16)
+    kept, phi, about = train.load_prompt(run.folder / "prompt.safetensors", 16)
     assert about["examples"] == f"{3 * 16} of {16 * method.max_steps}" and phi is None
     assert torch.equal(kept, run.state.theta)
     assert about["method"] == "ppt" and about["regularizer"] == ""
@@ -6429,7 +6426,7 @@ def test_plain_pretraining_is_chosen_without_an_inner_step(small_world, monkeypa
             for _ in range(2):
                 run.step()
                 run.validate()
-        assert supmer.prompt_metadata(run.folder / "prompt.safetensors")["step"] == kept
+        assert train.prompt_metadata(run.folder / "prompt.safetensors")["step"] == kept
 
 
 def test_only_prompts_follow_the_tables_scale():
@@ -6475,7 +6472,7 @@ def test_patience_ends_a_run(small_world, monkeypatch):
     monkeypatch.setattr(train, "validate", lambda *_: result | {"loss": next(losses)})
     run.method = replace(run.method, max_steps=10)
     assert run.train() is None and run.state.step == 6          # validated at 2, 4, 6
-    assert supmer.prompt_metadata(run.folder / "prompt.safetensors")["step"] == "2"
+    assert train.prompt_metadata(run.folder / "prompt.safetensors")["step"] == "2"
     again = make_run(small_world, "patient", patience=2)
     assert again.state.step == 6 and again.train() is None and again.state.step == 6
 
@@ -7223,18 +7220,18 @@ def of_archives(folder, _):
 def of_prompts(folder, _):
     """prompt.safetensors, PEFT's two files, the authors' two, and the pickle in one of these."""
     path, peft_folder = folder / "prompt.safetensors", folder / "peft"
-    supmer.save_prompt(path, torch.ones(3, 8), supmer.init_regularizer(8), {"model": "m"})
-    yield tries(path, lambda: supmer.load_prompt(path, 8))
-    supmer.save_peft(peft_folder, torch.ones(3, 8), V10, "m")
+    train.save_prompt(path, torch.ones(3, 8), supmer.init_regularizer(8), {"model": "m"})
+    yield tries(path, lambda: train.load_prompt(path, 8))
+    train.save_peft(peft_folder, torch.ones(3, 8), V10, "m")
     for name, content in (("adapter_model.safetensors", damages), ("adapter_config.json", variants),
                           ("adapter_config.json", damages)):
-        yield tries(peft_folder / name, lambda: supmer.load_prompt(peft_folder, 8), content)
+        yield tries(peft_folder / name, lambda: train.load_prompt(peft_folder, 8), content)
     theirs = folder / "theirs"
     released_files(theirs, "t5base", 768)
     for theta, name in ((torch.ones(3, 768), "prompt_t5base.pt"),
                         ({"a": torch.ones(2)}, "gradient_edit_t5base.pt")):
         torch.save(theta, theirs / name)
-        path, call, contents, whole = tries(theirs / name, lambda: supmer.load_prompt(theirs, 768))
+        path, call, contents, whole = tries(theirs / name, lambda: train.load_prompt(theirs, 768))
         parts = {part.filename: zipfile.ZipFile(path).read(part)
                  for part in zipfile.ZipFile(path).filelist}
         inner = next(part for part in parts if part.endswith("data.pkl"))
@@ -7361,8 +7358,8 @@ def read_prompt(path):
     """A prompt for a T5 of width 8; a file of the authors' stands for both of theirs."""
     if path.suffix == ".pt":
         shutil.copy(path, path.with_name("gradient_edit_t5base.pt"))
-        return supmer.load_prompt(path.parent, 768)
-    return supmer.load_prompt(path, 8)
+        return train.load_prompt(path.parent, 768)
+    return train.load_prompt(path, 8)
 
 
 @pytest.mark.parametrize("read, name, content, says", [
@@ -7446,7 +7443,7 @@ def test_a_state_is_one_that_a_run_can_have(small_world, name, value):
         with pytest.raises(InputError, match="log.jsonl, line 1: no line of a run's log.*drop it"):
             list(train.read_log(run.folder))
     (run.folder / "log.jsonl").write_bytes(b"")
-    supmer.save_prompt(run.folder / "prompt.safetensors", run.state.theta, None, {})
+    train.save_prompt(run.folder / "prompt.safetensors", run.state.theta, None, {})
     with pytest.raises(InputError, match="prompt.safetensors is not this run's"):
         make_run(small_world, "stateful")
 
@@ -7491,16 +7488,16 @@ def test_what_is_too_large_or_too_much_is_refused(tmp_path):
         file.truncate(1 << 26)
     with pytest.raises(InputError, match="config.json is not JSON .it is too large"):
         T.read_json(tmp_path / "config.json")
-    supmer.save_peft(tmp_path / "peft", torch.ones(2, 6), V10, "m")
+    train.save_peft(tmp_path / "peft", torch.ones(2, 6), V10, "m")
     save_file({"prompt_embeddings": torch.ones(2, 6), "more": torch.ones(2)},
               tmp_path / "peft" / "adapter_model.safetensors")
     with pytest.raises(InputError, match="must hold 2 vectors as prompt_embeddings, it has"):
-        supmer.load_prompt(tmp_path / "peft", 6)
+        train.load_prompt(tmp_path / "peft", 6)
     name = next(name for (width, _), name in data.RELEASED.items() if width == 768)
     for kind, what in (("prompt", torch.ones(2, 768, device="meta")), ("gradient_edit", {})):
         torch.save(what, tmp_path / f"{kind}_{name}.pt")
     with pytest.raises(InputError, match="does not hold a tensor and a dict of tensors"):
-        supmer.load_prompt(tmp_path, 768)
+        train.load_prompt(tmp_path, 768)
 
 
 def test_nothing_in_a_file_is_run():
@@ -7523,7 +7520,7 @@ def test_files_have_the_users_mode_and_no_company(tmp_path):
     before, seen = os.umask(0o027), []
     try:
         data.atomic_write(tmp_path / "a", lambda file: seen.append(Path(file.name).parent))
-        supmer.save_peft(tmp_path / "peft", torch.ones(2, 6), V10, "m")
+        train.save_peft(tmp_path / "peft", torch.ones(2, 6), V10, "m")
     finally:
         os.umask(before)
     assert seen == [tmp_path]
@@ -7734,7 +7731,7 @@ class Training(Killable):
             train.main(["--resume", "run"])
 
     def result(self):
-        files = [supmer._read_safetensors(Path("run") / f"{name}.safetensors")
+        files = [train._read_safetensors(Path("run") / f"{name}.safetensors")
                  for name in ("state", "prompt")]       # a file's metadata have no fixed order
         return log_without_times(Path("run")), contents(Path("run"), ".tmp"), [
             ({name: x.numpy().tobytes() for name, x in tensors.items()}, metadata)
