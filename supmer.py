@@ -48,9 +48,10 @@ from data import SOLO, collate
 from t5 import PAD, InputError, decode, embed_tokens, encode, next_token_logits
 
 
-def knob(default, source):
-    """A dataclass field whose meaning and source the command line shows as its help."""
-    return field(default=default, metadata={"help": source})
+def knob(default, source, zero=False, most=1e30):
+    """A dataclass field whose meaning and source the command line shows as its help. Its numbers
+    are above 0, or `zero` is allowed, too, and at most `most`."""
+    return field(default=default, metadata={"help": source, "zero": zero, "most": most})
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,13 @@ class Method:
     """The method's numbers, with the paper's values; train.py's command line is made from them."""
     inner_rate: float = knob(0.1, "a1, inner rate on the raw gradient (Table 6)")
     relative_step: float = knob(
-        0.0, "if > 0, a1 is such that |a1 psi(g)| is this share of |theta| (ours; the paper: 0)")
-    prompt_rate: float = knob(0.1, "b1, Adam's rate for theta (Table 6)")
-    regularizer_rate: float = knob(1e-4, "b2, Adam's rate for phi (Table 6)")
+        0.0, "if > 0, a1 is such that |a1 psi(g)| is this share of |theta| (ours; the paper: 0)",
+        zero=True)
+    prompt_rate: float = knob(0.1, "b1, Adam's rate for theta (Table 6)", zero=True)
+    regularizer_rate: float = knob(1e-4, "b2, Adam's rate for phi (Table 6)", zero=True)
     regularizer_eps: float = knob(
         1e-15, "Adam's epsilon for phi (ours: dA ~ a1 v g lies far below the usual 1e-8)")
-    gate_weight: float = knob(1.0, "lambda, the weight of L_reg (Table 6)")
+    gate_weight: float = knob(1.0, "lambda, the weight of L_reg (Table 6)", zero=True)
     curve: float = knob(2.0, "m of the curriculum (Table 6)")
     alpha: float = knob(1.0, "of lambda's Beta distribution (the released code)")
     clip: float = knob(1.0, "largest norm of theta's and of phi's gradient (the released code)")
@@ -82,7 +84,7 @@ class Method:
         "example: memory and speed, not the result (ours)")
     keep_graphs: int = knob(
         0, "micro-batches of a support set whose graphs are kept for the Hessian, not made again: "
-        "memory and speed, not the result (ours); see keep_gib")
+        "memory and speed, not the result (ours); see keep_gib", zero=True)
 
 
 # -------------------------------------------------------------- the prompted model and its loss

@@ -5571,7 +5571,7 @@ def run_train(folder, monkeypatch, capsys, *argv):
         (["--device", "cuda:99"], "--device cuda:99 is not to be had here"),
         (["--prompt-length", "10001"], "--prompt-length 10001: it must be more than 0, and 10,000"),
         (["--max-tokens", "1" + 20 * "0"], "and 100,000 at most"),
-        (["--corpus", ""], "--corpus '': a name is empty"),
+        (["--corpus", ""], "--corpus '': it is empty"),
         (["--resume", "nowhere"], "nowhere holds no run"),
         (["--resume", "nowhere", "--steps", "3"], "nothing but --yes"),
         (["--model", "no-such-folder"], "no-such-folder"),

@@ -53,6 +53,9 @@ from supmer import (Method, gradient_and_hessian, init_prompt, init_regularizer,
 from t5 import T5, InputError, T5Config, count_weights, expected_shapes, load_t5, read_json
 
 
+LONGEST = 10_000        # vectors of a prompt: a file may claim any number without holding them
+
+
 @dataclass(frozen=True)
 class Training:
     """What a run needs beside the method's numbers: data, sizes, when to validate and save."""
@@ -68,19 +71,22 @@ class Training:
     labeled_share: float = knob(1 / 3, "of the tasks, if there are labeled sets (Table 3: 1 : 2); "
                                        "1: no corpus is used")
     labeled_clusters: int = knob(10, "K-means clusters of each labeled set (MetaPT's)")
-    prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)")
-    max_tokens: int = knob(412, "text tokens of an example (Table 6: 512 with the prompt)")
+    prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)", most=LONGEST)
+    max_tokens: int = knob(412, "text tokens of an example (Table 6: 512 with the prompt)",
+                           most=10 ** 5)
     method: str = knob("supmer", "supmer, or what it is compared with: ppt, unified-ppt, metapt")
     only: str = knob("", "sp, mc or ss: tasks of this format alone (Table 4)")
     tasks: int = knob(4, "n, tasks in a batch (Table 6)")
     support: int = knob(32, "examples of a support set (Table 6)")
     query: int = knob(32, "examples of a query set (Table 6)")
-    seed: int = knob(0, "of the prompt, the clusters and every task")
+    seed: int = knob(0, "of the prompt, the clusters and every task", zero=True)
     validate_every: int = knob(2000, "steps between validations (Table 6)")
-    patience: int = knob(0, "stop after so many validations without a lower loss; 0: never")
+    patience: int = knob(0, "stop after so many validations without a lower loss; 0: never",
+                         zero=True)
     validation_tasks: int = knob(20, "fixed held-out tasks of each variant (ours)")
-    save_seconds: float = knob(60.0, "seconds between saved states (ours)")
-    keep_gib: float = knob(0.0, "GiB in each process to keep graphs in for the Hessian (ours)")
+    save_seconds: float = knob(60.0, "seconds between saved states (ours)", zero=True)
+    keep_gib: float = knob(0.0, "GiB in each process to keep graphs in for the Hessian (ours)",
+                           zero=True)
     dtype: str = knob("float32", "of the frozen T5: float32 or bfloat16 (theta and phi: float32)")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
 
@@ -402,9 +408,6 @@ def save_prompt(path, theta, phi, metadata):
     payload = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()},
                    {**metadata, "regularizer": "affine" if phi else ""})
     atomic_write(path, lambda file: file.write(payload))
-
-
-LONGEST = 10_000        # vectors of a prompt: a file may claim any number without holding them
 
 
 def load_prompt(path, d):
@@ -780,10 +783,25 @@ def as_many_examples(training, method, examples, steps_given):
     return replace(method, max_steps=math.ceil(examples / examples_per_step(training, method)))
 
 
+def check_knob(entry, value):
+    """InputError unless a knob's value is of its default's type, and a number in its range; of a
+    tuple each part, and none is empty."""
+    option, several = "--" + entry.name.replace("_", "-"), isinstance(entry.default, tuple)
+    kind = type(entry.default[0] if several else entry.default)
+    zero, most = entry.metadata["zero"], entry.metadata["most"]
+    if several and type(value) is not tuple:
+        raise InputError(f"{option} {value!r}: it must be a list")
+    for x in value if several else [value]:
+        if type(x) is not kind:
+            raise InputError(f"{option} {x!r}: it must be of type {kind.__name__}")
+        if several and x == "":
+            raise InputError(f"{option} '': it is empty")
+        if kind in (int, float) and not ((x > 0 or x == 0 and zero) and x <= most):
+            bound = "0 or more" if zero else "more than 0"
+            raise InputError(f"{option} {x}: it must be {bound}, and {most:,.6g} at most")
+
+
 KNOBS = {entry.name: entry for cls in (Training, Method) for entry in fields(cls)}
-MOST = {"prompt_length": LONGEST, "max_tokens": 10 ** 5}
-MAY_BE_ZERO = ("seed", "relative_step", "gate_weight", "prompt_rate", "regularizer_rate",
-               "save_seconds", "keep_graphs", "keep_gib", "patience")
 
 
 def settings(chosen):
@@ -791,18 +809,10 @@ def settings(chosen):
     if not chosen.keys() <= KNOBS.keys():
         raise InputError(f"{sorted(chosen.keys() - KNOBS.keys())}: this version has no such "
                          "options")
+    chosen = {name: tuple(value) if isinstance(value, list) else value      # as JSON has tuples
+              for name, value in chosen.items()}
     for name, value in chosen.items():
-        chosen = chosen | {name: tuple(value)} if isinstance(value, list) else chosen
-    for name, value in chosen.items():
-        option, kind = "--" + name.replace("_", "-"), type(KNOBS[name].default)
-        if type(value) is not kind or kind is tuple and not all(type(x) is str for x in value):
-            raise InputError(f"{option} {value!r}: it must be of type {kind.__name__}")
-        if kind is tuple and not all(value):
-            raise InputError(f"{option} '': a name is empty; give files or folders")
-        least, most = 0 if name in MAY_BE_ZERO else 1e-30, MOST.get(name, 1e30)
-        if kind in (int, float) and not least <= value <= most:
-            bound = "more than 0" if least else "0 or more"
-            raise InputError(f"{option} {value}: it must be {bound}, and {most:,.6g} at most")
+        check_knob(KNOBS[name], value)
     training, method = (cls(**{entry.name: chosen[entry.name] for entry in fields(cls)
                                if entry.name in chosen}) for cls in (Training, Method))
     for wrong, why in (
