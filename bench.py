@@ -421,7 +421,8 @@ def machine(threads, s):
 
 def main(argv):
     parser = one_line(argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
+        description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter))
     parser.add_argument("--quick", action="store_true", help="a small shape, 2 repetitions, not 5")
     parser.add_argument("--threads", type=int, default=1, help="of each process [1]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")

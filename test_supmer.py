@@ -5419,6 +5419,11 @@ def test_a_log_becomes_a_picture(small_world, monkeypatch, capsys):
     assert train.main(["--plot", str(run.folder)]) == 0
     assert str(run.folder / "log.png") in capsys.readouterr().out
     assert (run.folder / "log.png").read_bytes().startswith(b"\x89PNG")
+    for line in ('{"step": 1, "s": "x"}', '{"step": 1, "validation": 3}', '{"step": 1, "b": 1}',
+                 '{"step": "one"}'):
+        (run.folder / "log.jsonl").write_text(line + "\n")
+        with pytest.raises(T.InputError, match="log.jsonl"):
+            train.plot(run.folder)
 
 
 def make_run(small_world, name, **changes):

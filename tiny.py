@@ -804,7 +804,11 @@ def train(pool, tokenizer, work, tasks, steps, dtype):
     lessons, begin, smooth = Lessons(pool, tokenizer, p["shared.weight"]), 0, {}
     optimizer, state = Optimizer(p, dtype), work / "state.pt"
     if state.exists():
-        saved = torch.load(state, weights_only=True)
+        try:
+            saved = torch.load(state, weights_only=True)
+        except Exception as error:      # a damaged pickle raises almost anything
+            raise InputError(f"{state} is damaged ({error}): delete it, training starts again"
+                             ) from None
         if saved["steps"] != steps:
             raise InputError(f"{state} is of a training of {saved['steps']} steps, not {steps}: "
                              "give its --steps, or delete it")
@@ -1291,7 +1295,7 @@ def build(data, out, work, steps, dtype):
 def main(argv):
     """The command line. InputError for a user's mistake."""
     parser = one_line(argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description=__doc__.split("\n\n")[0], allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter))
     parser.add_argument("--data", default=os.environ.get("SUPMER_DATA"),
                         help="the folder of data sets, $SUPMER_DATA")

@@ -1121,26 +1121,35 @@ def plot(folder):
     Dots are steps, or tasks' lambdas; a line is the mean of 19 steps."""
     pyplot, path = import_pyplot(), folder / "log.png"
     read_run(folder)
-    lines = [entry for _, entry in read_log(folder)]
-    lines = [line | line.get("validation", {}) for line in lines]
     picture, axes = pyplot.subplots(1, len(PANELS), figsize=(17, 3.2), layout="constrained")
-    for axis, (title, names) in zip(axes, PANELS.items()):
-        near, size, faint = (1, 5, 1.0) if title == "validation" else (10, 3, 0.3)
-        for color, name in zip(("C0", "C1"), names):                # PPT has its loss alone
-            x, y = ([line[key] for line in lines if name in line] for key in ("step", name))
-            axis.plot(x, y, ".", markersize=size, alpha=faint, color=color)
-            means = [np.mean(y[max(0, i + 1 - near):i + near]) for i in range(len(y))]
-            axis.plot(x, means, color=color, label=name)
-        if not names:
-            mixed = np.array([(x["b"], lam) for x in lines if x.get("b") for lam in x["lambda"]])
-            axis.plot(*mixed.reshape(-1, 2).T, ".", markersize=3, alpha=0.5, label="a task")
-            axis.plot(b := np.linspace(0, 1), b / (1 + b), label="mean, b / (1 + b)")
-        axis.set_title(title)
-        axis.set_xlabel("meta step" if names else "b (Eq. 10)")
-        axis.legend()
+    try:
+        lines = [entry | entry.get("validation", {}) for _, entry in read_log(folder)]
+        for axis, (title, names) in zip(axes, PANELS.items()):
+            _draw_panel(axis, title, names, lines)
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(f"{folder / 'log.jsonl'} is not the log of a run ({error!r}): give one "
+                         "that train.py wrote") from None
     atomic_write(path, lambda file: picture.savefig(file, format="png", dpi=90))
     pyplot.close(picture)
     return path
+
+
+def _draw_panel(axis, title, names, lines):
+    """One of PANELS: the log's lines {name: value} as dots, and their mean."""
+    near, size, faint = (1, 5, 1.0) if title == "validation" else (10, 3, 0.3)
+    for color, name in zip(("C0", "C1"), names):                    # PPT has its loss alone
+        x, y = (np.array([line[key] for line in lines if name in line], dtype=float)
+                for key in ("step", name))
+        axis.plot(x, y, ".", markersize=size, alpha=faint, color=color)
+        means = [np.mean(y[max(0, i + 1 - near):i + near]) for i in range(len(y))]
+        axis.plot(x, means, color=color, label=name)
+    if not names:
+        mixed = np.array([(x["b"], lam) for x in lines if x.get("b") for lam in x["lambda"]], float)
+        axis.plot(*mixed.reshape(-1, 2).T, ".", markersize=3, alpha=0.5, label="a task")
+        axis.plot(b := np.linspace(0, 1), b / (1 + b), label="mean, b / (1 + b)")
+    axis.set_title(title)
+    axis.set_xlabel("meta step" if names else "b (Eq. 10)")
+    axis.legend()
 
 
 def run_script(main, stopped):
