@@ -79,8 +79,9 @@ QUICK = Sizes(layers=2, d=512, ff=2048, heads=8, support=4, query=4, shortest=32
 
 def shape(s):
     """A T5Config of v1.0."""
-    return T.T5Config(s.d, 64, s.ff, s.layers, s.layers, s.heads, 32128, False, True, True, 32,
-                      128, 1e-6)
+    return T.T5Config(d_model=s.d, d_kv=64, d_ff=s.ff, num_layers=s.layers,
+                      num_decoder_layers=s.layers, num_heads=s.heads, vocab_size=32128, gated=False,
+                      tied=True, scaled=True)
 
 
 def random_t5(s):

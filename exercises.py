@@ -97,7 +97,8 @@ def toy(P=2, d=4):
         return lambda theta: F.nll_loss(word_log_probs(
             t5, *encode_with_prompt(t5, theta, batch), [[39, 5], [39, 6]]), torch.arange(4) % 2)
 
-    config = T5Config(d, 4, 10, 1, 1, 2, 40, True, False, False, 32, 128, 1e-6)
+    config = T5Config(d_model=d, d_kv=4, d_ff=10, num_layers=1, num_decoder_layers=1, num_heads=2,
+                      vocab_size=40, gated=True, tied=False, scaled=False)
     t5 = T5(config, {name: 0.4 * normal(*shape) + ("layer_norm" in name)
                      for name, shape in expected_shapes(config).items()})
     phi = {name: value + 0.5 * normal(*value.shape)

@@ -459,8 +459,7 @@ if __name__ == "__main__":
         return Examples(ids, [[]] * n, torch.zeros(n, 0, d), labels, words)
 
     config = T5Config(d_model=d, d_kv=4, d_ff=12, num_layers=1, num_decoder_layers=1, num_heads=2,
-                      vocab_size=40, gated=True, tied=False, scaled=False, num_buckets=32,
-                      max_distance=128, eps=1e-6)
+                      vocab_size=40, gated=True, tied=False, scaled=False)
     toy = T5(config, {name: 0.3 * normal(*shape) + ("layer_norm" in name)
                       for name, shape in expected_shapes(config).items()})
     theta, phi = normal(3, d), {name: value + 0.3 * normal(*value.shape)

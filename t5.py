@@ -54,9 +54,9 @@ class T5Config(NamedTuple):
     gated: bool         # feed-forward: gated GELU (v1.1) or ReLU (v1.0)
     tied: bool          # the head is the embedding table (v1.0), not a matrix of its own (v1.1)
     scaled: bool        # the head's input is scaled by d_model^-0.5 (v1.0)
-    num_buckets: int
-    max_distance: int
-    eps: float
+    num_buckets: int = 32       # of relative positions; this and what follows in every official T5
+    max_distance: int = 128
+    eps: float = 1e-6
 
 
 class T5(NamedTuple):

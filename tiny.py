@@ -58,8 +58,7 @@ from t5 import (EOS, InputError, T5, T5Config, decode, embed_tokens, encode, exp
 from train import one_line, run_script
 
 CONFIG = T5Config(d_model=256, d_kv=64, d_ff=512, num_layers=3, num_decoder_layers=2, num_heads=4,
-                  vocab_size=8500, gated=False, tied=False, scaled=False, num_buckets=32,
-                  max_distance=128, eps=1e-6)
+                  vocab_size=8500, gated=False, tied=False, scaled=False)
 D, V = CONFIG.d_model, CONFIG.vocab_size
 MASK = V - 1                            # <extra_id_0>; <extra_id_j> is MASK - j
 NEVER = ("original", "superglue", "domain")      # test sets: their 8-grams are kept out
