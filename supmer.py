@@ -69,7 +69,7 @@ class Method:
     curve: float = knob(2.0, "m of the curriculum (Table 6)")
     alpha: float = knob(1.0, "of lambda's Beta distribution (the released code)")
     clip: float = knob(1.0, "largest norm of theta's and of phi's gradient (the released code)")
-    max_steps: int = knob(100_000, "steps; both rates fall linearly to 0 over them (Table 6)")
+    steps: int = knob(100_000, "meta steps; both rates fall linearly to 0 over them (Table 6)")
     first_order: bool = knob(False, "drop theta's Hessian term (what the released code computes)")
     augmentation: bool = knob(True, "mix a partner task into the query sets (Alg. 2); without it "
                                     "there is no L_reg, which would close the gate (ours)")
@@ -408,7 +408,7 @@ def meta_step(t5, state, pairs, method, seed, ranks=SOLO):
     for optimizer, rate in learned if method.regularizer else learned[:1]:
         group = optimizer.param_groups[0]
         torch.nn.utils.clip_grad_norm_(group["params"], method.clip)
-        group["lr"] = rate * (1 - state.step / method.max_steps)    # linear decay, no warm-up
+        group["lr"] = rate * (1 - state.step / method.steps)    # linear decay, no warm-up
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     state.s, state.step = log["s"], state.step + 1

@@ -1591,10 +1591,10 @@ def small_state(method, dtype=torch.float32, P=3, d=8):
 
 
 def test_meta_step_is_adam_on_the_mean_with_clip_and_linear_decay():
-    """The step equals Adam by hand: mean over tasks, norm clipped at 1, rate (1 - step/max_steps)
+    """The step equals Adam by hand: mean over tasks, norm clipped at 1, rate (1 - step/steps)
     b1; s is the mean cosine.
     """
-    method = Method(inner_rate=5.0, max_steps=10, micro_tokens=40, clip=0.01)
+    method = Method(inner_rate=5.0, steps=10, micro_tokens=40, clip=0.01)
     t5, state = small_state(method)
     state.step, state.s = 4, 0.2
     theta, phi = state.theta.clone(), {name: value.clone() for name, value in state.phi.items()}
@@ -1653,7 +1653,7 @@ def test_meta_step_stops_on_numbers_that_are_not_finite():
 def test_meta_training_lowers_the_loss_after_adaptation():
     """Forty steps on one planted task: the query loss falls, and the inner step lowers it further.
     """
-    method = Method(relative_step=0.05, prompt_rate=0.2, max_steps=40)
+    method = Method(relative_step=0.05, prompt_rate=0.2, steps=40)
     t5, state = small_state(method)
     planted = random_examples(9, 3, longest=6)
     task = data.Task(
@@ -6336,7 +6336,7 @@ def test_ppt_step_by_hand(small_world):
     run.best = float("inf")
     run.validate()
     kept, phi, about = train.load_prompt(run.folder / "prompt.safetensors", 16)
-    assert about["examples"] == f"{3 * 16} of {16 * method.max_steps}" and phi is None
+    assert about["examples"] == f"{3 * 16} of {16 * method.steps}" and phi is None
     assert torch.equal(kept, run.state.theta)
     assert about["method"] == "ppt" and about["regularizer"] == ""
 
@@ -6376,7 +6376,7 @@ def test_every_method_draws_as_many_examples():
             (["--examples", "3840"], 10, 384), (["--method", "ppt", "--examples", "3840"], 15, 256),
             (["--method", "ppt", "--steps", "7"], 7, 256)):
         training, method, _, _ = train.parse([*base, *argv])
-        assert method.max_steps == steps
+        assert method.steps == steps
         assert baselines.examples_per_step(training, method) == per_step
 
 
@@ -6394,13 +6394,13 @@ def test_the_recipes_are_the_papers():
     metapt = differs(*METAPT)
     assert metapt.items() >= {
         "method": "metapt", "inner_rate": 0.08, "prompt_rate": 0.025, "patience": 6,
-        "regularizer": False, "augmentation": False, "max_steps": 150_000, "corpus": (),
+        "regularizer": False, "augmentation": False, "steps": 150_000, "corpus": (),
         "labeled_share": 1.0}.items() and usual["labeled_clusters"] == 10
     assert differs("--method", "ppt") == {"method": "ppt", "regularizer": False,
-                                          "max_steps": 150_000}
+                                          "steps": 150_000}
     assert {name: differs("--ablation", name) for name in baselines.ABLATIONS} == {
         "only-sp": {"only": "sp"}, "only-mc": {"only": "mc"}, "only-ss": {"only": "ss"},
-        "no-ta": {"augmentation": False, "max_steps": 150_000},
+        "no-ta": {"augmentation": False, "steps": 150_000},
         "no-curriculum": {"curriculum": False}, "no-mgr": {"regularizer": False},
         "first-order": {"first_order": True}}
     assert usual["prompt_rate"] == 0.1
@@ -6475,7 +6475,7 @@ def test_patience_ends_a_run(small_world, monkeypatch):
     losses = iter([0.5, 0.6, 0.7, 0.1])
     result = {"loss_before": 9.0, "step_size": 0.05, "queries": 1, "variants": {}}
     monkeypatch.setattr(train, "validate", lambda *_: result | {"loss": next(losses)})
-    run.method = replace(run.method, max_steps=10)
+    run.method = replace(run.method, steps=10)
     assert run.train() is None and run.state.step == 6          # validated at 2, 4, 6
     assert train.prompt_metadata(run.folder / "prompt.safetensors")["step"] == "2"
     again = make_run(small_world, "patient", patience=2)
@@ -7566,7 +7566,7 @@ def test_golden_run(threads, micro_tokens):
     """Five steps have these numbers to 1e-4, on any machine, whatever the threads or micro-batches.
     Not bit by bit, since a product's sums are split otherwise; and in float64, since Adam divides
     by tiny gradients: in float32 rounding has grown to 5e-4 by the fifth step."""
-    method = Method(inner_rate=5.0, max_steps=9, micro_tokens=micro_tokens)
+    method = Method(inner_rate=5.0, steps=9, micro_tokens=micro_tokens)
     t5 = random_t5(8)
     state = supmer.init_state(supmer.init_prompt(t5, 3, 0).double(),
                               supmer.init_regularizer(8, torch.float64), method)
@@ -7587,7 +7587,7 @@ def test_golden_run(threads, micro_tokens):
 def test_inner_rates_stay_finite_or_say_so(rate, n, P):
     """From 1e-4 to 1e3, a prompt of one vector, a set of one example: all is finite. Beyond, the
     step, the task and what to try are told, and nothing has changed."""
-    method = Method(inner_rate=rate, max_steps=3)
+    method = Method(inner_rate=rate, steps=3)
     t5, state = small_state(method, P=P)
     before = state.theta.clone()
     pairs = [(random_task(1, n), random_task(2, n))]
@@ -7608,7 +7608,7 @@ def test_extremes_of_a_step_are_no_errors(case, options):
     """A gradient that is zero for every row, or whose squares are, by a loss that is flat or at its
     end; a gate driven to 0 or 1; an A that makes every row zero; equal texts with one label, mixed
     with themselves, a prompt of one vector: two steps are finite, and so is their log."""
-    method, n = Method(max_steps=9, **options), 1 + (case != "equal")
+    method, n = Method(steps=9, **options), 1 + (case != "equal")
     t5, state = small_state(method, P=n)
     pairs = [(random_task(1, n), random_task(2, n))]
     head = t5.weights["lm_head.weight"]

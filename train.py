@@ -103,7 +103,7 @@ TINY_VALUES = {
     "relative_step": (0.03, "a1 = 0.1 moves this prompt by 1e-4 of its length, see README.md"),
     "exact_cosine": (True, "at this relative step v is a poor stand-in, see README.md"),
     "prompt_rate": (0.02, "about 0.1 of the embedding table's RMS"),
-    "max_steps": (30, "a demonstration"),
+    "steps": (30, "a demonstration"),
     "validate_every": (15, "twice in the demonstration"),
     "validation_tasks": (2, "a demonstration; the paper-scale 20 makes figures steadier"),
 }
@@ -170,9 +170,9 @@ class Run:
         return entry
 
     def train(self):
-        """Step until max_steps, the end of patience or, on any rank, SIGINT, SIGTERM or SIGALRM:
+        """Step until all are done, the end of patience or, on any rank, SIGINT, SIGTERM or SIGALRM:
         end the step, save -> the signal, or None."""
-        caught, saved, last = [], time.monotonic(), self.method.max_steps
+        caught, saved, last = [], time.monotonic(), self.method.steps
         stopped, ended = [], self.out_of_patience()         # stopped: what any rank has caught
         before = {number: signal.signal(number, lambda number, frame: caught.append(number))
                   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
@@ -231,8 +231,8 @@ class Run:
                     self.state.phi if method.regularizer else None, {
             "model": training.model, "corpus": " ".join(training.corpus),
             "method": name_of(training, method),
-            "examples": f"{per_step * step} of {per_step * method.max_steps}",
-            "step": str(step), "steps": str(method.max_steps), "seed": str(training.seed),
+            "examples": f"{per_step * step} of {per_step * method.steps}",
+            "step": str(step), "steps": str(method.steps), "seed": str(training.seed),
             "validation_loss": f"{self.best:.6f}", "model_sha256": self.made_of["model"]})
 
     def save(self):
@@ -670,8 +670,8 @@ def outcome(run):
     if run.training.model == "tiny" and run.training.corpus:
         said.append("(of documents that the embedded T5's own training did not see either; it knew "
                     "such\ntasks, see tiny/README.md)")
-    steps = run.method.max_steps
-    if run.training.model == "tiny" and steps == TINY_VALUES["max_steps"][0]:
+    steps = run.method.steps
+    if run.training.model == "tiny" and steps == TINY_VALUES["steps"][0]:
         said.append(f"this was a demonstration of {steps} steps; README.md has a longer run")
     return "\n".join([*said, f"lowest validation loss {run.best:.4f}: {run.folder}/prompt."
                       f"safetensors\ntune it on a task: python eval.py --prompt {run.folder}"])
@@ -712,8 +712,6 @@ def knob_parser(description, classes, tiny, choices):
 def parse(argv):
     """Command line -> Training, Method, {number: where its value comes from}, the other options."""
     parser = knob_parser(__doc__, (Training, Method), TINY_VALUES, {"method": tuple(METHODS)})
-    parser.add_argument("--steps", dest="max_steps", type=int, default=argparse.SUPPRESS,
-                        help="short for --max-steps")
     parser.add_argument("--examples", type=int, help="instead of --steps: as many as draw so many "
                         "examples [as SUPMER would in its steps]")
     parser.add_argument("--ablation", choices=ABLATIONS, help="SUPMER without a part (Table 4; "
@@ -764,7 +762,7 @@ def parse(argv):
         if vain and name in given:
             raise InputError(f"--{name.replace('_', '-')} has no effect with {without}: change one "
                              "of the two")
-    method = as_many_examples(training, method, control.examples, "max_steps" in given)
+    method = as_many_examples(training, method, control.examples, "steps" in given)
     return training, method, (
         sources | {name: why for name, (_, why) in tiny.items()}
         | dict.fromkeys(preset, f"of {control.ablation or given.get('method')}")
@@ -778,9 +776,9 @@ def as_many_examples(training, method, examples, steps_given):
         raise InputError(f"--examples {examples}: give more than 0, without --steps")
     if steps_given:
         return method
-    examples = examples or method.max_steps * examples_per_step(
+    examples = examples or method.steps * examples_per_step(
         replace(training, method="supmer"), replace(method, augmentation=True))
-    return replace(method, max_steps=math.ceil(examples / examples_per_step(training, method)))
+    return replace(method, steps=math.ceil(examples / examples_per_step(training, method)))
 
 
 def check_knob(entry, value):
@@ -1037,8 +1035,8 @@ def time_lines(t5, training, method):
     web = [name for name in training.corpus if name in data.CORPORA]
     text = training.bytes if web else min(training.bytes, sum(
         file.stat().st_size for file in data.corpus_files(corpus_paths(training))))
-    hours, clustering = seconds * method.max_steps / 3600, per_token * text / 4 / 3600
-    lines = [f"time:     {seconds:.1f} s a step, {hours:,.1f} hours for {method.max_steps:,} "
+    hours, clustering = seconds * method.steps / 3600, per_token * text / 4 / 3600
+    lines = [f"time:     {seconds:.1f} s a step, {hours:,.1f} hours for {method.steps:,} "
              f"steps, measured on this {theta.device.type} with texts of {tokens} tokens",
              f"          {clustering:,.1f} hours before that, to embed and cluster "
              f"{text / 1e9:.3g} GB of text once (4 bytes a token); validation is not counted",
