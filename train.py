@@ -709,8 +709,8 @@ def knob_parser(description, classes, tiny, choices):
     return parser
 
 
-def parse(argv):
-    """Command line -> Training, Method, {number: where its value comes from}, the other options."""
+def command_line():
+    """train.py's ArgumentParser: the knobs, and what is to be done with a run."""
     parser = knob_parser(__doc__, (Training, Method), TINY_VALUES, {"method": tuple(METHODS)})
     parser.add_argument("--examples", type=int, help="instead of --steps: as many as draw so many "
                         "examples [as SUPMER would in its steps]")
@@ -727,7 +727,12 @@ def parse(argv):
                         "write RUN's prompt as a folder for Hugging Face PEFT")
     parser.add_argument("--plot", type=Path, metavar="RUN", help="only draw RUN's log as a PNG: "
                         "losses, s, b, lambda, the gate, validation (needs matplotlib)")
-    given = vars(parser.parse_args(argv))
+    return parser
+
+
+def parse(argv):
+    """Command line -> Training, Method, {number: where its value comes from}, the other options."""
+    given = vars(command_line().parse_args(argv))
     control = argparse.Namespace(**{name: given.pop(name) for name in given.keys() - KNOBS.keys()})
     if not control.max_minutes > 0:
         raise InputError(f"--max-minutes {control.max_minutes}: it must be more than 0")
@@ -740,13 +745,7 @@ def parse(argv):
         if given or control.run or control.examples or control.ablation:
             raise InputError("--resume goes on with the run's own numbers: add nothing but --yes, "
                              "--dry-run or --max-minutes")
-        kept = read_run(control.resume)
-        kept = kept["training"] | kept["method"]
-        try:
-            numbers = settings(kept)
-        except InputError as error:
-            raise InputError(f"{control.resume}/run.json: {error}; start a new run") from None
-        return *numbers, sources | dict.fromkeys(kept, "the run's own"), control
+        return *own_settings(control.resume), dict.fromkeys(sources, "the run's own"), control
     tiny = TINY_VALUES if given.get("model", "tiny") == "tiny" else {}
     preset = METHODS[given.get("method", "supmer")] | ABLATIONS.get(control.ablation, {})
     if control.ablation and given.keys() & (preset.keys() | {"method"}):
@@ -767,6 +766,15 @@ def parse(argv):
         sources | {name: why for name, (_, why) in tiny.items()}
         | dict.fromkeys(preset, f"of {control.ablation or given.get('method')}")
         | dict.fromkeys(given, "given")), control
+
+
+def own_settings(folder):
+    """A run's Training and Method. InputError if this version cannot take them."""
+    values = read_run(folder)
+    try:
+        return settings(values["training"] | values["method"])
+    except InputError as error:
+        raise InputError(f"{folder}/run.json: {error}; start a new run") from None
 
 
 def as_many_examples(training, method, examples, steps_given):
