@@ -42,7 +42,7 @@ from http.client import HTTPException
 from itertools import chain, islice, tee
 from pathlib import Path
 from typing import NamedTuple
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -1401,21 +1401,18 @@ def locate(file, folder=TINY):
         return next(filter(Path.is_file, places), None)
     if found := have(file):
         return found
-    tried, path, sha256 = [], FETCHED / file, CHECKSUMS.get(file, "")
+    tried = []
     for url in next((urls for start, urls in SOURCES.items() if file.startswith(start)), ()):
         name = url.rpartition("/")[2]
         try:
             if not name.endswith((".tar", ".zip")):
-                download(url, path, sha256)
-                return path
-            if not have(name):
-                download(url, FETCHED / name)
-            content = archive_member(have(name), file)
-            if not hashlib.sha256(content).hexdigest().startswith(sha256):
-                raise InputError(f"{file} of {have(name)} has another checksum than it should")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, lambda out: out.write(content))
-            return path
+                where, content = url, download(url)
+            else:
+                where = have(name) or keep(FETCHED / name, download(url))
+                content = archive_member(where, file)
+            if not hashlib.sha256(content).hexdigest().startswith(CHECKSUMS.get(file, "")):
+                raise InputError(f"{file} of {where} has another checksum than it should")
+            return keep(FETCHED / file, content)
         except InputError as error:
             tried.append(str(error))
     raise InputError("; ".join([f"{file} is not in {folder}: put it there, or give --data FOLDER "
@@ -1654,44 +1651,28 @@ def _hub(file, source, **how):
                          f"--{option} FOLDER") from None
 
 
-def download(url, path, sha256=""):
-    """Fetch an address to path, with a bar. What is there of it stays as .part, to go on with.
-    InputError if it stops short, if its sha256 does not begin as given, or if another process is
-    fetching into that folder."""
-    def in_use(owner):
-        raise InputError(f"process {owner} is fetching into {path.parent}: wait for it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with lock(path.parent / ".lock", in_use):
-        _download(url, path, sha256)
-
-
-def _download(url, path, sha256):
-    part = path.with_name(path.name + ".part")
-    begin = part.stat().st_size if part.exists() else 0
+def download(url):
+    """What an address has, as bytes, with a bar. InputError if it is not had whole."""
+    content = io.BytesIO()
     try:
-        request = Request(url, headers={"Range": f"bytes={begin}-"} if begin else {})
-        with urlopen(request, timeout=60) as answer:
-            begin *= answer.status == 206       # not every server goes on where one stopped
-            total = begin + int(answer.headers.get("Content-Length") or 0)
-            with (open(part, "ab" if begin else "wb") as file,
-                  tqdm(total=total or None, initial=begin, unit="B", unit_scale=True, disable=None,
-                       desc=path.name) as bar):
-                while chunk := answer.read(1 << 18):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-                file.flush()
-                os.fsync(file.fileno())
+        with urlopen(url, timeout=60) as answer:
+            total = int(answer.headers.get("Content-Length") or 0)
+            with tqdm.wrapattr(answer, "read", total or None, desc=url.rpartition("/")[2],
+                               disable=None) as body:
+                shutil.copyfileobj(body, content)
     except (OSError, HTTPException) as error:
-        if getattr(error, "code", None) == 416:     # nothing lies behind what is there: start anew
-            part.unlink()
         raise InputError(f"{url}: {error}") from None
-    if part.stat().st_size < total:
-        raise InputError(f"{url} stopped at {part.stat().st_size:,} of {total:,} bytes")
-    with open(part, "rb") as file:
-        if not hashlib.file_digest(file, "sha256").hexdigest().startswith(sha256):
-            part.unlink()
-            raise InputError(f"{url} is not what it was: its sha256 does not begin with {sha256}")
-    os.replace(part, path)
+    if content.tell() < total:
+        raise InputError(f"{url} stopped at {content.tell():,} of {total:,} bytes")
+    return content.getvalue()
+
+
+def keep(path, content):
+    """Write what was downloaded, whole or not at all -> path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent)
+    atomic_write(path, lambda file: file.write(content))
+    return path
 
 
 def released_folder(config):
@@ -1705,7 +1686,7 @@ def released_folder(config):
     for path in (folder / f"{kind}_{name}.pt" for kind in ("prompt", "gradient_edit")):
         if not path.exists():
             try:
-                download(RELEASED_URL + path.name, path)
+                keep(path, download(RELEASED_URL + path.name))
             except InputError as error:
                 raise InputError(f"{error}: check the network, or put {path.name} from the folder "
                                  f"pretrain_prompt of github.com/beepkh/SUPMER into {folder}"
