@@ -39,7 +39,7 @@ from bisect import bisect_right
 from collections import Counter
 from contextlib import ExitStack
 from http.client import HTTPException
-from itertools import chain, islice, tee
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
@@ -438,16 +438,13 @@ SOLO = Ranks()
 # --------------------------------------------------------------------------- the store on disk
 SHORT = 4                   # tokens; see join_short
 SAMPLE = 256                # sentences per centroid that K-means sees
-SLICE = 1 << 13             # sentences that are tokenized together, whatever documents they are of
 SAVED = 1 << 24             # tokens between saved states of the text
 CHUNK = 1 << 14             # sentences that are sorted by length together, and saved together
 BATCH_TOKENS = {"cpu": 1 << 9, "cuda": 1 << 17}     # embedded together; a CPU's cache likes few
 # Plain numbers, each a file NAME.bin and its type; see Store. keys, shares: only while it is made.
-COLUMNS = {"tokens": "H", "offsets": "q", "document": "i", "first": "q", "label": "h",
-           "held_out": "?", "anchor": "?", "cluster": "i", "order": "I", "keys": "Q", "shares": "d"}
-# Those that reading text appends to, and what counts their length.
-TEXT = {"tokens": "tokens", "offsets": "sentences", "document": "sentences", "label": "labels",
-        "keys": "sentences", "first": "documents", "shares": "documents"}
+COLUMNS = {"tokens": "H", "offsets": "q", "first": "q", "label": "h", "held_out": "?",
+           "anchor": "?", "cluster": "i", "order": "I", "keys": "Q", "shares": "d"}
+TEXT = ("tokens", "offsets", "first", "label", "keys", "shares")    # those that reading appends to
 # What two and five classes are called whose labels are mere numbers.
 SENTIMENT = {2: ("terrible", "great"), 5: ("terrible", "bad", "okay", "good", "great")}
 
@@ -457,7 +454,6 @@ class Store(NamedTuple):
     folder: Path
     tokens: np.ndarray      # (all tokens) uint16
     offsets: np.ndarray     # (n + 1,) int64: where in tokens a sentence begins
-    document: np.ndarray    # (n,) int32, rising
     first: np.ndarray       # (documents,) int64: each one's first sentence
     held_out: np.ndarray    # (n,) bool: its document is kept for validation tasks
     anchor: np.ndarray      # (n,) bool: no earlier sentence has the same text
@@ -479,16 +475,16 @@ def open_store(folder, made_of=None):
     try:
         meta = read_json(folder / "meta.json")
         columns = {name: _column(folder, name) for name in COLUMNS if name in Store._fields}
-        columns |= {name: _small(folder, name) for name in ("centroids", "bounds")}
+        columns |= {name: np.load(folder / f"{name}.npy") for name in ("centroids", "bounds")}
         n, rows = len(columns["offsets"]) - 1, len(columns["bounds"])
-        sizes = dict.fromkeys(("document", "held_out", "anchor"), n) | {
-            "tokens": columns["offsets"][-1], "first": meta["counts"]["documents"],
-            "cluster": rows * n, "order": columns["bounds"][:, -1].sum()}
+        sizes = {"tokens": columns["offsets"][-1], "first": meta["counts"]["documents"],
+                 "held_out": n, "anchor": n, "cluster": rows * n,
+                 "order": columns["bounds"][:, -1].sum()}
         if any(len(columns[name]) != size for name, size in sizes.items()) or (
                 np.diff(columns["bounds"]) < 0).any():
             raise ValueError("its files do not fit together")
         other = [key for key in made_of or () if meta["made_of"][key] != made_of[key]]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except Exception as error:      # a damaged file raises almost anything
         raise InputError(f"{folder} is not a whole store ({error}): delete it") from None
     if other:
         raise InputError(f"{folder} was built with another {', another '.join(other)}: delete it")
@@ -497,13 +493,6 @@ def open_store(folder, made_of=None):
     for name in ("cluster", "order", "centroids", "bounds"):    # one clustering serves all formats
         columns[name] = np.broadcast_to(columns[name], (len(FORMATS), *columns[name].shape[1:]))
     return Store(folder, **columns, meta=meta)
-
-
-def _small(folder, name):
-    try:
-        return np.load(folder / f"{name}.npy")
-    except Exception as error:      # a damaged file raises almost anything
-        raise InputError(f"{folder}/{name}.npy is damaged ({error}): delete {folder}") from None
 
 
 def _column(folder, name):
@@ -525,7 +514,7 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
     embed(ids (B, T), mask (B, T)) -> (B, d) may replace t5's embedding.
     5 % of the documents, two at least (a pair from different documents needs two), are held out;
     K-means sees a sample of the others. progress(stage, done, total or None): called now and then.
-    ranks share the embedding; all must see cache. Memory: SAMPLE * K embeddings, and for moments 10
+    ranks share the embedding; all must see cache. Memory: SAMPLE * K embeddings, and for moments 20
     bytes a sentence. InputError for too small a corpus.
     """
     def read(counts):
@@ -672,55 +661,46 @@ def join_short(sentences):
 
 def _write_text(folder, read, tokenizer, progress):
     """Append the sentences of what read(counts) yields to the TEXT columns -> counts.
-    After each SAVED tokens text.json says how many documents they hold: the next call reads those
-    again, for it must, but does not tokenize them."""
-    path, found = folder / "text.json", Counter()       # found: of what is read, also ahead of
-    whole, done, counts = read_json(path) if path.exists() else (False, 0, {})
-    counts = Counter(counts)                            # what is written
-    items = iter(()) if whole else (        # a million empty documents are not to wait for a text
-        item for item in read(found) if item[1] or found.update(("empty documents",)))
-
-    def tell():
-        progress("reading text, bytes", found["bytes"] or counts["bytes"], None)
-    for _ in islice(items, done):
-        tell()
-    tell()
-    items, ahead = tee(items)
-    waiting = (text for _, texts, _ in ahead for text in texts)
-
-    def encode_slices():
-        while part := list(islice(waiting, SLICE)):
-            tell()
-            yield from tokenize(tokenizer, part)
-    encoded = encode_slices()
+    After each SAVED tokens text.json says what they hold of how many documents: the next call reads
+    those again, for it must, but does not tokenize them."""
+    path, counts = folder / "text.json", Counter()
+    whole, done, sizes, kept = read_json(path) if path.exists() else (False, 0, {}, {})
     with ExitStack() as stack:
         columns = {name: stack.enter_context(open(folder / f"{name}.bin", "ab")) for name in TEXT}
         for name, file in columns.items():
-            length = counts[TEXT[name]] + (name == "offsets")   # it has one more, at first a 0
-            size = length * array(COLUMNS[name]).itemsize
-            if counts and file.tell() < size:
+            if file.tell() < sizes.get(name, 0):
                 raise InputError(f"{file.name} has lost what it held, so all is dropped that there "
                                  "was of this store: start again")
-            file.truncate(size)
+            file.truncate(sizes.get(name, 0))
+        if not sizes:
+            columns["offsets"].write(array("q", [0]))
 
-        def save(whole, counts):
+        def save(whole):
             for file in columns.values():
                 file.flush()
                 os.fsync(file.fileno())
-            state = json.dumps([whole, done, counts]).encode()
+            sizes = {name: os.path.getsize(file.name) for name, file in columns.items()}
+            state = json.dumps([whole, done, sizes, counts]).encode()
             atomic_write(path, lambda file: file.write(state))
-        saved = counts["tokens"]
+
+        def tell():
+            progress("reading text, bytes", counts["bytes"], None)
+        items = iter(()) if whole else read(counts)
+        for _ in islice(items, done):
+            tell()
+        counts.clear()
+        counts.update(kept)                     # what was read, as it is, and what was written
+        tell()
         for share, texts, label in items:
-            for name, values in _document(share, [next(encoded) for _ in texts], label, counts):
+            for name, values in _document(share, tokenize(tokenizer, texts), label, counts):
                 columns[name].write(array(COLUMNS[name], values))
             done += 1
-            if counts["tokens"] - saved >= SAVED:
-                saved = counts["tokens"]
-                save(False, counts)
-        found.update(counts)
-        save(True, found)
-    tell()                                  # the last slice's time is this stage's
-    return found
+            tell()
+            if counts["tokens"] - kept.get("tokens", 0) >= SAVED:
+                kept = dict(counts)
+                save(False)
+        save(True)
+    return counts
 
 
 def _document(share, sentences, label, counts):
@@ -734,7 +714,6 @@ def _document(share, sentences, label, counts):
     joined = [array("H", ids[:MAX_TOKENS]) for ids in joined]
     yield "first", [counts["sentences"]]
     yield "shares", [share]
-    yield "document", [counts["documents"]] * len(joined)
     for tokens in joined:
         counts["tokens"] += len(tokens)
         yield "tokens", tokens
@@ -742,7 +721,6 @@ def _document(share, sentences, label, counts):
         yield "keys", [int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest())]
     if label is not None:
         yield "label", [label]
-        counts["labels"] += 1
     counts["sentences"] += len(joined)
     counts["documents"] += 1
 
@@ -787,9 +765,9 @@ def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
     embed = embed or (lambda ids, mask: embed_sentences(t5, ids, mask))
     budget = BATCH_TOKENS[t5.weights["shared.weight"].device.type if t5 else "cpu"]
 
-    def embedded(stage, rows, done, total, share=SOLO):
+    def embedded(stage, rows, done, total):
         progress(stage, done, total)
-        for positions, H in _embedded(tokens, offsets, rows, embed, budget, share):
+        for positions, H in _embedded(tokens, offsets, rows, embed, budget, ranks):
             yield positions, H
             done += len(H) * ranks.world
             progress(stage, min(done, total), total)
@@ -799,7 +777,7 @@ def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
         sample = np.random.default_rng((seeds[0], 0, 0, 2)).choice(training, size, replace=False)
         _, H = next(_embedded(tokens, offsets, sample[:1], embed, budget))      # d, where it is
         points = H.new_zeros(size, H.shape[1])
-        for positions, H in embedded("embedding a sample", sample, 0, size, ranks):
+        for positions, H in embedded("embedding a sample", sample, 0, size):
             points[torch.from_numpy(positions).to(H.device)] = H
         points = torch.cat([ranks.all_sum(part)[0] for part in points.split(CHUNK)])
         if not points.isfinite().all():
@@ -810,20 +788,19 @@ def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
             atomic_write(path, lambda file: np.save(file, fitted.float().cpu().numpy()))
             progress("K-means", size, size)
         ranks.wait()
-    centroids, path = torch.from_numpy(_small(folder, "centroids")), folder / "cluster.bin"
+    centroids, path = torch.from_numpy(np.load(path)), folder / "cluster.bin"
     path.touch()
     row = 4 * len(seeds)                        # bytes
     done = ranks.gather(min(path.stat().st_size // row // CHUNK * CHUNK, n))[0]
     with open(path, "r+b" if ranks.rank == 0 else "rb") as file:
         file.seek(row * done)
         while done < n:
-            found = torch.zeros(CHUNK * ranks.world, len(seeds), dtype=torch.int64)
-            begin = ranks.rank * CHUNK
-            own = np.arange(done + begin, min(done + begin + CHUNK, n))
-            for positions, H in embedded("assigning clusters", own, done, n):
+            rows = np.arange(done, min(done + CHUNK * ranks.world, n))
+            found = torch.zeros(len(rows), len(seeds), dtype=torch.int64)
+            for positions, H in embedded("assigning clusters", rows, done, n):
                 for column, c in enumerate(centroids.to(H)):
-                    found[begin + positions, column] = nearest(H, c)[0].cpu()
-            found = ranks.all_sum(found)[0][:n - done].int().numpy()
+                    found[positions, column] = nearest(H, c)[0].cpu()
+            found = ranks.all_sum(found)[0].int().numpy()
             done += len(found)
             if ranks.rank == 0:
                 file.write(found)
@@ -833,34 +810,28 @@ def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
 
 def _group(folder, clusters, rows, progress):
     """Writes order and bounds for each of the `rows` clusterings."""
-    document, first, held_out, anchor, cluster = (_column(folder, name) for name in (
-        "document", "first", "held_out", "anchor", "cluster"))
+    first, held_out, anchor, cluster = (_column(folder, name) for name in (
+        "first", "held_out", "anchor", "cluster"))
     progress("grouping", 0, None)
-    orders, bounds = zip(*(group_anchors(row, held_out, anchor, document, first, clusters)
+    orders, bounds = zip(*(group_anchors(row, held_out, anchor, first, clusters)
                            for row in cluster.reshape(-1, rows).T))
     atomic_write(folder / "order.bin", lambda file: file.writelines(orders))
     atomic_write(folder / "bounds.npy", lambda file: np.save(file, np.stack(bounds)))
-    progress("grouping", len(document), len(document))
+    progress("grouping", len(anchor), len(anchor))
 
 
-def group_anchors(cluster, held_out, anchor, document, first, K, chunk=1 << 20):
+def group_anchors(cluster, held_out, anchor, first, K):
     """A store's columns, one clustering -> order (anchors,) uint32, bounds (4 K + 1,) int64.
     order[bounds[k]:bounds[k + 1]] are the anchors, in rising order, of group k: the training ones
     of cluster 0 that next-sentence variants can use (one follows in the document, and that has 4 or
     more), its others, those of cluster 1, ...; from 2 K on the held-out ones."""
-    ends = np.append(first[1:], len(document))
-    long = ends - first >= 4
-    groups = [[] for _ in range(4 * K)]         # each one's rows, chunk by chunk: memory is flat
-    for begin in range(0, len(document), chunk):
-        rows = begin + np.flatnonzero(anchor[begin:begin + chunk])
-        of = document[rows]
-        follows = long[of] & (ends[of] - 1 != rows)
-        group = 2 * (held_out[rows] * K + cluster[rows]) + ~follows
-        by, sizes = np.argsort(group, kind="stable"), np.bincount(group, minlength=4 * K)
-        for parts, part in zip(groups, np.split(rows[by].astype(np.uint32), np.cumsum(sizes)[:-1])):
-            parts.append(part)
-    sizes = [sum(map(len, parts)) for parts in groups]
-    return np.concatenate([*chain(*groups)]), np.cumsum([0, *sizes])
+    ends = np.append(first[1:], len(anchor))
+    followed = np.repeat(ends - first >= 4, ends - first)
+    followed[ends - 1] = False
+    group = 2 * (held_out * np.int32(K) + cluster) + ~followed
+    group[~anchor] = 4 * K                  # the last one, which is left away
+    order = np.argsort(group, kind="stable")[:anchor.sum()].astype(np.uint32)
+    return order, np.cumsum([0, *np.bincount(group, minlength=4 * K)[:4 * K]])
 
 
 # --------------------------------------------------------------------------- meta tasks
@@ -899,7 +870,7 @@ class TaskIndex:
         self.words = {v: decoder_targets(tokenizer, words) for v, (_, words) in cast.items()}
         if any(len(word) != 2 for words in self.words.values() for word in words):
             raise InputError("yes, no, maybe, A, B, C, D must be a piece each: take T5's tokenizer")
-        self.first = np.append(store.first, len(store.document))
+        self.first = np.append(store.first, len(store.anchor))
         if self.first[0] or (np.diff(self.first) < 1).any():
             raise InputError(f"{store.folder} is damaged: delete it")
         held_out, K = store.held_out[store.first], store.centroids.shape[1]

@@ -1767,6 +1767,10 @@ def planted_paths(folder, documents=200, length=40):
     return [path]
 
 
+def held_out_documents(store):
+    return np.flatnonzero(store.held_out[store.first]).tolist()
+
+
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory):
     """200 documents of 40 sentences on five topics -> (tokenizer, store, index)."""
@@ -2137,8 +2141,7 @@ def test_a_store_holds_the_text_in_order(planted):
     tokenizer, store, index = planted
     texts = tokenizer.decode_batch([index.store.sentence(i).tolist() for i in range(8000)])
     assert texts == [sentence(d, s) for d in range(200) for s in range(40)]
-    assert store.document.tolist() == [d for d in range(200)
-                                       for _ in range(40)] and store.anchor.all()
+    assert store.first.tolist() == list(range(0, 8000, 40)) and store.anchor.all()
     counts = store.meta["counts"]
     assert (counts["sentences"], counts["documents"]) == (8000, 200)
     assert counts["documents held out"] == 10
@@ -2202,7 +2205,7 @@ def test_kmeans_never_sees_a_held_out_document(planted, tmp_path):
     new = data.build_store(tmp_path / "s", paths, tokenizer, None, 5, 0,
                            model=write_model(tmp_path / "m", [])[0],
                            embed=spy, progress=progress)
-    held_out = {tokenizer.token_to_id(f"d{d}") for d in set(new.document[new.held_out].tolist())}
+    held_out = {tokenizer.token_to_id(f"d{d}") for d in held_out_documents(new)}
     assert len(held_out) == 10 and len(seen) > 150 and not seen & held_out
     assert done["embedding a sample"] == 5 * data.SAMPLE and done["assigning clusters"] == 8000
 
@@ -2278,7 +2281,7 @@ def test_a_half_made_store_that_lost_text_is_dropped(planted, tmp_path, left):
         if stage == "assigning clusters":
             raise KeyboardInterrupt
     whole = build_again(planted, tmp_path, "whole")
-    for name in data.TEXT.keys() - {"label"}:
+    for name in {*data.TEXT} - {"label"}:
         with pytest.raises(KeyboardInterrupt):
             build_again(planted, tmp_path, name, progress=stop)
         building, = (tmp_path / name).iterdir()
@@ -2292,7 +2295,7 @@ def test_a_half_made_store_that_lost_text_is_dropped(planted, tmp_path, left):
 
 
 def test_each_stage_is_told_when_it_is_done(planted, tmp_path, monkeypatch):
-    """What train.py takes a stage's time from: the last slice is tokenized before reading text is
+    """What train.py takes the times from: the last document is tokenized before reading text is
     told for the last time, not after it, in the time of the stage behind."""
     told, tokenize = [], data.tokenize
     monkeypatch.setattr(data, "tokenize", lambda *given: (told.append("work"), tokenize(*given))[1])
@@ -2381,7 +2384,7 @@ def test_a_stopped_build_goes_on_where_it_was(planted, tmp_path, monkeypatch):
         with pytest.raises(type(stop[2])):
             build("broken")
         building, = (tmp_path / "broken").iterdir()     # and what a kill can leave beside that:
-        for name in ("tokens.bin", "document.bin", "cluster.bin", ".centroids.npy.1.tmp"):
+        for name in ("tokens.bin", "first.bin", "cluster.bin", ".centroids.npy.1.tmp"):
             with open(building / name, "ab") as file:
                 file.write(b"half")
     stop = ("", 0, None)
@@ -2392,7 +2395,7 @@ def test_a_stopped_build_goes_on_where_it_was(planted, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "broken").iterdir()] == [whole.folder.name]
 
 
-@pytest.mark.parametrize("file", ["tokens.bin", "offsets.bin", "document.bin", "cluster.bin",
+@pytest.mark.parametrize("file", ["tokens.bin", "offsets.bin", "first.bin", "cluster.bin",
                                   "order.bin", "centroids.npy", "meta.json"])
 def test_a_damaged_store_is_refused(planted, tmp_path, file):
     """Missing or cut short: an InputError that says what to do."""
@@ -2693,7 +2696,7 @@ def test_a_thousand_tasks_are_balanced_and_honest(planted):
     variants come up alike."""
     tokenizer, store, index = planted
     document_of = {tokenizer.token_to_id(f"d{d}"): d for d in range(200)}
-    held_out = set(store.document[store.held_out].tolist())
+    held_out = set(held_out_documents(store))
     topics = {tokenizer.token_to_id(f"T{i}") for i in range(5)}
     variants, labels, extras = Counter(), Counter(), Counter()
     for step in range(1000):
@@ -2744,12 +2747,11 @@ def synthetic_store(folder, n):
     rng, K = np.random.default_rng(0), min(250, n // 4000)
     columns = {"tokens": rng.integers(3, 2000, 12 * n, dtype=np.uint16),
                "offsets": np.arange(n + 1, dtype=np.int64) * 12,
-               "document": np.arange(n, dtype=np.int32) // 25,
                "first": np.arange(0, n, 25), "label": np.empty(0, np.int16),
                "held_out": np.repeat(rng.random(n // 25) < 0.05, 25), "anchor": np.ones(n, bool),
                "cluster": rng.integers(0, K, n, dtype=np.int32)}
     columns["order"], bounds = data.group_anchors(*(columns[name] for name in (
-        "cluster", "held_out", "anchor", "document", "first")), K)
+        "cluster", "held_out", "anchor", "first")), K)
     folder.mkdir()
     for name, values in columns.items():
         values.tofile(folder / f"{name}.bin")
@@ -2844,20 +2846,27 @@ def test_mask_and_letters_survive_very_long_sentences(planted, tmp_path):
 
 def reclustered(store, cluster, K):
     """A store with other clusters, of which it is not said where they came from."""
-    order, bounds = data.group_anchors(cluster[0], store.held_out, store.anchor, store.document,
-                                       store.first, K, chunk=1000)
+    order, bounds = data.group_anchors(cluster[0], store.held_out, store.anchor, store.first, K)
     return store._replace(cluster=cluster, centroids=np.zeros((3, K, 5), np.float32),
                           order=np.stack([order] * 3), bounds=np.stack([bounds] * 3))
 
 
-def test_anchors_are_grouped_by_split_cluster_and_use(planted):
-    """Chunk by chunk, group_anchors is what its docstring says, done by sorting all at once."""
-    store, K = planted[1], 5
-    follows = np.append(store.document[1:] == store.document[:-1], False)
-    group = 2 * (K * store.held_out + store.cluster[0]) + ~follows
-    store = reclustered(store, store.cluster, K)
-    assert np.array_equal(store.order[0], np.argsort(group, kind="stable"))
-    assert np.array_equal(np.diff(store.bounds[0]), np.bincount(group, minlength=4 * K))
+def test_anchors_are_grouped_by_split_cluster_and_use():
+    """group_anchors is what its docstring says, sentence by sentence: among them some of short
+    documents, and some that are no anchors."""
+    rng, K = np.random.default_rng(0), 5
+    lengths = rng.integers(1, 9, 60)
+    first, n = np.cumsum([0, *lengths[:-1]]), lengths.sum()
+    cluster, anchor = rng.integers(0, K, n, dtype=np.int32), rng.random(n) < 0.8
+    held_out = np.repeat(rng.random(60) < 0.3, lengths)
+    expected = [[] for _ in range(4 * K)]
+    for begin, length in zip(first, lengths):
+        for i in begin + np.flatnonzero(anchor[begin:begin + length]):
+            alone = length < 4 or i == begin + length - 1
+            expected[2 * (K * held_out[i] + cluster[i]) + alone].append(i)
+    order, bounds = data.group_anchors(cluster, held_out, anchor, first, K)
+    assert order.dtype == np.uint32 and len(bounds) == 4 * K + 1
+    assert [order[a:b].tolist() for a, b in zip(bounds, bounds[1:])] == expected
 
 
 def test_small_clusters_are_skipped(planted):
@@ -2875,7 +2884,7 @@ def test_small_clusters_are_skipped(planted):
 def test_too_few_sentences_for_the_tasks_are_counted(planted):
     """The message says which variant and split, and how many sentences are lacking."""
     tokenizer, store, _ = planted
-    held_out = sorted(set(store.document[store.held_out].tolist()))
+    held_out = held_out_documents(store)
     last = np.bincount([(7 * d + 39) % 5 for d in held_out], minlength=5)   # nothing follows them
     lacking = 20 + last.min()
     says = f"sp-next: {lacking} validation sentences are lacking: of 100 usable ones {lacking} in"
@@ -3194,9 +3203,8 @@ def labeled_store(folder, rows, clusters=3):
 
 
 def test_long_documents_are_whole(tmp_path, monkeypatch):
-    """A document of more sentences than are tokenized together, between short ones, and text that
-    is gone on with after a stop between two saved states: the store's sentences are the corpus's.
-    """
+    """Long ones between short ones, and text that is gone on with after a stop between two saved
+    states: the store's sentences are the corpus's."""
     words = [f"w{i}" for i in range(60)] + ["end."]
     model, tokenizer = write_model(tmp_path / "model", words + TEMPLATE_WORDS)
     rng = np.random.default_rng(0)
@@ -3207,7 +3215,6 @@ def test_long_documents_are_whole(tmp_path, monkeypatch):
         lines = [json.dumps({"paragraphs": d}) for d in documents[number::2]]
         (tmp_path / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
     expected = [data.tokenize(tokenizer, d) for number in range(2) for d in documents[number::2]]
-    monkeypatch.setattr(data, "SLICE", 7)
     monkeypatch.setattr(data, "SAVED", 1)
     original, calls = data.join_short, []
 
@@ -3226,8 +3233,8 @@ def test_long_documents_are_whole(tmp_path, monkeypatch):
         build()
     store = build()
     assert len(calls) == len(lengths) + 1               # the stopped document twice, others once
-    found = [[store.tokens[store.offsets[i]:store.offsets[i + 1]].tolist()
-              for i in np.flatnonzero(store.document == d)] for d in range(len(lengths))]
+    found = [[store.sentence(i).tolist() for i in range(begin, end)]
+             for begin, end in zip(store.first, [*store.first[1:], len(store.anchor)])]
     assert found == expected and store.meta["counts"]["documents"] == len(lengths)
     assert build("unbroken").meta == store.meta
 
@@ -7461,9 +7468,8 @@ def test_a_state_is_one_that_a_run_can_have(small_world, name, value):
 
 
 def test_memory_is_bounded_whatever_a_file_claims(tmp_path):
-    """A line of 100 MB as text, of 32 as JSON, also one that gzip made small, a million empty
-    documents, a member of a zip, a config.json of absurd sizes: read or refused within 400 MB more
-    than the process has."""
+    """A line of 100 MB as text, of 32 as JSON, also one that gzip made small, a member of a zip, a
+    config.json of absurd sizes: read or refused within 400 MB more than the process has."""
     (tmp_path / "line.txt").write_bytes(b"a" * 10 ** 8)
     (tmp_path / "line.jsonl").write_bytes(b'{"text": "' + b"a" * 2 ** 25)
     (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b" " * 2 ** 25, 1))
@@ -7482,16 +7488,11 @@ def test_memory_is_bounded_whatever_a_file_claims(tmp_path):
         told(data.archive_member, tmp_path / "bomb.zip", "superglue/CB/val.jsonl")
         told(load_t5, model)
 
-    def empty():
-        data._write_text(tmp_path, lambda counts: ((0.5, [], None) for _ in range(10 ** 6)), None,
-                         lambda *_: None)
-
     def limited(more):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + more
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     assert ended(forked(work, lambda: limited(400_000_000))) == 0
-    assert ended(forked(empty, lambda: limited(50_000_000))) == 0
 
 
 def test_what_is_too_large_or_too_much_is_refused(tmp_path):
