@@ -281,13 +281,17 @@ def collate(examples, rows, device="cpu"):
     """The given rows of Examples as a Batch, padded to the longest of them.
     ids [[7, 9, 1], [8, 1]] -> ids [[7, 9, 1], [8, 1, 0]], mask [[T, T, T], [T, T, F]]"""
     rows = list(rows)
-    ids = pad_sequence([torch.tensor(examples.ids[r]) for r in rows],
-                       batch_first=True, padding_value=PAD)                         # (B, T)
-    lengths = torch.tensor([[len(examples.ids[r])] for r in rows])                  # (B, 1)
-    mask = torch.arange(ids.shape[1]) < lengths                                     # (B, T)
+    ids, mask = padded([examples.ids[r] for r in rows])                             # (B, T)
     slots = torch.tensor([examples.slots[r] for r in rows], dtype=torch.long)       # (B, V)
     targets = torch.eye(len(examples.words))[examples.labels[rows]]                 # (B, K)
     return Batch(*(x.to(device) for x in (ids, mask, slots, examples.vectors[rows], targets)))
+
+
+def padded(sentences):
+    """Token ids of B sentences -> ids (B, T) long, mask (B, T) bool, false at padding."""
+    ids = pad_sequence([torch.from_numpy(np.array(sentence, dtype=np.int64))
+                        for sentence in sentences], batch_first=True, padding_value=PAD)
+    return ids, torch.arange(ids.shape[1]) < torch.tensor([[len(s)] for s in sentences])
 
 
 def load_tokenizer(folder, config):
@@ -322,17 +326,15 @@ def tokenize(tokenizer, texts):
             for ids in encoded]
 
 
-def word_pieces(tokenizer, word):
-    """A label word's pieces, word-initial: "yes" -> [4273] at T5. InputError if one is <unk>."""
-    pieces = tokenize(tokenizer, [word])[0]
-    if not pieces or UNK in pieces:
-        raise InputError(f"label word {word!r} is not in the model's vocabulary: choose another")
-    return pieces
-
-
 def decoder_targets(tokenizer, words):
-    """K label words -> [[<extra_id_0>, piece, ...], ...]: what the decoder is asked for (Eq. 1)."""
-    return [[tokenizer.token_to_id(MASK), *word_pieces(tokenizer, word)] for word in words]
+    """K label words -> what the decoder is asked for (Eq. 1); pieces are word-initial.
+    ["yes"] -> [[32099, 4273]], <extra_id_0> and a piece, at T5. InputError if one is <unk>."""
+    pieces = tokenize(tokenizer, words)
+    for word, ids in zip(words, pieces):
+        if not ids or UNK in ids:
+            raise InputError(f"label word {word!r} is not in the model's vocabulary: choose "
+                             "another")
+    return [[tokenizer.token_to_id(MASK), *ids] for ids in pieces]
 
 
 def compile_template(tokenizer, template):
@@ -748,11 +750,7 @@ def _embedded(tokens, offsets, rows, embed, budget, ranks=SOLO):
                 yield begin + order[:size]
                 order = order[size:]
     for batch in ranks.share(batches()):
-        ids = [torch.from_numpy(tokens[offsets[i]:offsets[i + 1]].astype(np.int64))
-               for i in rows[batch]]
-        lengths = torch.tensor([[len(sentence)] for sentence in ids])
-        ids = pad_sequence(ids, batch_first=True, padding_value=PAD)
-        yield batch, embed(ids, torch.arange(ids.shape[1]) < lengths)
+        yield batch, embed(*padded([tokens[offsets[i]:offsets[i + 1]] for i in rows[batch]]))
 
 
 def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
@@ -863,7 +861,7 @@ class TaskIndex:
     def __init__(self, store, tokenizer, *, support=32, query=32, variants=VARIANTS,
                  max_tokens=MAX_TOKENS, recast={}, mixing=False):
         self.store, self.sizes, self.max_tokens = store, (support, query), max_tokens
-        self.variants, self.mixing = tuple(variants), mixing
+        self.variants = tuple(variants)
         cast = {v: (TEMPLATES[v[:2]], WORDS[v]) for v in VARIANTS} | recast
         self.parts = {v: compile_template(tokenizer, template) for v, (template, _) in cast.items()}
         self.words = {v: decoder_targets(tokenizer, words) for v, (_, words) in cast.items()}
@@ -873,7 +871,7 @@ class TaskIndex:
         if self.first[0] or (np.diff(self.first) < 1).any():
             raise InputError(f"{store.folder} is damaged: delete it")
         held_out, K = store.held_out[store.first], store.centroids.shape[1]
-        self.documents, self.pools = {}, {}
+        self.documents, self.pools, self.usable = {}, {}, {}
         for half, split, chosen in ((0, "train", ~held_out), (1, "validation", held_out)):
             rows = np.flatnonzero(chosen)
             lengths = self.first[rows + 1] - self.first[rows]
@@ -885,21 +883,24 @@ class TaskIndex:
                     order[bounds[0]:bounds[-1]], bounds[::2] - bounds[0],
                     {"next": sizes[::2], "cluster": sizes[::2] + sizes[1::2]})
             for variant in self.variants:
-                self._check(split, variant)
+                pool, kind = self.pools[split, variant[:2]], variant[3:]
+                lacking = np.maximum(sum(self.sizes) - pool.count[kind], 0)
+                self.usable[split, variant] = _usable(
+                    variant, split, lacking, f"{sum(self.sizes)} usable ones",
+                    4 if variant[:2] == "ss" else 1 + (mixing and split == "train"))
+                if kind == "cluster" and len(pool.order) - pool.count[kind].max() < 3:
+                    raise InputError(f"one cluster holds all {split} sentences: ask for more "
+                                     "clusters")
 
-    def _check(self, split, variant):
-        pool, kind = self.pools[split, variant[:2]], variant[3:]
-        wanted = 4 if variant[:2] == "ss" else 2 if self.mixing and split == "train" else 1
-        need = sum(self.sizes)
-        lacking = np.maximum(need - pool.count[kind], 0)
-        fewest = [*sorted(lacking), *[need] * wanted][:wanted]
-        if any(fewest):
-            raise InputError(f"{variant}: {sum(fewest)} {split} sentences are lacking: of {need} "
-                             f"usable ones {', '.join(map(str, fewest))} in the {wanted} fullest "
-                             f"cluster(s), {', '.join(map(str, lacking))} in each one, from cluster"
-                             " 0 on: give more text, or fewer clusters")
-        if kind == "cluster" and len(pool.order) - pool.count[kind].max() < 3:
-            raise InputError(f"one cluster holds all {split} sentences: ask for more clusters")
+
+def _usable(name, split, lacking, wanted, least):
+    """The clusters that lack nothing. InputError, with what each lacks, if there are fewer."""
+    usable = np.flatnonzero(lacking == 0)
+    if len(usable) < least:
+        raise InputError(f"{name}: {', '.join(map(str, lacking))} {split} sentences are lacking in "
+                         f"each cluster for {wanted}, which {least} must have: give more text, or "
+                         "another number of clusters")
+    return usable
 
 
 def meta_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):
@@ -921,7 +922,7 @@ def meta_task(index, seed, step, i, *, variant=None, split="train", stream, avoi
     variant = variant or drawn
     form, kind, ways = variant[:2], variant[3:], 4 if variant[:2] == "ss" else 1
     pool, clusters = index.pools[split, form], tuple(avoid)
-    usable = np.flatnonzero(pool.count[kind] >= sum(index.sizes))
+    usable = index.usable[split, variant]
     if ways == 1 and usable.tolist() == list(avoid):
         raise InputError(f"{variant}: one usable {split} cluster, mixing needs two: give more text")
     while clusters == tuple(avoid):
@@ -1091,12 +1092,8 @@ class LabeledIndex:
                 self.rows[split, name] = np.split(rows[np.argsort(group, kind="stable")],
                                                   np.cumsum(counts)[:-1])
                 lacking = np.maximum(need - counts, 0).reshape(clusters, K).sum(1)
-                self.usable[split, name] = np.flatnonzero(lacking == 0)
-                wanted = 2 if mixing and split == "train" else 1
-                if len(self.usable[split, name]) < wanted:
-                    raise InputError(f"{name}: {', '.join(map(str, lacking))} {split} texts are "
-                                     f"lacking in each cluster for {need} of each label, which "
-                                     f"{wanted} must have: give more rows, or fewer clusters")
+                self.usable[split, name] = _usable(name, split, lacking, f"{need} of each label",
+                                                   1 + (mixing and split == "train"))
 
 
 def labeled_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):

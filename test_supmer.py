@@ -2043,10 +2043,10 @@ def test_text_cannot_put_in_markers(tmp_path):
 def test_a_label_word_outside_the_vocabulary_is_refused(tmp_path):
     """Neither <unk> nor an empty word can be scored."""
     _, tokenizer = write_model(tmp_path, ["great"])
-    assert data.word_pieces(tokenizer, "great") == [3]
+    assert data.decoder_targets(tokenizer, ["great"]) == [[tokenizer.token_to_id(MASK), 3]]
     for word in ("unseen", ""):
-        with pytest.raises(InputError, match="not in the model's vocabulary"):
-            data.word_pieces(tokenizer, word)
+        with pytest.raises(InputError, match=f"{word!r} is not in the model's vocabulary"):
+            data.decoder_targets(tokenizer, ["great", word])
 
 
 def test_a_template_has_one_mask(tmp_path):
@@ -2118,8 +2118,8 @@ def test_ids_equal_those_of_transformers():
         ours, _ = fill_template(parts[form], dict(zip("01234", (encoded[r] for r in rows))),
                                 max_tokens=10**6)
         assert ours == theirs(joined).input_ids, joined
-    pieces = [data.word_pieces(tokenizer, word) for word in ("yes", "no", "maybe", *"ABCD")]
-    assert pieces == [[4273], [150], [2087], [71], [272], [205], [309]]
+    targets = data.decoder_targets(tokenizer, ["yes", "no", "maybe", *"ABCD"])
+    assert targets == [[32099, piece] for piece in (4273, 150, 2087, 71, 272, 205, 309)]
     assert data.tokenize(tokenizer, ["translate English to German: That is good."]) == \
         [[13959, 1566, 12, 2968, 10, 466, 19, 207, 5]]
 
@@ -2793,8 +2793,8 @@ def test_an_index_does_not_grow_with_the_sentences(tmp_path):
         own = [index.first, *(x for pair in index.documents.values() for x in pair),
                *(x for pool in index.pools.values() for x in (pool.start, *pool.count.values()))]
         assert all(np.may_share_memory(x.order, store.order) for x in index.pools.values())
-        assert set(vars(index)) == {"store", "sizes", "max_tokens", "variants", "mixing", "parts",
-                                    "words", "first", "documents", "pools"}
+        assert set(vars(index)) == {"store", "sizes", "max_tokens", "variants", "parts", "words",
+                                    "first", "documents", "pools", "usable"}
         held.append(sum(x.nbytes for x in own) / (n // 25))
     assert max(held) < 30 and held[1] < 1.01 * held[0]              # bytes a document
 
@@ -2882,15 +2882,16 @@ def test_small_clusters_are_skipped(planted):
 
 
 def test_too_few_sentences_for_the_tasks_are_counted(planted):
-    """The message says which variant and split, and how many sentences are lacking."""
+    """The message says which variant and split, and how many sentences each cluster lacks."""
     tokenizer, store, _ = planted
     held_out = held_out_documents(store)
     last = np.bincount([(7 * d + 39) % 5 for d in held_out], minlength=5)   # nothing follows them
-    lacking = 20 + last.min()
-    says = f"sp-next: {lacking} validation sentences are lacking: of 100 usable ones {lacking} in"
-    with pytest.raises(InputError, match=says):
+    says = "sp-next: (.*) validation sentences are lacking in each cluster for 100 usable ones, wh"
+    with pytest.raises(InputError, match=says) as caught:
         TaskIndex(store, tokenizer, support=50, query=50)
-    says = "ss-cluster: 80 .* usable ones 20, 20, 20, 20 in the 4 .*, 20, 20, 20, 20, 20 in each"
+    found = re.match(says, str(caught.value)).group(1)
+    assert sorted(map(int, found.split(", "))) == sorted(20 + last)
+    says = "ss-cluster: 20, 20, 20, 20, 20 .* 100 usable ones, which 4 must have: give more text"
     with pytest.raises(InputError, match=says):
         TaskIndex(store, tokenizer, support=50, query=50, variants=("ss-cluster",))
     one = reclustered(store, np.zeros_like(store.cluster), 1)
@@ -2899,14 +2900,14 @@ def test_too_few_sentences_for_the_tasks_are_counted(planted):
     index = TaskIndex(one, tokenizer, variants=("sp-next",))
     with pytest.raises(InputError, match="mixing needs two"):
         meta_task(index, 0, 0, 0, stream=1, avoid=(0,))
-    says = "sp-next: 64 train sentences are lacking: of 64 usable ones 0, 64 in the 2 fullest"
+    says = "sp-next: 0 train sentences are lacking in each cluster for 64 usable .* 2 must have"
     with pytest.raises(InputError, match=says):
         TaskIndex(one, tokenizer, variants=("sp-next",), mixing=True)
 
 
 def test_what_mixing_lacks_is_told_before_a_run_begins(small_world):
     """A partner task is of another cluster: with one, train.py says so before the first step."""
-    with pytest.raises(InputError, match="sp-next: .* in the 2 fullest cluster"):
+    with pytest.raises(InputError, match="sp-next: 0 train .* which 2 must have"):
         make_run(small_world, "unmixed", clusters=1)
 
 
@@ -3145,12 +3146,12 @@ def test_label_words_are_one_piece_of_the_official_t5():
     are pieces that T5 knows, its mask is <extra_id_0>."""
     tokenizer = Tokenizer.from_file(os.path.join(SUPMER_DATA, "t5_tokenizer", "tokenizer.json"))
     for name, task in TASKS.items():
-        pieces = {piece for word in task.words for piece in data.word_pieces(tokenizer, word)}
-        assert len(pieces) == len(task.words)
+        targets = data.decoder_targets(tokenizer, task.words)
+        assert len({piece for _, piece in targets}) == len(task.words)
         parts = data.compile_template(tokenizer, task.template)
         literal = [part for part in parts if isinstance(part, list)]
         assert [32099] in literal and data.UNK not in sum(literal, [])
-    assert [data.word_pieces(tokenizer, word) for word in ("yes", "no")] == [[4273], [150]]
+    assert data.decoder_targets(tokenizer, ["yes", "no"]) == [[32099, 4273], [32099, 150]]
 
 
 def test_jsonl_of_other_things_is_refused(tmp_path):
@@ -3265,12 +3266,12 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
     again = data.labeled_task(data.LabeledIndex({"set": store}, tokenizer, support=7, query=3),
                               0, 19, 0, stream=1, split="validation")
     assert again.support.ids == task.support.ids and again.query.ids == task.query.ids
-    says = "set: (\\d+, ){2}\\d+ validation texts are lacking in each cluster for 40 of each"
+    says = "set: (\\d+, ){2}\\d+ validation sentences are lacking in each cluster for 40 of each"
     with pytest.raises(InputError, match=says):
         data.LabeledIndex({"set": store}, tokenizer, support=60, query=60)
     one = {"set": store._replace(cluster=np.zeros_like(store.cluster))}
     data.LabeledIndex(one, tokenizer, support=7, query=3)
-    with pytest.raises(InputError, match="set: 0, 12, 12 train texts .*, which 2 must have"):
+    with pytest.raises(InputError, match="set: 0, 12, 12 train sentences .*, which 2 must have"):
         data.LabeledIndex(one, tokenizer, support=7, query=3, mixing=True)
     with pytest.raises(InputError, match="set: one usable train cluster, mixing needs two"):
         data.labeled_task(index, 0, 0, 0, stream=2, variant="set", avoid=tuple(range(99)))
