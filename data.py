@@ -634,7 +634,7 @@ def _choose(folder, clusters, counts):
     chosen, anchor = hold_out(shares), np.zeros(sentences, dtype=bool)
     counts["documents held out"] = int(chosen.sum())
     for part in range(16):          # a sixteenth of the keys at a time, to be sorted
-        rows = np.flatnonzero(keys.view(np.uint8)[::8] % 16 == part)
+        rows = np.flatnonzero(keys % 16 == part)
         anchor[rows[np.unique(keys[rows], return_index=True)[1]]] = True
     held_out = np.repeat(chosen, np.diff(first, append=sentences))
     different = int((anchor & ~held_out).sum())
@@ -786,11 +786,11 @@ def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
             progress("K-means", size, size)
         ranks.wait()
     centroids, path = torch.from_numpy(np.load(path)), folder / "cluster.bin"
-    path.touch()
-    row = 4 * len(seeds)                        # bytes
-    done = ranks.gather(min(path.stat().st_size // row // CHUNK * CHUNK, n))[0]
-    with open(path, "r+b" if ranks.rank == 0 else "rb") as file:
-        file.seek(row * done)
+    with open(path, "ab") as file:          # only rank 0 writes
+        row = 4 * len(seeds)                        # bytes
+        done = ranks.gather(min(file.tell() // row // CHUNK * CHUNK, n))[0]
+        if ranks.rank == 0:
+            file.truncate(row * done)
         while done < n:
             rows = np.arange(done, min(done + CHUNK * ranks.world, n))
             found = torch.zeros(len(rows), len(seeds), dtype=torch.int64)
@@ -1559,9 +1559,6 @@ def fetch_corpus(name, max_bytes):
 
 if "HF_HUB_VERBOSITY" not in os.environ:    # it tells of each of its tries, we of their failure
     logging.set_verbosity_error()
-# What the hub's client raises: no network (OSError or its HTTP library's own), a name or revision
-# that is not there or not allowed, no room on the disk.
-FETCH_ERRORS = (OSError, EntryNotFoundError, HFValidationError, HTTPError)
 REASONS = {LocalEntryNotFoundError: "the hub was not reached, and it is not in the cache",
            RepositoryNotFoundError: "the hub has no such repository, or it is private",
            RevisionNotFoundError: "the repository has no such revision"}
@@ -1592,7 +1589,7 @@ def _hub(file, source, **how):
     """hf_hub_download's answer; None where a dry run finds no such file. InputError, else."""
     try:
         return hf_hub_download(filename=file, **source, **how)
-    except FETCH_ERRORS as error:
+    except (OSError, EntryNotFoundError, HFValidationError, HTTPError) as error:
         if how and isinstance(error, EntryNotFoundError):
             return None
         where = "@".join(filter(None, (source["repo_id"], source.get("revision"))))
