@@ -537,25 +537,20 @@ def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, embed=No
     A sentence of it is a whole text, cut at MAX_TOKENS, and a document; `label` is the place of its
     word in meta["made_of"]["options"]["words"]. The file's labels are those words, or integers of
     two or five values, which are SENTIMENT's in rising order."""
-    path, columns = Path(path), ("label", "text")
-
-    def rows():
-        for where, row in read_table(path, columns):
-            if not row or not row[0] or not row[1].strip():
-                raise InputError(f"{where}: {row}; a row is a label and a text: mend or drop it")
-            yield row
-    labels = {label for label, _ in rows()}
+    path = Path(path)
+    labels = {row[0] for _, row in read_table(path, ("label", "text")) if row and row[0]}
     numbers = all(re.fullmatch(r"\d+", label) for label in labels)
     places = sorted(labels, key=int if numbers else None)
     words = list(SENTIMENT.get(len(labels), ())) if numbers else places
     if len(words) < 2:
         raise InputError(f"{path} has the labels {', '.join(sorted(labels)[:9])}: write two "
                          "label words or more, or numbers of two or five classes of sentiment")
+    task = LabeledTask("", "", words=tuple(words), labels=tuple(places))
 
     def read(counts):
-        for label, text in rows():
-            counts["bytes"] += len(text.encode())
-            yield hash_share([text]), [text], places.index(label)
+        for label, fields in read_rows(path, task):
+            counts["bytes"] += len(fields["text"].encode())
+            yield hash_share([fields["text"]]), [fields["text"]], label
     options = {"words": words, "clusters": clusters, "seed": seed}
     return _build(cache, [path], read, options, tokenizer, t5, model, embed, progress, ranks)
 
@@ -626,21 +621,18 @@ def hold_out(shares):
 def _choose(folder, clusters, counts):
     """Choose held-out documents and, of equal sentences, the first as an anchor: writes held_out
     and anchor."""
-    n, sentences = counts["documents"], counts["sentences"]
-    if sentences < clusters or n < 4:
-        raise InputError(f"the corpus has {sentences} sentences in {n} documents; {clusters}"
-                         " clusters and 4 documents are wanted: give more text, or fewer clusters")
     keys, first, shares = (_column(folder, name) for name in ("keys", "first", "shares"))
-    chosen, anchor = hold_out(shares), np.zeros(sentences, dtype=bool)
+    chosen, anchor = hold_out(shares), np.zeros(len(keys), dtype=bool)
     counts["documents held out"] = int(chosen.sum())
     for part in range(16):          # a sixteenth of the keys at a time, to be sorted
         rows = np.flatnonzero(keys % 16 == part)
         anchor[rows[np.unique(keys[rows], return_index=True)[1]]] = True
-    held_out = np.repeat(chosen, np.diff(first, append=sentences))
+    held_out = np.repeat(chosen, np.diff(first, append=len(keys)))
     different = int((anchor & ~held_out).sum())
-    if different < clusters:
-        raise InputError(f"{different} different training sentences cannot make {clusters}"
-                         " clusters: give more text, or fewer clusters")
+    if different < clusters or len(first) < 4:
+        raise InputError(f"the corpus has {len(keys)} sentences in {len(first)} documents, of them "
+                         f"{different} different ones to train on; {clusters} clusters and 4 "
+                         "documents are wanted: give more text, or fewer clusters")
     for name, values in (("held_out", held_out), ("anchor", anchor)):
         atomic_write(folder / f"{name}.bin", lambda file: file.write(values))
 
