@@ -39,15 +39,14 @@ from bisect import bisect_right
 from collections import Counter
 from contextlib import ExitStack
 from http.client import HTTPException
-from itertools import chain, islice, tee
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 import numpy as np
 import torch
-from huggingface_hub import (_CACHED_NO_EXIST, HfApi, hf_hub_download, logging,
-                             try_to_load_from_cache)
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, logging, try_to_load_from_cache
 from huggingface_hub.errors import (EntryNotFoundError, HFValidationError, HTTPError,
                                     LocalEntryNotFoundError, RepositoryNotFoundError,
                                     RevisionNotFoundError)
@@ -282,13 +281,17 @@ def collate(examples, rows, device="cpu"):
     """The given rows of Examples as a Batch, padded to the longest of them.
     ids [[7, 9, 1], [8, 1]] -> ids [[7, 9, 1], [8, 1, 0]], mask [[T, T, T], [T, T, F]]"""
     rows = list(rows)
-    ids = pad_sequence([torch.tensor(examples.ids[r]) for r in rows],
-                       batch_first=True, padding_value=PAD)                         # (B, T)
-    lengths = torch.tensor([[len(examples.ids[r])] for r in rows])                  # (B, 1)
-    mask = torch.arange(ids.shape[1]) < lengths                                     # (B, T)
+    ids, mask = padded([examples.ids[r] for r in rows])                             # (B, T)
     slots = torch.tensor([examples.slots[r] for r in rows], dtype=torch.long)       # (B, V)
     targets = torch.eye(len(examples.words))[examples.labels[rows]]                 # (B, K)
     return Batch(*(x.to(device) for x in (ids, mask, slots, examples.vectors[rows], targets)))
+
+
+def padded(sentences):
+    """Token ids of B sentences -> ids (B, T) long, mask (B, T) bool, false at padding."""
+    ids = pad_sequence([torch.from_numpy(np.array(sentence, dtype=np.int64))
+                        for sentence in sentences], batch_first=True, padding_value=PAD)
+    return ids, torch.arange(ids.shape[1]) < torch.tensor([[len(s)] for s in sentences])
 
 
 def load_tokenizer(folder, config):
@@ -323,17 +326,15 @@ def tokenize(tokenizer, texts):
             for ids in encoded]
 
 
-def word_pieces(tokenizer, word):
-    """A label word's pieces, word-initial: "yes" -> [4273] at T5. InputError if one is <unk>."""
-    pieces = tokenize(tokenizer, [word])[0]
-    if not pieces or UNK in pieces:
-        raise InputError(f"label word {word!r} is not in the model's vocabulary: choose another")
-    return pieces
-
-
 def decoder_targets(tokenizer, words):
-    """K label words -> [[<extra_id_0>, piece, ...], ...]: what the decoder is asked for (Eq. 1)."""
-    return [[tokenizer.token_to_id(MASK), *word_pieces(tokenizer, word)] for word in words]
+    """K label words -> what the decoder is asked for (Eq. 1); pieces are word-initial.
+    ["yes"] -> [[32099, 4273]], <extra_id_0> and a piece, at T5. InputError if one is <unk>."""
+    pieces = tokenize(tokenizer, words)
+    for word, ids in zip(words, pieces):
+        if not ids or UNK in ids:
+            raise InputError(f"label word {word!r} is not in the model's vocabulary: choose "
+                             "another")
+    return [[tokenizer.token_to_id(MASK), *ids] for ids in pieces]
 
 
 def compile_template(tokenizer, template):
@@ -438,16 +439,13 @@ SOLO = Ranks()
 # --------------------------------------------------------------------------- the store on disk
 SHORT = 4                   # tokens; see join_short
 SAMPLE = 256                # sentences per centroid that K-means sees
-SLICE = 1 << 13             # sentences that are tokenized together, whatever documents they are of
 SAVED = 1 << 24             # tokens between saved states of the text
 CHUNK = 1 << 14             # sentences that are sorted by length together, and saved together
 BATCH_TOKENS = {"cpu": 1 << 9, "cuda": 1 << 17}     # embedded together; a CPU's cache likes few
 # Plain numbers, each a file NAME.bin and its type; see Store. keys, shares: only while it is made.
-COLUMNS = {"tokens": "H", "offsets": "q", "document": "i", "first": "q", "label": "h",
-           "held_out": "?", "anchor": "?", "cluster": "i", "order": "I", "keys": "Q", "shares": "d"}
-# Those that reading text appends to, and what counts their length.
-TEXT = {"tokens": "tokens", "offsets": "sentences", "document": "sentences", "label": "labels",
-        "keys": "sentences", "first": "documents", "shares": "documents"}
+COLUMNS = {"tokens": "H", "offsets": "q", "first": "q", "label": "h", "held_out": "?",
+           "anchor": "?", "cluster": "i", "order": "I", "keys": "Q", "shares": "d"}
+TEXT = ("tokens", "offsets", "first", "label", "keys", "shares")    # those that reading appends to
 # What two and five classes are called whose labels are mere numbers.
 SENTIMENT = {2: ("terrible", "great"), 5: ("terrible", "bad", "okay", "good", "great")}
 
@@ -457,7 +455,6 @@ class Store(NamedTuple):
     folder: Path
     tokens: np.ndarray      # (all tokens) uint16
     offsets: np.ndarray     # (n + 1,) int64: where in tokens a sentence begins
-    document: np.ndarray    # (n,) int32, rising
     first: np.ndarray       # (documents,) int64: each one's first sentence
     held_out: np.ndarray    # (n,) bool: its document is kept for validation tasks
     anchor: np.ndarray      # (n,) bool: no earlier sentence has the same text
@@ -479,16 +476,16 @@ def open_store(folder, made_of=None):
     try:
         meta = read_json(folder / "meta.json")
         columns = {name: _column(folder, name) for name in COLUMNS if name in Store._fields}
-        columns |= {name: _small(folder, name) for name in ("centroids", "bounds")}
+        columns |= {name: np.load(folder / f"{name}.npy") for name in ("centroids", "bounds")}
         n, rows = len(columns["offsets"]) - 1, len(columns["bounds"])
-        sizes = dict.fromkeys(("document", "held_out", "anchor"), n) | {
-            "tokens": columns["offsets"][-1], "first": meta["counts"]["documents"],
-            "cluster": rows * n, "order": columns["bounds"][:, -1].sum()}
+        sizes = {"tokens": columns["offsets"][-1], "first": meta["counts"]["documents"],
+                 "held_out": n, "anchor": n, "cluster": rows * n,
+                 "order": columns["bounds"][:, -1].sum()}
         if any(len(columns[name]) != size for name, size in sizes.items()) or (
                 np.diff(columns["bounds"]) < 0).any():
             raise ValueError("its files do not fit together")
         other = [key for key in made_of or () if meta["made_of"][key] != made_of[key]]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except Exception as error:      # a damaged file raises almost anything
         raise InputError(f"{folder} is not a whole store ({error}): delete it") from None
     if other:
         raise InputError(f"{folder} was built with another {', another '.join(other)}: delete it")
@@ -497,13 +494,6 @@ def open_store(folder, made_of=None):
     for name in ("cluster", "order", "centroids", "bounds"):    # one clustering serves all formats
         columns[name] = np.broadcast_to(columns[name], (len(FORMATS), *columns[name].shape[1:]))
     return Store(folder, **columns, meta=meta)
-
-
-def _small(folder, name):
-    try:
-        return np.load(folder / f"{name}.npy")
-    except Exception as error:      # a damaged file raises almost anything
-        raise InputError(f"{folder}/{name}.npy is damaged ({error}): delete {folder}") from None
 
 
 def _column(folder, name):
@@ -525,7 +515,7 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
     embed(ids (B, T), mask (B, T)) -> (B, d) may replace t5's embedding.
     5 % of the documents, two at least (a pair from different documents needs two), are held out;
     K-means sees a sample of the others. progress(stage, done, total or None): called now and then.
-    ranks share the embedding; all must see cache. Memory: SAMPLE * K embeddings, and for moments 10
+    ranks share the embedding; all must see cache. Memory: SAMPLE * K embeddings, and for moments 20
     bytes a sentence. InputError for too small a corpus.
     """
     def read(counts):
@@ -547,25 +537,20 @@ def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, embed=No
     A sentence of it is a whole text, cut at MAX_TOKENS, and a document; `label` is the place of its
     word in meta["made_of"]["options"]["words"]. The file's labels are those words, or integers of
     two or five values, which are SENTIMENT's in rising order."""
-    path, columns = Path(path), ("label", "text")
-
-    def rows():
-        for where, row in read_table(path, columns):
-            if not row or not row[0] or not row[1].strip():
-                raise InputError(f"{where}: {row}; a row is a label and a text: mend or drop it")
-            yield row
-    labels = {label for label, _ in rows()}
+    path = Path(path)
+    labels = {row[0] for _, row in read_table(path, ("label", "text")) if row and row[0]}
     numbers = all(re.fullmatch(r"\d+", label) for label in labels)
     places = sorted(labels, key=int if numbers else None)
     words = list(SENTIMENT.get(len(labels), ())) if numbers else places
     if len(words) < 2:
         raise InputError(f"{path} has the labels {', '.join(sorted(labels)[:9])}: write two "
                          "label words or more, or numbers of two or five classes of sentiment")
+    task = LabeledTask("", "", words=tuple(words), labels=tuple(places))
 
     def read(counts):
-        for label, text in rows():
-            counts["bytes"] += len(text.encode())
-            yield hash_share([text]), [text], places.index(label)
+        for label, fields in read_rows(path, task):
+            counts["bytes"] += len(fields["text"].encode())
+            yield hash_share([fields["text"]]), [fields["text"]], label
     options = {"words": words, "clusters": clusters, "seed": seed}
     return _build(cache, [path], read, options, tokenizer, t5, model, embed, progress, ranks)
 
@@ -636,21 +621,18 @@ def hold_out(shares):
 def _choose(folder, clusters, counts):
     """Choose held-out documents and, of equal sentences, the first as an anchor: writes held_out
     and anchor."""
-    n, sentences = counts["documents"], counts["sentences"]
-    if sentences < clusters or n < 4:
-        raise InputError(f"the corpus has {sentences} sentences in {n} documents; {clusters}"
-                         " clusters and 4 documents are wanted: give more text, or fewer clusters")
     keys, first, shares = (_column(folder, name) for name in ("keys", "first", "shares"))
-    chosen, anchor = hold_out(shares), np.zeros(sentences, dtype=bool)
+    chosen, anchor = hold_out(shares), np.zeros(len(keys), dtype=bool)
     counts["documents held out"] = int(chosen.sum())
     for part in range(16):          # a sixteenth of the keys at a time, to be sorted
-        rows = np.flatnonzero(keys.view(np.uint8)[::8] % 16 == part)
+        rows = np.flatnonzero(keys % 16 == part)
         anchor[rows[np.unique(keys[rows], return_index=True)[1]]] = True
-    held_out = np.repeat(chosen, np.diff(first, append=sentences))
+    held_out = np.repeat(chosen, np.diff(first, append=len(keys)))
     different = int((anchor & ~held_out).sum())
-    if different < clusters:
-        raise InputError(f"{different} different training sentences cannot make {clusters}"
-                         " clusters: give more text, or fewer clusters")
+    if different < clusters or len(first) < 4:
+        raise InputError(f"the corpus has {len(keys)} sentences in {len(first)} documents, of them "
+                         f"{different} different ones to train on; {clusters} clusters and 4 "
+                         "documents are wanted: give more text, or fewer clusters")
     for name, values in (("held_out", held_out), ("anchor", anchor)):
         atomic_write(folder / f"{name}.bin", lambda file: file.write(values))
 
@@ -672,55 +654,46 @@ def join_short(sentences):
 
 def _write_text(folder, read, tokenizer, progress):
     """Append the sentences of what read(counts) yields to the TEXT columns -> counts.
-    After each SAVED tokens text.json says how many documents they hold: the next call reads those
-    again, for it must, but does not tokenize them."""
-    path, found = folder / "text.json", Counter()       # found: of what is read, also ahead of
-    whole, done, counts = read_json(path) if path.exists() else (False, 0, {})
-    counts = Counter(counts)                            # what is written
-    items = iter(()) if whole else (        # a million empty documents are not to wait for a text
-        item for item in read(found) if item[1] or found.update(("empty documents",)))
-
-    def tell():
-        progress("reading text, bytes", found["bytes"] or counts["bytes"], None)
-    for _ in islice(items, done):
-        tell()
-    tell()
-    items, ahead = tee(items)
-    waiting = (text for _, texts, _ in ahead for text in texts)
-
-    def encode_slices():
-        while part := list(islice(waiting, SLICE)):
-            tell()
-            yield from tokenize(tokenizer, part)
-    encoded = encode_slices()
+    After each SAVED tokens text.json says what they hold of how many documents: the next call reads
+    those again, for it must, but does not tokenize them."""
+    path, counts = folder / "text.json", Counter()
+    whole, done, sizes, kept = read_json(path) if path.exists() else (False, 0, {}, {})
     with ExitStack() as stack:
         columns = {name: stack.enter_context(open(folder / f"{name}.bin", "ab")) for name in TEXT}
         for name, file in columns.items():
-            length = counts[TEXT[name]] + (name == "offsets")   # it has one more, at first a 0
-            size = length * array(COLUMNS[name]).itemsize
-            if counts and file.tell() < size:
+            if file.tell() < sizes.get(name, 0):
                 raise InputError(f"{file.name} has lost what it held, so all is dropped that there "
                                  "was of this store: start again")
-            file.truncate(size)
+            file.truncate(sizes.get(name, 0))
+        if not sizes:
+            columns["offsets"].write(array("q", [0]))
 
-        def save(whole, counts):
+        def save(whole):
             for file in columns.values():
                 file.flush()
                 os.fsync(file.fileno())
-            state = json.dumps([whole, done, counts]).encode()
+            sizes = {name: os.path.getsize(file.name) for name, file in columns.items()}
+            state = json.dumps([whole, done, sizes, counts]).encode()
             atomic_write(path, lambda file: file.write(state))
-        saved = counts["tokens"]
+
+        def tell():
+            progress("reading text, bytes", counts["bytes"], None)
+        items = iter(()) if whole else read(counts)
+        for _ in islice(items, done):
+            tell()
+        counts.clear()
+        counts.update(kept)                     # what was read, as it is, and what was written
+        tell()
         for share, texts, label in items:
-            for name, values in _document(share, [next(encoded) for _ in texts], label, counts):
+            for name, values in _document(share, tokenize(tokenizer, texts), label, counts):
                 columns[name].write(array(COLUMNS[name], values))
             done += 1
-            if counts["tokens"] - saved >= SAVED:
-                saved = counts["tokens"]
-                save(False, counts)
-        found.update(counts)
-        save(True, found)
-    tell()                                  # the last slice's time is this stage's
-    return found
+            tell()
+            if counts["tokens"] - kept.get("tokens", 0) >= SAVED:
+                kept = dict(counts)
+                save(False)
+        save(True)
+    return counts
 
 
 def _document(share, sentences, label, counts):
@@ -734,7 +707,6 @@ def _document(share, sentences, label, counts):
     joined = [array("H", ids[:MAX_TOKENS]) for ids in joined]
     yield "first", [counts["sentences"]]
     yield "shares", [share]
-    yield "document", [counts["documents"]] * len(joined)
     for tokens in joined:
         counts["tokens"] += len(tokens)
         yield "tokens", tokens
@@ -742,7 +714,6 @@ def _document(share, sentences, label, counts):
         yield "keys", [int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest())]
     if label is not None:
         yield "label", [label]
-        counts["labels"] += 1
     counts["sentences"] += len(joined)
     counts["documents"] += 1
 
@@ -771,11 +742,7 @@ def _embedded(tokens, offsets, rows, embed, budget, ranks=SOLO):
                 yield begin + order[:size]
                 order = order[size:]
     for batch in ranks.share(batches()):
-        ids = [torch.from_numpy(tokens[offsets[i]:offsets[i + 1]].astype(np.int64))
-               for i in rows[batch]]
-        lengths = torch.tensor([[len(sentence)] for sentence in ids])
-        ids = pad_sequence(ids, batch_first=True, padding_value=PAD)
-        yield batch, embed(ids, torch.arange(ids.shape[1]) < lengths)
+        yield batch, embed(*padded([tokens[offsets[i]:offsets[i + 1]] for i in rows[batch]]))
 
 
 def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
@@ -787,9 +754,9 @@ def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
     embed = embed or (lambda ids, mask: embed_sentences(t5, ids, mask))
     budget = BATCH_TOKENS[t5.weights["shared.weight"].device.type if t5 else "cpu"]
 
-    def embedded(stage, rows, done, total, share=SOLO):
+    def embedded(stage, rows, done, total):
         progress(stage, done, total)
-        for positions, H in _embedded(tokens, offsets, rows, embed, budget, share):
+        for positions, H in _embedded(tokens, offsets, rows, embed, budget, ranks):
             yield positions, H
             done += len(H) * ranks.world
             progress(stage, min(done, total), total)
@@ -799,7 +766,7 @@ def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
         sample = np.random.default_rng((seeds[0], 0, 0, 2)).choice(training, size, replace=False)
         _, H = next(_embedded(tokens, offsets, sample[:1], embed, budget))      # d, where it is
         points = H.new_zeros(size, H.shape[1])
-        for positions, H in embedded("embedding a sample", sample, 0, size, ranks):
+        for positions, H in embedded("embedding a sample", sample, 0, size):
             points[torch.from_numpy(positions).to(H.device)] = H
         points = torch.cat([ranks.all_sum(part)[0] for part in points.split(CHUNK)])
         if not points.isfinite().all():
@@ -810,20 +777,19 @@ def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
             atomic_write(path, lambda file: np.save(file, fitted.float().cpu().numpy()))
             progress("K-means", size, size)
         ranks.wait()
-    centroids, path = torch.from_numpy(_small(folder, "centroids")), folder / "cluster.bin"
-    path.touch()
-    row = 4 * len(seeds)                        # bytes
-    done = ranks.gather(min(path.stat().st_size // row // CHUNK * CHUNK, n))[0]
-    with open(path, "r+b" if ranks.rank == 0 else "rb") as file:
-        file.seek(row * done)
+    centroids, path = torch.from_numpy(np.load(path)), folder / "cluster.bin"
+    with open(path, "ab") as file:          # only rank 0 writes
+        row = 4 * len(seeds)                        # bytes
+        done = ranks.gather(min(file.tell() // row // CHUNK * CHUNK, n))[0]
+        if ranks.rank == 0:
+            file.truncate(row * done)
         while done < n:
-            found = torch.zeros(CHUNK * ranks.world, len(seeds), dtype=torch.int64)
-            begin = ranks.rank * CHUNK
-            own = np.arange(done + begin, min(done + begin + CHUNK, n))
-            for positions, H in embedded("assigning clusters", own, done, n):
+            rows = np.arange(done, min(done + CHUNK * ranks.world, n))
+            found = torch.zeros(len(rows), len(seeds), dtype=torch.int64)
+            for positions, H in embedded("assigning clusters", rows, done, n):
                 for column, c in enumerate(centroids.to(H)):
-                    found[begin + positions, column] = nearest(H, c)[0].cpu()
-            found = ranks.all_sum(found)[0][:n - done].int().numpy()
+                    found[positions, column] = nearest(H, c)[0].cpu()
+            found = ranks.all_sum(found)[0].int().numpy()
             done += len(found)
             if ranks.rank == 0:
                 file.write(found)
@@ -833,34 +799,28 @@ def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
 
 def _group(folder, clusters, rows, progress):
     """Writes order and bounds for each of the `rows` clusterings."""
-    document, first, held_out, anchor, cluster = (_column(folder, name) for name in (
-        "document", "first", "held_out", "anchor", "cluster"))
+    first, held_out, anchor, cluster = (_column(folder, name) for name in (
+        "first", "held_out", "anchor", "cluster"))
     progress("grouping", 0, None)
-    orders, bounds = zip(*(group_anchors(row, held_out, anchor, document, first, clusters)
+    orders, bounds = zip(*(group_anchors(row, held_out, anchor, first, clusters)
                            for row in cluster.reshape(-1, rows).T))
     atomic_write(folder / "order.bin", lambda file: file.writelines(orders))
     atomic_write(folder / "bounds.npy", lambda file: np.save(file, np.stack(bounds)))
-    progress("grouping", len(document), len(document))
+    progress("grouping", len(anchor), len(anchor))
 
 
-def group_anchors(cluster, held_out, anchor, document, first, K, chunk=1 << 20):
+def group_anchors(cluster, held_out, anchor, first, K):
     """A store's columns, one clustering -> order (anchors,) uint32, bounds (4 K + 1,) int64.
     order[bounds[k]:bounds[k + 1]] are the anchors, in rising order, of group k: the training ones
     of cluster 0 that next-sentence variants can use (one follows in the document, and that has 4 or
     more), its others, those of cluster 1, ...; from 2 K on the held-out ones."""
-    ends = np.append(first[1:], len(document))
-    long = ends - first >= 4
-    groups = [[] for _ in range(4 * K)]         # each one's rows, chunk by chunk: memory is flat
-    for begin in range(0, len(document), chunk):
-        rows = begin + np.flatnonzero(anchor[begin:begin + chunk])
-        of = document[rows]
-        follows = long[of] & (ends[of] - 1 != rows)
-        group = 2 * (held_out[rows] * K + cluster[rows]) + ~follows
-        by, sizes = np.argsort(group, kind="stable"), np.bincount(group, minlength=4 * K)
-        for parts, part in zip(groups, np.split(rows[by].astype(np.uint32), np.cumsum(sizes)[:-1])):
-            parts.append(part)
-    sizes = [sum(map(len, parts)) for parts in groups]
-    return np.concatenate([*chain(*groups)]), np.cumsum([0, *sizes])
+    ends = np.append(first[1:], len(anchor))
+    followed = np.repeat(ends - first >= 4, ends - first)
+    followed[ends - 1] = False
+    group = 2 * (held_out * np.int32(K) + cluster) + ~followed
+    group[~anchor] = 4 * K                  # the last one, which is left away
+    order = np.argsort(group, kind="stable")[:anchor.sum()].astype(np.uint32)
+    return order, np.cumsum([0, *np.bincount(group, minlength=4 * K)[:4 * K]])
 
 
 # --------------------------------------------------------------------------- meta tasks
@@ -893,17 +853,17 @@ class TaskIndex:
     def __init__(self, store, tokenizer, *, support=32, query=32, variants=VARIANTS,
                  max_tokens=MAX_TOKENS, recast={}, mixing=False):
         self.store, self.sizes, self.max_tokens = store, (support, query), max_tokens
-        self.variants, self.mixing = tuple(variants), mixing
+        self.variants = tuple(variants)
         cast = {v: (TEMPLATES[v[:2]], WORDS[v]) for v in VARIANTS} | recast
         self.parts = {v: compile_template(tokenizer, template) for v, (template, _) in cast.items()}
         self.words = {v: decoder_targets(tokenizer, words) for v, (_, words) in cast.items()}
         if any(len(word) != 2 for words in self.words.values() for word in words):
             raise InputError("yes, no, maybe, A, B, C, D must be a piece each: take T5's tokenizer")
-        self.first = np.append(store.first, len(store.document))
+        self.first = np.append(store.first, len(store.anchor))
         if self.first[0] or (np.diff(self.first) < 1).any():
             raise InputError(f"{store.folder} is damaged: delete it")
         held_out, K = store.held_out[store.first], store.centroids.shape[1]
-        self.documents, self.pools = {}, {}
+        self.documents, self.pools, self.usable = {}, {}, {}
         for half, split, chosen in ((0, "train", ~held_out), (1, "validation", held_out)):
             rows = np.flatnonzero(chosen)
             lengths = self.first[rows + 1] - self.first[rows]
@@ -915,21 +875,24 @@ class TaskIndex:
                     order[bounds[0]:bounds[-1]], bounds[::2] - bounds[0],
                     {"next": sizes[::2], "cluster": sizes[::2] + sizes[1::2]})
             for variant in self.variants:
-                self._check(split, variant)
+                pool, kind = self.pools[split, variant[:2]], variant[3:]
+                lacking = np.maximum(sum(self.sizes) - pool.count[kind], 0)
+                self.usable[split, variant] = _usable(
+                    variant, split, lacking, f"{sum(self.sizes)} usable ones",
+                    4 if variant[:2] == "ss" else 1 + (mixing and split == "train"))
+                if kind == "cluster" and len(pool.order) - pool.count[kind].max() < 3:
+                    raise InputError(f"one cluster holds all {split} sentences: ask for more "
+                                     "clusters")
 
-    def _check(self, split, variant):
-        pool, kind = self.pools[split, variant[:2]], variant[3:]
-        wanted = 4 if variant[:2] == "ss" else 2 if self.mixing and split == "train" else 1
-        need = sum(self.sizes)
-        lacking = np.maximum(need - pool.count[kind], 0)
-        fewest = [*sorted(lacking), *[need] * wanted][:wanted]
-        if any(fewest):
-            raise InputError(f"{variant}: {sum(fewest)} {split} sentences are lacking: of {need} "
-                             f"usable ones {', '.join(map(str, fewest))} in the {wanted} fullest "
-                             f"cluster(s), {', '.join(map(str, lacking))} in each one, from cluster"
-                             " 0 on: give more text, or fewer clusters")
-        if kind == "cluster" and len(pool.order) - pool.count[kind].max() < 3:
-            raise InputError(f"one cluster holds all {split} sentences: ask for more clusters")
+
+def _usable(name, split, lacking, wanted, least):
+    """The clusters that lack nothing. InputError, with what each lacks, if there are fewer."""
+    usable = np.flatnonzero(lacking == 0)
+    if len(usable) < least:
+        raise InputError(f"{name}: {', '.join(map(str, lacking))} {split} sentences are lacking in "
+                         f"each cluster for {wanted}, which {least} must have: give more text, or "
+                         "another number of clusters")
+    return usable
 
 
 def meta_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):
@@ -951,7 +914,7 @@ def meta_task(index, seed, step, i, *, variant=None, split="train", stream, avoi
     variant = variant or drawn
     form, kind, ways = variant[:2], variant[3:], 4 if variant[:2] == "ss" else 1
     pool, clusters = index.pools[split, form], tuple(avoid)
-    usable = np.flatnonzero(pool.count[kind] >= sum(index.sizes))
+    usable = index.usable[split, variant]
     if ways == 1 and usable.tolist() == list(avoid):
         raise InputError(f"{variant}: one usable {split} cluster, mixing needs two: give more text")
     while clusters == tuple(avoid):
@@ -1121,12 +1084,8 @@ class LabeledIndex:
                 self.rows[split, name] = np.split(rows[np.argsort(group, kind="stable")],
                                                   np.cumsum(counts)[:-1])
                 lacking = np.maximum(need - counts, 0).reshape(clusters, K).sum(1)
-                self.usable[split, name] = np.flatnonzero(lacking == 0)
-                wanted = 2 if mixing and split == "train" else 1
-                if len(self.usable[split, name]) < wanted:
-                    raise InputError(f"{name}: {', '.join(map(str, lacking))} {split} texts are "
-                                     f"lacking in each cluster for {need} of each label, which "
-                                     f"{wanted} must have: give more rows, or fewer clusters")
+                self.usable[split, name] = _usable(name, split, lacking, f"{need} of each label",
+                                                   1 + (mixing and split == "train"))
 
 
 def labeled_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):
@@ -1401,21 +1360,18 @@ def locate(file, folder=TINY):
         return next(filter(Path.is_file, places), None)
     if found := have(file):
         return found
-    tried, path, sha256 = [], FETCHED / file, CHECKSUMS.get(file, "")
+    tried = []
     for url in next((urls for start, urls in SOURCES.items() if file.startswith(start)), ()):
         name = url.rpartition("/")[2]
         try:
             if not name.endswith((".tar", ".zip")):
-                download(url, path, sha256)
-                return path
-            if not have(name):
-                download(url, FETCHED / name)
-            content = archive_member(have(name), file)
-            if not hashlib.sha256(content).hexdigest().startswith(sha256):
-                raise InputError(f"{file} of {have(name)} has another checksum than it should")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, lambda out: out.write(content))
-            return path
+                where, content = url, download(url)
+            else:
+                where = have(name) or keep(FETCHED / name, download(url))
+                content = archive_member(where, file)
+            if not hashlib.sha256(content).hexdigest().startswith(CHECKSUMS.get(file, "")):
+                raise InputError(f"{file} of {where} has another checksum than it should")
+            return keep(FETCHED / file, content)
         except InputError as error:
             tried.append(str(error))
     raise InputError("; ".join([f"{file} is not in {folder}: put it there, or give --data FOLDER "
@@ -1530,17 +1486,17 @@ def model_downloads(name):
     commit = source | {"revision": config.parent.name}
     weights = _look_up(SINGLE, commit) or _look_up(INDEX, commit)
     if not weights:
-        raise InputError(_no_safetensors(source))
-    files = shard_names(_fetch(INDEX, **commit)) if weights.file == INDEX else []
-    shards = [_look_up(file, commit) for file in files]
-    if None in shards:
-        raise InputError(f"{source['repo_id']} lacks {files[shards.index(None)]}, which its index "
-                         "names: try another @REVISION")
+        repo = source["repo_id"]
+        raise InputError(f"{repo} has no safetensors at {source.get('revision', 'main')} (if the "
+                         "hub is out of reach: in the cache), and no other weights are read: look "
+                         "through its pull requests on the hub for a revision that has them, such "
+                         f"as --model {repo}@refs/pr/1")
+    shards = shard_names(_fetch(INDEX, **commit)) if weights.file == INDEX else []
     tokenizer = _look_up("tokenizer.json", commit)
     if not tokenizer and read_config(config.parent).vocab_size == OFFICIAL_ROWS:
         tokenizer = _look_up("tokenizer.json", hub_source("t5-base"))       # see tokenizer_file
-    config = Download("config.json", config.stat().st_size, True, commit)
-    return [config, weights, *shards, *filter(None, [tokenizer])]
+    return [Download("config.json", config.stat().st_size, True, commit), weights, *filter(None, [
+        *(_look_up(shard, commit) for shard in shards), tokenizer])]
 
 
 def hub_source(name):
@@ -1559,22 +1515,6 @@ def _look_up(file, source):
         return None                         # the hub said so before: it need not be asked again
     found = _hub(file, source, dry_run=True)
     return found and Download(file, found.file_size, found.is_cached, source)
-
-
-def _no_safetensors(source):
-    """The first revision, of a repository without safetensors, that has them -> an error's text."""
-    name = source["repo_id"]
-    try:
-        refs = HfApi().list_repo_refs(name, include_pull_requests=True)
-        where = next((f"--model {name}@{revision}" for revision in (
-            *(branch.name for branch in refs.branches), *(pull.ref for pull in refs.pull_requests))
-            if any(HfApi().file_exists(name, file, revision=revision) for file in (SINGLE, INDEX))),
-            "another model, or convert it")
-    except FETCH_ERRORS as error:
-        return (f"{name} has no safetensors in the cache, and the hub cannot be asked "
-                f"({_reason(error)}): check the network, or give a folder that has them")
-    return (f"{name} has no safetensors at {source.get('revision', 'main')}, and no other weights "
-            f"are read: take {where}")
 
 
 def model_config(name):
@@ -1611,9 +1551,6 @@ def fetch_corpus(name, max_bytes):
 
 if "HF_HUB_VERBOSITY" not in os.environ:    # it tells of each of its tries, we of their failure
     logging.set_verbosity_error()
-# What the hub's client raises: no network (OSError or its HTTP library's own), a name or revision
-# that is not there or not allowed, no room on the disk.
-FETCH_ERRORS = (OSError, EntryNotFoundError, HFValidationError, HTTPError)
 REASONS = {LocalEntryNotFoundError: "the hub was not reached, and it is not in the cache",
            RepositoryNotFoundError: "the hub has no such repository, or it is private",
            RevisionNotFoundError: "the repository has no such revision"}
@@ -1644,7 +1581,7 @@ def _hub(file, source, **how):
     """hf_hub_download's answer; None where a dry run finds no such file. InputError, else."""
     try:
         return hf_hub_download(filename=file, **source, **how)
-    except FETCH_ERRORS as error:
+    except (OSError, EntryNotFoundError, HFValidationError, HTTPError) as error:
         if how and isinstance(error, EntryNotFoundError):
             return None
         where = "@".join(filter(None, (source["repo_id"], source.get("revision"))))
@@ -1654,44 +1591,28 @@ def _hub(file, source, **how):
                          f"--{option} FOLDER") from None
 
 
-def download(url, path, sha256=""):
-    """Fetch an address to path, with a bar. What is there of it stays as .part, to go on with.
-    InputError if it stops short, if its sha256 does not begin as given, or if another process is
-    fetching into that folder."""
-    def in_use(owner):
-        raise InputError(f"process {owner} is fetching into {path.parent}: wait for it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with lock(path.parent / ".lock", in_use):
-        _download(url, path, sha256)
-
-
-def _download(url, path, sha256):
-    part = path.with_name(path.name + ".part")
-    begin = part.stat().st_size if part.exists() else 0
+def download(url):
+    """What an address has, as bytes, with a bar. InputError if it is not had whole."""
+    content = io.BytesIO()
     try:
-        request = Request(url, headers={"Range": f"bytes={begin}-"} if begin else {})
-        with urlopen(request, timeout=60) as answer:
-            begin *= answer.status == 206       # not every server goes on where one stopped
-            total = begin + int(answer.headers.get("Content-Length") or 0)
-            with (open(part, "ab" if begin else "wb") as file,
-                  tqdm(total=total or None, initial=begin, unit="B", unit_scale=True, disable=None,
-                       desc=path.name) as bar):
-                while chunk := answer.read(1 << 18):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-                file.flush()
-                os.fsync(file.fileno())
+        with urlopen(url, timeout=60) as answer:
+            total = int(answer.headers.get("Content-Length") or 0)
+            with tqdm.wrapattr(answer, "read", total or None, desc=url.rpartition("/")[2],
+                               disable=None) as body:
+                shutil.copyfileobj(body, content)
     except (OSError, HTTPException) as error:
-        if getattr(error, "code", None) == 416:     # nothing lies behind what is there: start anew
-            part.unlink()
         raise InputError(f"{url}: {error}") from None
-    if part.stat().st_size < total:
-        raise InputError(f"{url} stopped at {part.stat().st_size:,} of {total:,} bytes")
-    with open(part, "rb") as file:
-        if not hashlib.file_digest(file, "sha256").hexdigest().startswith(sha256):
-            part.unlink()
-            raise InputError(f"{url} is not what it was: its sha256 does not begin with {sha256}")
-    os.replace(part, path)
+    if content.tell() < total:
+        raise InputError(f"{url} stopped at {content.tell():,} of {total:,} bytes")
+    return content.getvalue()
+
+
+def keep(path, content):
+    """Write what was downloaded, whole or not at all -> path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent)
+    atomic_write(path, lambda file: file.write(content))
+    return path
 
 
 def released_folder(config):
@@ -1705,7 +1626,7 @@ def released_folder(config):
     for path in (folder / f"{kind}_{name}.pt" for kind in ("prompt", "gradient_edit")):
         if not path.exists():
             try:
-                download(RELEASED_URL + path.name, path)
+                keep(path, download(RELEASED_URL + path.name))
             except InputError as error:
                 raise InputError(f"{error}: check the network, or put {path.name} from the folder "
                                  f"pretrain_prompt of github.com/beepkh/SUPMER into {folder}"
