@@ -46,7 +46,8 @@ from urllib.request import urlopen
 
 import numpy as np
 import torch
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, logging, try_to_load_from_cache
+from huggingface_hub import (_CACHED_NO_EXIST, HfApi, hf_hub_download, logging,
+                             try_to_load_from_cache)
 from huggingface_hub.errors import (EntryNotFoundError, HFValidationError, HTTPError,
                                     LocalEntryNotFoundError, RepositoryNotFoundError,
                                     RevisionNotFoundError)
@@ -1486,17 +1487,17 @@ def model_downloads(name):
     commit = source | {"revision": config.parent.name}
     weights = _look_up(SINGLE, commit) or _look_up(INDEX, commit)
     if not weights:
-        repo = source["repo_id"]
-        raise InputError(f"{repo} has no safetensors at {source.get('revision', 'main')} (if the "
-                         "hub is out of reach: in the cache), and no other weights are read: look "
-                         "through its pull requests on the hub for a revision that has them, such "
-                         f"as --model {repo}@refs/pr/1")
-    shards = shard_names(_fetch(INDEX, **commit)) if weights.file == INDEX else []
+        raise InputError(_no_safetensors(source))
+    files = shard_names(_fetch(INDEX, **commit)) if weights.file == INDEX else []
+    shards = [_look_up(file, commit) for file in files]
+    if None in shards:
+        raise InputError(f"{source['repo_id']} lacks {files[shards.index(None)]}, which its index "
+                         "names: try another @REVISION")
     tokenizer = _look_up("tokenizer.json", commit)
     if not tokenizer and read_config(config.parent).vocab_size == OFFICIAL_ROWS:
         tokenizer = _look_up("tokenizer.json", hub_source("t5-base"))       # see tokenizer_file
-    return [Download("config.json", config.stat().st_size, True, commit), weights, *filter(None, [
-        *(_look_up(shard, commit) for shard in shards), tokenizer])]
+    config = Download("config.json", config.stat().st_size, True, commit)
+    return [config, weights, *shards, *filter(None, [tokenizer])]
 
 
 def hub_source(name):
@@ -1515,6 +1516,22 @@ def _look_up(file, source):
         return None                         # the hub said so before: it need not be asked again
     found = _hub(file, source, dry_run=True)
     return found and Download(file, found.file_size, found.is_cached, source)
+
+
+def _no_safetensors(source):
+    """The first revision, of a repository without safetensors, that has them -> an error's text."""
+    name = source["repo_id"]
+    try:
+        refs = HfApi().list_repo_refs(name, include_pull_requests=True)
+        where = next((f"--model {name}@{revision}" for revision in (
+            *(branch.name for branch in refs.branches), *(pull.ref for pull in refs.pull_requests))
+            if any(HfApi().file_exists(name, file, revision=revision) for file in (SINGLE, INDEX))),
+            "another model, or convert it")
+    except FETCH_ERRORS as error:
+        return (f"{name} has no safetensors in the cache, and the hub cannot be asked "
+                f"({_reason(error)}): check the network, or give a folder that has them")
+    return (f"{name} has no safetensors at {source.get('revision', 'main')}, and no other weights "
+            f"are read: take {where}")
 
 
 def model_config(name):

@@ -3440,8 +3440,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        """A file: /owner/name/resolve/revision/file."""
+        """A file (/owner/name/resolve/revision/file) or the list of revisions."""
         hub, path = self.server, urllib.parse.unquote(self.path).split("?")[0]
+        if path.startswith("/api/models/") and path.endswith("/refs"):
+            found = [*hub.repos[path.removeprefix("/api/models/").removesuffix("/refs")]]
+            refs = [{"name": name, "ref": name, "targetCommit": "0" * 40} for name in found]
+            return self.send(200, json.dumps({
+                "branches": refs[:1], "pullRequests": refs[1:], "converts": [], "tags": []}))
         repo, _, rest = path[1:].partition("/resolve/")
         for revision, (commit, files) in hub.repos.get(repo, {}).items():
             for name in (revision, commit):
@@ -3557,8 +3562,8 @@ def test_shards_are_fetched_where_there_is_no_single_file(tmp_path, hub):
     with pytest.raises(InputError, match="tokenizer.json is missing, put t5-base's there"):
         data.tokenizer_file(save_config(tmp_path / "again", config))
     hub.repos[ANY] = {"main": ("e" * 40, files)}
-    with pytest.raises(InputError, match="names files that are not there: model-00002-of-00002"):
-        load_t5(data.model_folder(ANY))
+    with pytest.raises(InputError, match="lacks model-00002-of-00002.safetensors, which its index"):
+        data.model_folder(ANY)
 
 
 def save_config(folder, values):
@@ -3587,14 +3592,16 @@ def test_short_names_are_hub_ids_with_their_commit():
         data.model_folder("t5-huge")
 
 
-def test_without_safetensors_it_is_told_where_they_may_be(tmp_path, hub):
-    """Only pytorch_model.bin on main: a pull request may have them, and is taken when named."""
+def test_without_safetensors_the_revision_that_has_them_is_named(tmp_path, hub):
+    """Only pytorch_model.bin on main: the pull requests are looked through."""
     config = hub_files(save_model(tmp_path / "m", V11), "config.json", "model.safetensors")
     hub.repos[ANY] = {"main": (COMMIT, {"config.json": config["config.json"], "x.bin": b""}),
+                      "refs/pr/3": ("3" * 40, {"README.md": b""}),
                       "refs/pr/7": ("7" * 40, config)}
-    with pytest.raises(InputError, match="has no safetensors at main .*, and no other") as caught:
+    with pytest.raises(InputError) as caught:
         data.model_folder(ANY)
-    assert str(caught.value).endswith(f"such as --model {ANY}@refs/pr/1")
+    assert "no safetensors at main" in str(caught.value)
+    assert str(caught.value).endswith(f"take --model {ANY}@refs/pr/7")
     assert load_t5(data.model_folder(f"{ANY}@refs/pr/7")).config == V11
 
 
