@@ -440,6 +440,7 @@ SOLO = Ranks()
 # --------------------------------------------------------------------------- the store on disk
 SHORT = 4                   # tokens; see join_short
 SAMPLE = 256                # sentences per centroid that K-means sees
+SLICE = 1 << 13             # sentences, of whole documents, that are tokenized together
 SAVED = 1 << 24             # tokens between saved states of the text
 CHUNK = 1 << 14             # sentences that are sorted by length together, and saved together
 BATCH_TOKENS = {"cpu": 1 << 9, "cuda": 1 << 17}     # embedded together; a CPU's cache likes few
@@ -685,16 +686,28 @@ def _write_text(folder, read, tokenizer, progress):
         counts.clear()
         counts.update(kept)                     # what was read, as it is, and what was written
         tell()
-        for share, texts, label in items:
-            for name, values in _document(share, tokenize(tokenizer, texts), label, counts):
-                columns[name].write(array(COLUMNS[name], values))
-            done += 1
+        while group := list(_next_documents(items)):
+            encoded = iter(tokenize(tokenizer, chain.from_iterable(texts for _, texts, _ in group)))
+            for share, texts, label in group:
+                sentences = list(islice(encoded, len(texts)))
+                for name, values in _document(share, sentences, label, counts):
+                    columns[name].write(array(COLUMNS[name], values))
+            done += len(group)
             tell()
             if counts["tokens"] - kept.get("tokens", 0) >= SAVED:
                 kept = dict(counts)
                 save(False)
         save(True)
     return counts
+
+
+def _next_documents(items):
+    """The next documents of an iterator that have SLICE sentences, an empty one counted as one:
+    what the tokenizer gets in one call, for all cores to share."""
+    sentences = 0
+    while sentences < SLICE and (item := next(items, None)):
+        sentences += max(1, len(item[1]))
+        yield item
 
 
 def _document(share, sentences, label, counts):
@@ -1568,6 +1581,9 @@ def fetch_corpus(name, max_bytes):
 
 if "HF_HUB_VERBOSITY" not in os.environ:    # it tells of each of its tries, we of their failure
     logging.set_verbosity_error()
+# What the hub's client raises: no network (OSError or its HTTP library's own), a name or revision
+# that is not there or not allowed, no room on the disk.
+FETCH_ERRORS = (OSError, EntryNotFoundError, HFValidationError, HTTPError)
 REASONS = {LocalEntryNotFoundError: "the hub was not reached, and it is not in the cache",
            RepositoryNotFoundError: "the hub has no such repository, or it is private",
            RevisionNotFoundError: "the repository has no such revision"}
@@ -1598,7 +1614,7 @@ def _hub(file, source, **how):
     """hf_hub_download's answer; None where a dry run finds no such file. InputError, else."""
     try:
         return hf_hub_download(filename=file, **source, **how)
-    except (OSError, EntryNotFoundError, HFValidationError, HTTPError) as error:
+    except FETCH_ERRORS as error:
         if how and isinstance(error, EntryNotFoundError):
             return None
         where = "@".join(filter(None, (source["repo_id"], source.get("revision"))))

@@ -3204,8 +3204,8 @@ def labeled_store(folder, rows, clusters=3):
 
 
 def test_long_documents_are_whole(tmp_path, monkeypatch):
-    """Long ones between short ones, and text that is gone on with after a stop between two saved
-    states: the store's sentences are the corpus's."""
+    """Documents of more sentences than are tokenized together, between short ones, and text that is
+    gone on with after a stop between two saved states: the store's sentences are the corpus's."""
     words = [f"w{i}" for i in range(60)] + ["end."]
     model, tokenizer = write_model(tmp_path / "model", words + TEMPLATE_WORDS)
     rng = np.random.default_rng(0)
@@ -3216,6 +3216,7 @@ def test_long_documents_are_whole(tmp_path, monkeypatch):
         lines = [json.dumps({"paragraphs": d}) for d in documents[number::2]]
         (tmp_path / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
     expected = [data.tokenize(tokenizer, d) for number in range(2) for d in documents[number::2]]
+    monkeypatch.setattr(data, "SLICE", 7)
     monkeypatch.setattr(data, "SAVED", 1)
     original, calls = data.join_short, []
 
@@ -3233,7 +3234,7 @@ def test_long_documents_are_whole(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         build()
     store = build()
-    assert len(calls) == len(lengths) + 1               # the stopped document twice, others once
+    assert len(calls) == len(lengths) + 2               # those of the stopped slice twice
     found = [[store.sentence(i).tolist() for i in range(begin, end)]
              for begin, end in zip(store.first, [*store.first[1:], len(store.anchor)])]
     assert found == expected and store.meta["counts"]["documents"] == len(lengths)
