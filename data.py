@@ -596,7 +596,7 @@ def _build(cache, files, read, options, tokenizer, t5, model, embed, progress, r
                 text = json.dumps({"made_of": made_of, "counts": counts}, indent=1)
                 atomic_write(new / "meta.json", lambda file: file.write(text.encode()))
                 os.rename(new, folder)
-    for file in ("keys.bin", "shares.bin", "text.json", "lock") if ranks.rank == 0 else ():
+    for file in ("keys.bin", "shares.bin", "read.json", "lock") if ranks.rank == 0 else ():
         (folder / file).unlink(missing_ok=True)         # an earlier process was killed before that
     ranks.wait()
     made = [folder / file for file in ("meta.json", "centroids.npy", "order.bin")]
@@ -656,9 +656,9 @@ def join_short(sentences):
 
 def _write_text(folder, read, tokenizer, progress):
     """Append the sentences of what read(counts) yields to the TEXT columns -> counts.
-    After each SAVED tokens text.json says what they hold of how many documents: the next call reads
+    After each SAVED tokens read.json says what they hold of how many documents: the next call reads
     those again, for it must, but does not tokenize them."""
-    path, counts = folder / "text.json", Counter()
+    path, counts = folder / "read.json", Counter()
     whole, done, sizes, kept = read_json(path) if path.exists() else (False, 0, {}, {})
     with ExitStack() as stack:
         columns = {name: stack.enter_context(open(folder / f"{name}.bin", "ab")) for name in TEXT}
@@ -900,7 +900,8 @@ class TaskIndex:
 
 
 def _usable(name, split, lacking, wanted, least):
-    """The clusters that lack nothing. InputError, with what each lacks, if there are fewer."""
+    """The clusters that lack nothing. InputError, with what each one lacks, if they are fewer than
+    least."""
     usable = np.flatnonzero(lacking == 0)
     if len(usable) < least:
         raise InputError(f"{name}: {', '.join(map(str, lacking))} {split} sentences are lacking in "
@@ -1611,7 +1612,8 @@ def _reason(error):
 
 
 def _hub(file, source, **how):
-    """hf_hub_download's answer; None where a dry run finds no such file. InputError, else."""
+    """hf_hub_download's answer; None where a dry run finds no such file. InputError for all else
+    that its client raises: no network, a name or revision that is none, no room on the disk."""
     try:
         return hf_hub_download(filename=file, **source, **how)
     except FETCH_ERRORS as error:
