@@ -30,10 +30,11 @@ import statistics
 import threading
 import time
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -158,11 +159,6 @@ def rank(validation):
     return -validation["accuracy"], validation["loss"], validation["step"], validation["rate"]
 
 
-def choose(curve):
-    """Which of a list of validations is the best -> its index."""
-    return min(range(len(curve)), key=lambda i: rank(curve[i]))
-
-
 def tune(t5, baseline, start, psi, sample, seed, rate, settings, unit=1.0, tick=lambda: None):
     """Tune at one rate -> at each validation its record and what is kept, {name: tensor}, good
     until the next step. A prompt's record has how far it has moved from its start, as a share of
@@ -234,9 +230,10 @@ class Context(NamedTuple):
     settings: Settings
     tokenizer: object
     work: Callable          # of workers()
+    processes: int          # that it has
     made_of: dict           # what every result depends on
     unit: float             # of the rates
-    say: Callable           # print, for whoever runs this
+    ends: float             # when --max-minutes are over, by time.monotonic(); or inf
 
 
 class Sample(NamedTuple):
@@ -245,44 +242,36 @@ class Sample(NamedTuple):
     train: list             # of Rows
     held_out: list
 
-    def texts(self):
-        """The texts of both parts, a set."""
-        return {texts_of(row) for row in self.train + self.held_out}
 
-
-def texts_of(row):
-    """A row's texts, what makes it the same as another."""
-    return tuple(row.fields.values())
-
-
-def evaluate(context, shots, plan, candidates):
-    """Tune on a plan's task, then test -> its part of the JSON file, and whether it was stopped.
-    candidates: an iterable of those to tune, one after the other. A KeyboardInterrupt ends tuning:
-    what is tuned by then is tested, and it is raised again if that is nothing."""
-    began, tuning, kept, done, stopped = time.perf_counter(), {}, {}, [], False
-    samples = draw_samples(context, plan, shots)
+def evaluate(context, shots, plan, candidate, record):
+    """Tune on a plan's task, then test, and record() its part of the JSON file.
+    candidate: a --prompt's name -> its Candidate or None, asked when it is its turn. Ctrl-C and the
+    end of --max-minutes, also a KeyboardInterrupt, end tuning: what is tuned by then is tested."""
+    began, tuned, samples = time.perf_counter(), [], draw_samples(context, plan, shots)
     try:
-        for candidate in candidates:
-            tuning[candidate.name], kept[candidate.name] = tune_task(
-                context, plan, candidate, samples, shots)
-            done.append(candidate)
-    except KeyboardInterrupt:
-        stopped = True
-        if not done:
-            raise
-    tuned = time.perf_counter()
-    tests = {name: test_task(context, name, task, plan.folder, done, kept, samples)
-             for name, task in plan.targets.items()}
-    return {"task": plan.name, "shots": shots, "examples": len(samples[0].train), "tuning": tuning,
-            "test": {name: test for name, test in tests.items() if test},
-            "test_seconds": time.perf_counter() - tuned,
-            "minutes": (time.perf_counter() - began) / 60}, stopped
+        for one in map(candidate, context.settings.prompt):
+            seconds = context.ends - time.monotonic()       # until SIGALRM
+            signal.setitimer(signal.ITIMER_REAL, min(max(seconds, 1e-3), 1e9))
+            if one:
+                tuned.append((one, *tune_task(context, plan, one, samples, shots)))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if tuned:
+            tested = time.perf_counter()
+            tests = {name: test_task(context, name, task, plan.folder, tuned, samples)
+                     for name, task in plan.targets.items()}
+            ended = time.perf_counter()
+            record({"task": plan.name, "shots": shots, "examples": len(samples[0].train),
+                    "tuning": {one.name: records for one, records, _ in tuned},
+                    "test": {name: test for name, test in tests.items() if test},
+                    "test_seconds": ended - tested, "minutes": (ended - began) / 60,
+                    "processes": context.processes})
 
 
 def draw_samples(context, plan, shots):
     """A Sample for each seed; of the files only the training one is opened."""
     settings, task = context.settings, plan.task
-    rows = load_train(task, plan.folder, context.say)
+    rows = load_train(task, plan.folder, print)
     seeds = [settings.seeds[0] if settings.same_examples else seed for seed in settings.seeds]
     try:
         samples = [Sample(seed, *few_shot(rows, shots, seed, len(task.words))) for seed in seeds]
@@ -291,8 +280,8 @@ def draw_samples(context, plan, shots):
     labels = Counter(row.label for row in samples[0].train)
     counts = [labels[k] for k in range(len(task.words))]
     if min(counts) < shots:
-        context.say(f"{plan.name}: {counts} examples by label instead of {shots}, as many for "
-                    "validation: smaller classes give half to each")
+        print(f"{plan.name}: {counts} examples by label instead of {shots}, as many for "
+              "validation: smaller classes give half to each")
     return samples
 
 
@@ -337,25 +326,27 @@ def tune_task(context, plan, candidate, samples, shots):
     return records, kept
 
 
-def test_task(context, name, task, folder, candidates, kept, samples):
+def test_task(context, name, task, folder, tuned, samples):
     """Open a test file, score every kept choice once, and the untuned -> for the JSON, in %. Rows
     with a text that a seed has sampled do not count for that seed; None if no others are left.
-    --test-rows takes always the same: the first by sha256 of their text."""
-    settings, rows = context.settings, load_test(task, folder, context.say)
-    of = len(rows)
+    --test-rows takes always the same: the first by sha256 of their text. tuned: [(Candidate,
+    records, kept)], see tune_task."""
+    settings, rows = context.settings, load_test(task, folder, print)
+    of, counted = len(rows), []
     if settings.test_rows:
         rows = sorted(rows, key=lambda row: hashlib.sha256(
-            "\t".join(texts_of(row)).encode()).digest())[:settings.test_rows]
+            "\t".join(row.fields.values()).encode()).digest())[:settings.test_rows]
     labels = torch.tensor([row.label for row in rows])
-    counted = [torch.tensor([texts_of(row) not in texts for row in rows])
-               for texts in (sample.texts() for sample in samples)]
+    for sample in samples:
+        texts = {tuple(row.fields.values()) for row in sample.train + sample.held_out}
+        counted.append(torch.tensor([tuple(row.fields.values()) not in texts for row in rows]))
     left_out = [int((~k).sum()) for k in counted]
     if any(left_out):
-        context.say(f"{name}: {left_out} test rows, by seed, are left out: they were sampled")
+        print(f"{name}: {left_out} test rows, by seed, are left out: they were sampled")
     if max(left_out) == len(rows):
-        context.say(f"{name}: none is left: it is tuned, not tested")
+        print(f"{name}: none is left: it is tuned, not tested")
         return None
-    chosen = predicted_labels(context, name, task, rows, candidates, kept, samples)
+    chosen = predicted_labels(context, name, task, rows, tuned, samples)
 
     def accuracy(predicted, counted):
         return 100 * float((predicted == labels)[counted].float().mean())
@@ -363,15 +354,15 @@ def test_task(context, name, task, folder, candidates, kept, samples):
     def usual(predicted):               # over the seeds, whose rows differ where some are left out
         return statistics.mean(accuracy(predicted, k) for k in counted)
     results = {}
-    for candidate in candidates:
+    for candidate, *_ in tuned:
         of_seeds = [chosen[candidate.name, i] for i in range(len(samples))]
         found = [{step: accuracy(first, k) for step, (first, *_) in of_seed.items()}
                  for of_seed, k in zip(of_seeds, counted)]
         untuned = [steps.pop("untuned") for steps in found if "untuned" in steps]
-        tuned, orders = [steps.pop(0) for steps in found], of_seeds[0][0]
+        best, orders = [steps.pop(0) for steps in found], of_seeds[0][0]
         results[candidate.name] = result = {
-            "tuned": tuned, "mean": statistics.mean(tuned),
-            "sample_std": statistics.stdev(tuned) if len(tuned) > 1 else None}
+            "tuned": best, "mean": statistics.mean(best),
+            "sample_std": statistics.stdev(best) if len(best) > 1 else None}
         if untuned:                     # a learned prompt is one for all seeds
             result["untuned"] = [statistics.mean(untuned)] if candidate.about else untuned
         if len(orders) > 1:
@@ -386,13 +377,16 @@ def test_task(context, name, task, folder, candidates, kept, samples):
             **({"labels": labels.tolist()} if settings.predictions else {})}
 
 
-def predicted_labels(context, name, task, rows, candidates, kept, samples):
+def predicted_labels(context, name, task, rows, tuned, samples):
     """Score test rows -> {(candidate's name, i): what seed i predicts}, each {step: [labels (n,),
     one an order of the demonstrations]}. Step 0 is what was chosen, 1, ... each validation's with
     --study steps, "untuned" where a prompt starts; ("", 0) has "untuned" alone: no prompt."""
-    posed, wanted = {}, {("", 0, "untuned"): ("zero-shot", {}, pose(
-        context.tokenizer, name, task, rows, (), 0))}
-    for candidate in candidates:
+    def score_jobs(baseline, kept, posed):
+        return [make_job(context.made_of, f"{name}-scores", score_job, 1, baseline=baseline,
+                         kept=kept, examples=examples) for examples in posed]
+    posed, jobs = {}, {("", 0): {"untuned": score_jobs(
+        "zero-shot", {}, pose(context.tokenizer, name, task, rows, (), 0))}}
+    for candidate, _, kept in tuned:
         baseline = BASELINES[candidate.baseline]
         for i, sample in enumerate(samples):
             key = baseline.pose, 0 if baseline.rates else i     # tuned: the same rows for each seed
@@ -400,42 +394,13 @@ def predicted_labels(context, name, task, rows, candidates, kept, samples):
                 posed[key] = baseline.pose(context.tokenizer, name, task, rows, sample.train,
                                            sample.seed)[:1 if i else None]
             choices = {"untuned": candidate.starts[i]} if baseline.model is with_prompt else {}
-            choices |= enumerate(kept[candidate.name][i])
-            wanted |= {(candidate.name, i, step): (candidate.baseline, x, posed[key])
-                       for step, x in choices.items()}
-    paths = iter(context.work([make_job(
-        context.made_of, f"{name}-scores", score_job, 1, baseline=baseline, kept=parameters,
-        examples=examples) for baseline, parameters, several in wanted.values()
-        for examples in several], f"test {name}"))
-    chosen = {}
-    for (candidate, i, step), (*_, several) in wanted.items():
-        chosen.setdefault((candidate, i), {})[step] = [
-            read_result(next(paths))[0]["scores"].argmax(-1) for _ in several]
-    return chosen
-
-
-def work_through(context, planned, written, out, count, candidates):
-    """Evaluate each number of shots and plan, write and tell each result -> whether it was stopped.
-    written: the JSON file `out`, to be filled. candidates: () -> an iterable for each plan. What a
-    stop leaves undone is put down as not run; with no result at all KeyboardInterrupt goes on."""
-    todo, stopped = [(shots, plan) for shots in context.settings.shots for plan in planned], False
-    try:
-        while todo and not stopped:
-            result, stopped = evaluate(context, *todo[0], candidates())
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            if not written["results"] and out.exists():     # an earlier call's is kept beside
-                numbered = (out.with_suffix(f".{n}.json") for n in range(1, 10 ** 6))
-                out.rename(next(path for path in numbered if not path.exists()))
-            written["results"].append(result | {"processes": count})
-            atomic_write(out, lambda file: file.write(json.dumps(written, indent=1).encode()))
-            context.say(details(written["results"][-1], context.settings))
-            del todo[0]
-    except KeyboardInterrupt:
-        if not written["results"]:
-            raise
-        stopped = True
-    written["not_run"] |= {plan.name: "stopped before it was done" for _, plan in todo}
-    return stopped
+            jobs[candidate.name, i] = {
+                step: score_jobs(candidate.baseline, x, posed[key])
+                for step, x in (choices | dict(enumerate(kept[i]))).items()}
+    context.work([job for steps in jobs.values() for job in chain(*steps.values())],
+                 f"test {name}")
+    return {key: {step: [read_result(job.path)[0]["scores"].argmax(-1) for job in several]
+                  for step, several in steps.items()} for key, steps in jobs.items()}
 
 
 def plans(settings):
@@ -487,23 +452,22 @@ def compared_folder(name, model):
     return COMPARED / f"{Path(model).name}-{name}"
 
 
-def pretrained_run(name, settings, minutes):
+def pretrained_run(name, settings, ends):
     """The folder under runs/compared of a method's or ablation's run, which train.py makes, or goes
-    on with, within so many minutes (0: any). KeyboardInterrupt if it was stopped, InputError if it
-    cannot be. All of a model's have the same numbers but for the method's own."""
+    on with, until a time.monotonic(). KeyboardInterrupt if it was stopped, InputError if it cannot
+    be. All of a model's have the same numbers but for the method's own."""
     folder = compared_folder(name, settings.model)
-
-    def finished():
-        return folder.exists() and read_run(folder)["finished"]
-    if not finished():
-        argv = ["--resume", str(folder)] if folder.exists() else [
+    begun = folder.exists()
+    if not (begun and read_run(folder)["finished"]):
+        argv = ["--resume", str(folder)] if begun else [
             "--model", settings.model, PRETRAINED[name], name, "--run", str(folder),
             *(STUDY_RUN if settings.model == "tiny" else ()),
             *(["--labeled", settings.labeled] if name == "metapt" else [])]
-        argv += ["--max-minutes", f"{minutes:.2f}"] if minutes else []
+        if ends < math.inf:
+            argv += ["--max-minutes", f"{max(0.01, (ends - time.monotonic()) / 60):.2f}"]
         print(f"{name} comes first: {shlex.join(['python', 'train.py', *argv])}")
         train.main(argv)
-        if not finished():
+        if not read_run(folder)["finished"]:
             raise KeyboardInterrupt
     return str(folder)
 
@@ -516,19 +480,19 @@ def belongs(about, config, model):
     return about["regularizer"] != "released" or RELEASED.get(shape) == about["model"]
 
 
-def open_candidate(name, t5, settings, minutes=0):
+def open_candidate(name, config, settings, ends=math.inf):
     """random, vocab, ft, .., released, RUN -> Candidate; see pretrained_run. InputError unless a
-    learned prompt is of this model and length."""
+    learned prompt is of this model, of this T5Config, and of this length."""
     P, model = settings.prompt_length, settings.model
     if name in BASELINES and BASELINES[name].start:
         start, length = BASELINES[name].start, BASELINES[name].length or P
         return Candidate(name, name, [partial(start, seed=seed, length=length)
                                       for seed in settings.seeds], None, {})
-    path = Path(pretrained_run(name, settings, minutes) if name in PRETRAINED else name)
+    path = Path(pretrained_run(name, settings, ends) if name in PRETRAINED else name)
     if name == "released":
-        path = TINY if model == "tiny" else released_folder(t5.config)
-    theta, phi, about = load_prompt(path, t5.config.d_model)
-    if not belongs(about, t5.config, model):
+        path = TINY if model == "tiny" else released_folder(config)
+    theta, phi, about = load_prompt(path, config.d_model)
+    if not belongs(about, config, model):
         raise InputError(f"{path} was learned on another {about.get('model')} than {model} is now:"
                          " take a prompt of this model")
     if len(theta) != P:
@@ -539,28 +503,21 @@ def open_candidate(name, t5, settings, minutes=0):
                      psi, {"file": str(path), **about})
 
 
-def in_turn(settings, t5, opened, about, ends, say):
-    """Yield the Candidates of --prompt, each when it is its turn, so that what must be pre-trained
-    keeps nobody waiting; of a study those that can be had. opened: {name: Candidate} so far, about:
-    {name: its metadata, or why it was not run}; both are filled. ends: when --max-minutes are over,
-    by time.monotonic(): then KeyboardInterrupt."""
-    for name in settings.prompt:
-        try:
-            left = settings.max_minutes and max(0.01, (ends - time.monotonic()) / 60)
-            candidate = opened.get(name) or open_candidate(name, t5, settings, left)
-        except InputError as error:
-            if not settings.study:
-                raise
-            about[name] = {"not_run": str(error)}
-            say(f"{name}: not run; {error}")
-            continue
-        if name not in about and candidate.about:
-            say("\n    ".join([name, *map(" ".join, sorted(candidate.about.items()))]))
-        opened[name], about[name] = candidate, candidate.about
-        if settings.max_minutes:
-            signal.signal(signal.SIGALRM, signal.default_int_handler)
-            signal.setitimer(signal.ITIMER_REAL, max(1e-3, ends - time.monotonic()))
-        yield candidate
+def take_up(name, config, settings, ends, about):
+    """open_candidate(), told; None for what a study cannot have pre-trained. about: {name: its
+    metadata, or why it was not run}, gets this name's."""
+    try:
+        candidate = open_candidate(name, config, settings, ends)
+    except InputError as error:
+        if not settings.study or name not in PRETRAINED:
+            raise
+        about[name] = {"not_run": str(error)}
+        print(f"{name}: not run; {error}")
+        return None
+    about[name] = candidate.about
+    if candidate.about:
+        print("\n    ".join([name, *map(" ".join, sorted(candidate.about.items()))]))
+    return candidate
 
 
 # ------------------------------------------------------------------------ independent work, shared
@@ -598,12 +555,12 @@ def tune_job(t5, tick, baseline, start, psi, sample, seed, rate, tuning, unit, a
     curve, best, every = [], {}, {}
     for found, kept in tune(t5, baseline, start, psi, sample, seed, rate, tuning, unit, tick):
         curve.append(found)
-        if choose(curve) == len(curve) - 1:
+        if min(curve, key=rank) is found:
             best = {name: x.cpu().clone(memory_format=torch.contiguous_format)
                     for name, x in kept.items()}
         if all_steps:
             every |= {f"{found['step']}:{name}": x.cpu().clone() for name, x in kept.items()}
-    return best | every, {"validations": curve, "best": curve[choose(curve)], "baseline": baseline,
+    return best | every, {"validations": curve, "best": min(curve, key=rank), "baseline": baseline,
                           **about}
 
 
@@ -639,10 +596,10 @@ def read_result(path, tensors=True):
                          "delete it") from None
 
 
-WORKER = {}     # in a worker process: its T5, and the count that all of them share
+WORKER = {}     # in a worker process: its T5
 
 
-def begin_worker(folder, dtype, devices, begun, ticks):
+def begin_worker(folder, dtype, devices, begun):
     """Load the T5 in a new process. A worker ends with its parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the parent to tell
     torch.set_num_threads(1)
@@ -651,26 +608,22 @@ def begin_worker(folder, dtype, devices, begun, ticks):
     with begun.get_lock():
         device = devices[begun.value % len(devices)]
         begun.value += 1
-    WORKER.update(t5=load_t5(folder, dtype, pick_device(device)), ticks=ticks)
+    WORKER["t5"] = load_t5(folder, dtype, pick_device(device))
 
 
 def do_in_worker(job):
-    """do() with what begin_worker() has loaded."""
-    def tick():
-        with WORKER["ticks"].get_lock():
-            WORKER["ticks"].value += 1
-    do(job, WORKER["t5"], tick)
+    """do() with what begin_worker() has loaded -> the job's ticks."""
+    do(job, WORKER["t5"], lambda: None)
+    return job.ticks
 
 
 @contextlib.contextmanager
 def workers(t5, folder, dtype, devices, count):
-    """-> work(jobs, title), which does what is not done yet in `count` processes -> their paths.
-    One process is this one, with t5. Each computes with one thread, so that no sum depends on their
-    number."""
+    """-> work(jobs, title), which does what is not done yet in `count` processes. One process is
+    this one, with t5. Each computes with one thread, so that no sum depends on their number."""
     TUNED.mkdir(parents=True, exist_ok=True)
     sweep(TUNED)
     threads, spawn, pool = torch.get_num_threads(), multiprocessing.get_context("spawn"), None
-    begun, ticks = spawn.Value("q", 0), spawn.Value("q", 0)
 
     def work(jobs, title):
         todo = {job.path: job for job in jobs if not job.path.is_file()}.values()
@@ -681,19 +634,19 @@ def workers(t5, folder, dtype, devices, count):
             if pool is None:
                 for job in todo:
                     do(job, t5, bar.update)
-            else:
-                before, pending = ticks.value, {pool.submit(do_in_worker, job) for job in todo}
-                while pending:
-                    done, pending = wait(pending, 0.5, FIRST_COMPLETED)
-                    bar.update(ticks.value - before - bar.n)
-                    for future in done:
-                        future.result()         # raises what was raised there
-        return [job.path for job in jobs]
+                return
+            futures = [pool.submit(do_in_worker, job) for job in todo]
+            try:
+                for future in as_completed(futures):
+                    bar.update(future.result())         # raises what was raised there
+            finally:
+                for future in futures:                  # of a stop: what has not begun
+                    future.cancel()
 
     try:
         if count > 1:
             pool = ProcessPoolExecutor(count, spawn, begin_worker,
-                                       (folder, dtype, devices, begun, ticks))
+                                       (folder, dtype, devices, spawn.Value("q", 0)))
         torch.set_num_threads(1)
         yield work
     except BrokenProcessPool:
@@ -707,21 +660,30 @@ def workers(t5, folder, dtype, devices, count):
             pool.shutdown(cancel_futures=True)
 
 
-def processes(settings, folder, more):
-    """The devices to work on, and how many processes -> [str], int. On a CPU each holds the weights
-    and what a step needs, taken as 4 times the files' size, and `more` bytes. InputError if one is
-    too many."""
-    device = str(pick_device(settings.device))
-    gpus = range(torch.cuda.device_count()) if settings.device == "auto" else ()
-    devices = [f"cuda:{i}" for i in gpus] or [device]
-    if settings.jobs or device != "cpu":
-        return devices, settings.jobs or len(devices)
+def find_devices(name):
+    """--device -> [str] to work on: for auto all GPUs there are."""
+    device = str(pick_device(name))
+    gpus = range(torch.cuda.device_count()) if name == "auto" else ()
+    return [f"cuda:{i}" for i in gpus] or [device]
+
+
+def processes(settings, devices, folder):
+    """How many processes. On a CPU each holds the weights and what a step needs, taken as 4 times
+    the files' size, and what ft holds, which is told. InputError if one is too many."""
+    more = ft_memory(read_config(folder)) if "ft" in settings.prompt else 0
+    if more:
+        copies = len(rates_of(settings, BASELINES["ft"])) * len(settings.seeds)
+        print(f"ft: {more / GIB:.2f} GiB in each process beside the frozen weights and a step's "
+              f"activations; a task's rates and seeds take "
+              f"{more / 6 / GIB * copies:.2f} GiB in {TUNED}")
+    if settings.jobs or devices != ["cpu"]:
+        return settings.jobs or len(devices)
     size = 4 * sum(path.stat().st_size for path in weight_files(folder)) + more
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
         raise InputError(f"a process needs some {size / GIB:.1f} GiB, there are "
                          f"{memory / GIB:.1f}: take a smaller model, or leave ft away")
-    return devices, max(1, min(torch.get_num_threads(), memory // size))
+    return max(1, min(torch.get_num_threads(), memory // size))
 
 
 # ---------------------------------------------------------------------------------- the script
@@ -735,59 +697,84 @@ def main(argv):
         print(f"{name:15} {value!s:24} {sources[name]}")
     if settings.plot:
         import_pyplot()                         # now, not after hours
-    pick_device(settings.device)                # before anything is fetched
-    found, absent = plans(settings)
+    devices = find_devices(settings.device)     # before anything is fetched
+    planned, absent = plans(settings)
     for name, why in absent.items():
         print(f"{name}: not run; {why}")
-    if not found:
+    if not planned:
         raise InputError("none of these tasks is at hand, see above")
     for line in fetch_list(settings.model):
         print(line)
     model, dtype = model_folder(settings.model), getattr(torch, settings.dtype)
-    more = ft_memory(read_config(model)) if "ft" in settings.prompt else 0
-    if more:
-        copies = len(rates_of(settings, BASELINES["ft"])) * len(settings.seeds)
-        print(f"ft: {more / GIB:.2f} GiB in each process beside the frozen weights and a step's "
-              f"activations; a task's rates and seeds take "
-              f"{more / 6 / GIB * copies:.2f} GiB in {TUNED}")
-    devices, count = processes(settings, model, more)
+    count = processes(settings, devices, model)
     t5 = load_t5(model, dtype, torch.device(devices[0] if count == 1 else "cpu"))
-    code = [Path(__file__).with_name(f"{name}.py") for name in (
-        "eval", "baselines", "supmer", "data", "t5")]
     made_of = {"model": model_fingerprint(model), "dtype": settings.dtype,
                "device": devices[0].partition(":")[0], "torch": torch.__version__,
-               "code": fingerprint(code)}
+               "code": fingerprint(Path(__file__).with_name(f"{name}.py") for name in (
+                   "eval", "baselines", "supmer", "data", "t5"))}
     unit = float(t5.weights["shared.weight"].float().cpu().square().mean().sqrt()) \
         if settings.rate_scale == "rms" else 1.0
-    own = [found[0].name] if settings.template else settings.task
+    out = output_path(settings, argv, planned)
+    written = {"command": shlex.join(["python", "eval.py", *argv]), "settings": asdict(settings),
+               "prompts": {}, "not_run": absent, "results": []}
+    ends = time.monotonic() + (60 * settings.max_minutes or math.inf)
+    candidate = cache(lambda name: take_up(name, t5.config, settings, ends, written["prompts"]))
+    for name in settings.prompt:
+        if name not in PRETRAINED:              # those when it is their turn: nobody waits for them
+            candidate(name)
+
+    def in_use(owner):
+        raise InputError(f"{out}: process {owner} is at work on it; wait for it, or end it")
+    with workers(t5, model, dtype, devices, count) as work, \
+            lock(TUNED / f".{out.name}.lock", in_use):
+        work_through(Context(settings, load_tokenizer(model, t5.config), work, count, made_of,
+                             unit, ends), planned, candidate, written, out)
+    print(f"details: {out}")
+    if any(result["test"] for result in written["results"]):
+        show(written, settings, t5.config, out, argv)
+
+
+def output_path(settings, argv, planned):
+    """The JSON file's path, in a folder that can be written to. InputError if there is none."""
+    own = [planned[0].name] if settings.template else settings.task
     stem = "-".join([Path(settings.model).name, *([settings.study] if settings.study else own),
                      *["quick"] * ("--quick" in argv)])
     out = Path(settings.out or f"runs/eval/{stem}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
+    sweep(out.parent)
     if not os.access(out.parent, os.W_OK):
         raise InputError(f"{out.parent} cannot be written to: give another --out")
-    written = {"command": shlex.join(["python", "eval.py", *argv]), "settings": asdict(settings),
-               "prompts": {}, "not_run": absent, "results": []}
-    ends = time.monotonic() + 60 * settings.max_minutes
-
-    def in_use(owner):
-        raise InputError(f"{out}: process {owner} is at work on it; wait for it, or end it")
-    sweep(out.parent)
-    opened = {name: open_candidate(name, t5, settings) for name in settings.prompt
-              if name not in PRETRAINED}
-    with workers(t5, model, dtype, devices, count) as work, \
-            lock(TUNED / f".{out.name}.lock", in_use):
-        context = Context(settings, load_tokenizer(model, t5.config), work, made_of, unit, print)
-        stopped = work_through(context, found, written, out, count, lambda: in_turn(
-            settings, t5, opened, written["prompts"], ends, print))
-    print(f"details: {out}")
-    if any(result["test"] for result in written["results"]):
-        show(written, settings, t5.config, out, count, argv)
-        if stopped:
-            print("stopped: the same command goes on")
+    return out
 
 
-def show(written, settings, config, out, count, argv):
+def work_through(context, planned, candidate, written, out):
+    """Evaluate each number of shots and Plan; each result is told, and written into `out`. What a
+    stop leaves undone is put down as not run; with no result at all KeyboardInterrupt goes on."""
+    def record(result):
+        if not written["results"] and out.exists():         # an earlier call's is kept beside
+            numbered = (out.with_suffix(f".{n}.json") for n in range(1, 10 ** 6))
+            out.rename(next(path for path in numbered if not path.exists()))
+        written["results"].append(result)
+        atomic_write(out, lambda file: file.write(json.dumps(written, indent=1).encode()))
+        print(details(result, context.settings))
+
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    todo = [(shots, plan) for shots in context.settings.shots for plan in planned]
+    try:
+        for shots, plan in todo:
+            evaluate(context, shots, plan, candidate, record)
+    except KeyboardInterrupt:
+        if not written["results"]:
+            raise
+        print("stopped: the same command goes on")
+        done = [(result["shots"], result["task"]) for result in written["results"]]
+        written["not_run"] |= {plan.name: "stopped before it was done"
+                               for shots, plan in todo if (shots, plan.name) not in done}
+    if not written["results"]:
+        raise InputError("none of these prompts is to be had, see above")
+
+
+def show(written, settings, config, out, argv):
     """Print and write the table; draw the picture; say what a demonstration left out."""
     text = table(written, config, settings)
     atomic_write(out.with_suffix(".md"), lambda file: file.write(f"{text}\n".encode()))
@@ -796,7 +783,7 @@ def show(written, settings, config, out, count, argv):
         draw(written, settings, out.with_suffix(".png"))
         print(f"picture: {out.with_suffix('.png')}")
     if "--quick" in argv:
-        print(protocol(argv, written["results"][-1], settings, count))
+        print(protocol(argv, written["results"][-1], settings))
 
 
 def check_kept(path, tensors, baseline, t5):
@@ -841,7 +828,7 @@ def predict(settings):
     out = csv.writer(lines, lineterminator="\n")
     out.writerow([*template_fields(task.template), "label", *task.words])
     for row, best, chance in zip(rows, chances.argmax(-1).tolist(), chances.tolist()):
-        out.writerow([*texts_of(row), task.words[best], *(f"{p:.4f}" for p in chance)])
+        out.writerow([*row.fields.values(), task.words[best], *(f"{p:.4f}" for p in chance)])
     if settings.out:
         atomic_write(settings.out, lambda file: file.write(lines.getvalue().encode()))
     else:
@@ -1024,14 +1011,14 @@ def details(result, settings):
     return "\n".join(lines)
 
 
-def protocol(argv, result, settings, count):
+def protocol(argv, result, settings):
     """What a demonstration left out, the protocol's command, and its minutes at this speed."""
     whole, test = Settings(), result["test"][result["task"]]
     records = sum(result["tuning"].values(), [])
     steps, longer = records[0]["validations"][0][-1]["step"], whole.epochs / settings.epochs
     tuning = sum(record["time"]["seconds"] for record in records) * longer * 3      # rates
     testing = result["test_seconds"] * test["of"] / test["rows"]
-    minutes = len(whole.seeds) * (tuning / count + testing) / 60
+    minutes = len(whole.seeds) * (tuning / result["processes"] + testing) / 60
     given = [word for word in argv if word not in ("--quick", "--task", *settings.task)]
     prompts = [] if "--prompt" in argv else ["--prompt", *settings.prompt]
     command = shlex.join(["python", "eval.py", "--task", *settings.task, *given, *prompts])

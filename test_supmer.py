@@ -4390,7 +4390,7 @@ def test_step_is_chosen_by_hand(monkeypatch, values, chosen):
         eval_settings(epochs=8, validate_every=2),
     )
     assert [entry["step"] for entry in curve] == [0, 2, 4, 6, 8]
-    assert curve[evaluation.choose(curve)]["step"] == chosen
+    assert min(curve, key=evaluation.rank)["step"] == chosen
     assert torch.equal(thetas, torch.stack(measured))
     assert [entry["accuracy"] for entry in curve] == [25 * correct for correct, _ in values]
 
@@ -4482,14 +4482,14 @@ def test_untuned_prompts(place):
     table = t5.weights["shared.weight"]
     for name in ("random", "vocab"):
         first, second = (start(t5)["theta"] for start in
-                         evaluation.open_candidate(name, t5, choices).starts)
+                         evaluation.open_candidate(name, t5.config, choices).starts)
         assert (
             first.shape == (2000, 16)
             and first.dtype == torch.float32
             and not torch.equal(first, second)
         )
         assert torch.equal(first, evaluation.open_candidate(
-            name, t5, choices).starts[0](t5)["theta"])
+            name, t5.config, choices).starts[0](t5)["theta"])
         if name == "random":
             assert (
                 abs(float(first.std() / table.std()) - 1) < 0.02 and abs(float(first.mean())) < 0.02
@@ -4509,7 +4509,7 @@ def test_learns_a_planted_task():
     curve, thetas = tune(
         t5, start, None, sample, 10, 0.1, eval_settings(epochs=80, batch=32, words_only=True)
     )
-    best = evaluation.choose(curve)
+    best = curve.index(min(curve, key=evaluation.rank))
 
     def accuracy(theta):
         return (
@@ -4525,12 +4525,12 @@ def test_learns_a_planted_task():
 
 
 @contextlib.contextmanager
-def context(t5, choices, said=None):
+def context(t5, choices):
     """What evaluation.main() gives its functions, in this process, nothing kept from before."""
     shutil.rmtree(evaluation.TUNED, ignore_errors=True)
     with evaluation.workers(t5, "small", torch.float32, ["cpu"], 1) as work:
-        yield evaluation.Context(choices, data.load_tokenizer("small", t5.config), work,
-                                 {"model": "this"}, 1.0, (said if said is not None else []).append)
+        yield evaluation.Context(choices, data.load_tokenizer("small", t5.config), work, 1,
+                                 {"model": "this"}, 1.0, math.inf)
 
 
 def planted_plan():
@@ -4540,7 +4540,7 @@ def planted_plan():
 def test_tuning_needs_no_test_file(place):
     """With the test file absent the tuning record is the same, byte for byte, as with it."""
     t5, choices = small_t5(), eval_settings(shots=(4,), seeds=(10,), rates=(0.1,))
-    prompt = evaluation.open_candidate("vocab", t5, choices)
+    prompt = evaluation.open_candidate("vocab", t5.config, choices)
 
     def record():
         with context(t5, choices) as c:
@@ -4578,32 +4578,33 @@ def test_test_labels_do_not_reach_tuning(place, monkeypatch):
         assert np.allclose(np.array(one[name]["tuned"]) + two[name]["tuned"], 100)
 
 
-def test_sampled_texts_are_not_tested(place, monkeypatch):
+def test_sampled_texts_are_not_tested(place, monkeypatch, capsys):
     """A test file that is the training file and one row more (a domain's pool): each seed is tested
     on the rows that it has not sampled, and how many were left out is said."""
     train = Path("data/planted/train.csv").read_text()
     Path("data/planted/test.csv").write_text(train + "1,good film\n")
-    t5, said, choices = small_t5(), [], eval_settings(shots=(4,), seeds=(10, 20), rates=(0.1,))
-    prompt = evaluation.open_candidate("vocab", t5, choices)
-    with context(t5, choices, said) as c:
+    t5, choices = small_t5(), eval_settings(shots=(4,), seeds=(10, 20), rates=(0.1,))
+    prompt = evaluation.open_candidate("vocab", t5.config, choices)
+    with context(t5, choices) as c:
         samples = evaluation.draw_samples(c, planted_plan(), 4)
         records, kept = evaluation.tune_task(c, planted_plan(), prompt, samples, 4)
         # predict the label of every row that a seed has sampled wrongly, the others rightly
         rows = load_test(TASKS["planted"], "data")
-        wrong = [[evaluation.texts_of(row) in sample.texts() for row in rows] for sample in samples]
-        answers = [[], *(answer for answer in wrong for _ in "ut")]    # no prompt; untuned, tuned
-        def scores(jobs, title):
-            for answer in answers:
+        sampled = [[row.fields for row in sample.train + sample.held_out] for sample in samples]
+        wrong = [[row.fields in texts for row in rows] for texts in sampled]
+        answers, found = [[], *(answer for answer in wrong for _ in "ut")], {}
+        def scores(jobs, title):                # no prompt; untuned, tuned
+            for job, answer in zip(jobs, answers, strict=True):
                 right = torch.tensor([row.label ^ bool(answer and answer[i])
                                       for i, row in enumerate(rows)])
-                yield {"scores": F.one_hot(right, 2).float()}, {}
-        monkeypatch.setattr(evaluation, "read_result", lambda result: result)
+                found[job.path] = {"scores": F.one_hot(right, 2).float()}, {}
+        monkeypatch.setattr(evaluation, "read_result", found.__getitem__)
         test = evaluation.test_task(c._replace(work=scores), "planted", TASKS["planted"], "data",
-                                    [prompt], {"vocab": kept}, samples)
-    assert [len(sample.texts()) for sample in samples] == [16, 16] == test["left_out"]
+                                    [(prompt, records, kept)], samples)
+    assert [len(texts) for texts in sampled] == [16, 16] == test["left_out"]
     assert test["prompts"]["vocab"]["tuned"] == [100, 100] and test["no_prompt"] == 100
     assert test["prompts"]["vocab"]["untuned"] == [100, 100]
-    assert any("[16, 16] test rows, by seed, are left out" in line for line in said)
+    assert "[16, 16] test rows, by seed, are left out" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------- what comes out of a run
@@ -4771,9 +4772,10 @@ def test_protocol_estimate_by_hand():
         "task": "movie",
         "test": {"movie": {"rows": 300, "of": 3000}},
         "test_seconds": 6.0,
+        "processes": 1,
     }
     quick = eval_settings(epochs=60, task=("movie",), prompt=("random", "vocab"))
-    said = evaluation.protocol(["--quick", "--dtype", "bfloat16"], result, quick, 1)
+    said = evaluation.protocol(["--quick", "--dtype", "bfloat16"], result, quick)
     assert (
         "not the protocol" in said
         and "60 steps of 200" in said
@@ -4979,10 +4981,11 @@ def test_labels_are_not_made_with_a_damaged_tuned_prompt(place, capsys, damage):
     assert not Path("labels.csv").exists()
 
 
-def test_workers_that_memory_does_not_allow(place):
+def test_workers_that_memory_does_not_allow(place, monkeypatch):
     """Too many bytes for one are told beforehand; one that dies, with what to try."""
+    monkeypatch.setattr(evaluation, "ft_memory", lambda _: 10 ** 18)
     with pytest.raises(InputError, match="a process needs some .* GiB, there are"):
-        evaluation.processes(evaluation.Settings(device="cpu"), Path("small"), 10 ** 18)
+        evaluation.processes(evaluation.Settings(prompt=("ft",)), ["cpu"], Path("small"))
     with pytest.raises(InputError, match="a process ended .* Try fewer --jobs than 2"):
         with evaluation.workers(None, "small", torch.float32, ["cpu"], 2) as work:
             work([evaluation.Job(Path("x"), Dies(), {}, 1)], "")
@@ -5982,7 +5985,7 @@ def test_tuning_with_the_authors_files(place, monkeypatch):
     assert curves["released"] == curves["theirs"]
     monkeypatch.setattr(data, "RELEASED_URL", "file:///nowhere/")       # they are there already
     settings, _ = evaluation.parse([*SMALL, "--prompt-length", "100", "--prompt", "released"])
-    prompt = evaluation.open_candidate("released", small_t5(), settings)
+    prompt = evaluation.open_candidate("released", small_config(), settings)
     g, H = theta.flip(0) / 1e4, theta[0]
     assert torch.equal(prompt.starts[0](small_t5())["theta"], theta)
     assert torch.equal(prompt.psi(g, H), baselines.regularize_released(phi, g, H))
@@ -5991,7 +5994,7 @@ def test_tuning_with_the_authors_files(place, monkeypatch):
     assert with_psi[-1]["loss"] != pytest.approx(without[-1]["loss"], rel=1e-4)
     monkeypatch.delitem(data.RELEASED, (16, 32))
     with pytest.raises(InputError, match="for t5-base and flan-t5-xl only"):
-        evaluation.open_candidate("released", small_t5(), settings)
+        evaluation.open_candidate("released", small_config(), settings)
 
 
 def test_damaged_released_prompts(tmp_path):
@@ -6155,7 +6158,7 @@ def test_each_method_learns_what_no_word_alone_tells(name, rate):
     settings = eval_settings(epochs=80, batch=32, words_only=True, validate_every=10)
     for record, kept in evaluation.tune(t5, name, begin(name), None, sample, 10, rate, settings):
         curve.append(record)
-        if evaluation.choose(curve) == len(curve) - 1:
+        if min(curve, key=evaluation.rank) is record:
             best = {key: x.clone() for key, x in kept.items()}
     untuned = baselines.BASELINES[name].fold(t5, begin(name)(t5))
     assert accuracy_of(t5, name, untuned, new) < 0.65 < 0.68 < accuracy_of(t5, name, best, new)
@@ -6569,6 +6572,8 @@ def test_a_study_makes_the_runs_that_are_missing(place, monkeypatch, capsys):
         if "--resume" in argv:
             shutil.rmtree("runs/compared/small-ppt")
             write_run("runs/compared/small-ppt", name="ppt")
+        else:
+            write_run("runs/compared/small-supmer", finished=False)
     monkeypatch.setattr(train, "main", made)
     study = [word for word in SMALL if word not in ("--rates", "0.1", "0.3")]
     study += ["--study", "comparison", "--rates", "0.1", "--prompt"]
