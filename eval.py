@@ -52,8 +52,8 @@ from data import (GROUPS, RELEASED, ROWS, TASKS, TINY, LabeledTask, atomic_write
                   model_fingerprint, model_folder, released_folder, sweep, template_fields)
 from supmer import Method, cosine, knob, measure, score
 from t5 import InputError, load_t5, read_config, weight_files
-from train import (GIB, LONGEST, TINY_VALUES, fetch_list, import_pyplot, knob_parser, load_prompt,
-                   pick_device, read_run, run_script)
+from train import (GIB, LONGEST, TINY_VALUES, check_knob, fetch_list, import_pyplot, knob_parser,
+                   load_prompt, pick_device, read_run, run_script)
 
 PRETRAINED = {**{name: "--method" for name in METHODS}, **dict.fromkeys(ABLATIONS, "--ablation")}
 
@@ -83,26 +83,28 @@ class Settings:
     predict: str = knob("", "only label this file's texts with one tuned --prompt; to --out or "
                         "stdout, with probabilities")
     labeled: str = knob("", "folder of labeled sentiment sets, for metapt; see train.py --labeled")
-    prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)")
+    prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)", most=LONGEST)
     shots: tuple = knob((16,), "examples per label to tune on, as many to validate on (4.1)")
-    seeds: tuple = knob((10, 20, 30, 40, 50), "of the examples, batches and random prompts (C.1)")
+    seeds: tuple = knob((10, 20, 30, 40, 50), "of the examples, batches and random prompts (C.1)",
+                        zero=True)
     same_examples: bool = knob(False, "the first seed's examples and batches for all seeds: only "
                                "the random prompts differ")
     rates: tuple = knob((0.0,), "AdamW's rates to choose from; 0: each method's own, for "
-                        "prompts 0.1 0.2 0.3, for ft 1e-5 2e-5 3e-5 (C.1)")
+                        "prompts 0.1 0.2 0.3, for ft 1e-5 2e-5 3e-5 (C.1)", zero=True)
     rate_scale: str = knob("absolute", "of prompts' rates: absolute (C.1), or rms: x RMS of the "
                            "embedding table")
     epochs: int = knob(200, "passes over the examples, while the rate falls linearly to 0 (C.1)")
     batch: int = knob(32, "examples of a step (C.1)")
     validate_every: int = knob(10, "steps between validations (C.1)")
     words_only: bool = knob(False, "loss over the task's label words, not the whole vocabulary")
-    test_rows: int = knob(0, "test on so many rows only, always the same ones; 0: on all")
+    test_rows: int = knob(0, "test on so many rows only, always the same ones; 0: on all",
+                         zero=True)
     predictions: bool = knob(False, "each test row's predictions into the JSON file as well")
     max_minutes: float = knob(0.0, "stop so many minutes from now; what is not done is \"not "
-                              "run\", the same command goes on; 0: never")
+                              "run\", the same command goes on; 0: never", zero=True)
     plot: bool = knob(False, "a PNG beside the JSON file (needs matplotlib)")
     jobs: int = knob(0, "processes of 1 thread each, whose number changes no result; 0: one for "
-                     "each GPU or core, as far as memory goes")
+                     "each GPU or core, as far as memory goes", zero=True)
     dtype: str = knob("float32", "of the frozen T5: float32 or bfloat16; prompts are float32")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...; auto takes all GPUs if there are any")
     out: str = knob("", "the JSON file, instead of runs/eval/<model>-<task>.json")
@@ -575,10 +577,11 @@ def score_job(t5, tick, baseline, kept, examples):
     return {"scores": scores.cpu()}, {}
 
 
-def do(job, t5, tick):
-    """Do a job and write its result, whole or not at all."""
+def do(job, t5=None, tick=lambda: None):
+    """Do a job, with the T5 of a worker process in one, and write its result, whole or not at
+    all."""
     began = time.perf_counter()
-    tensors, values = job.function(t5, tick, **job.arguments)
+    tensors, values = job.function(t5 or WORKER["t5"], tick, **job.arguments)
     values["time"] = {"seconds": time.perf_counter() - began}
     payload = save(tensors, {"result": json.dumps(values)})
     atomic_write(job.path, lambda file: file.write(payload))
@@ -611,12 +614,6 @@ def begin_worker(folder, dtype, devices, begun):
     WORKER["t5"] = load_t5(folder, dtype, pick_device(device))
 
 
-def do_in_worker(job):
-    """do() with what begin_worker() has loaded -> the job's ticks."""
-    do(job, WORKER["t5"], lambda: None)
-    return job.ticks
-
-
 @contextlib.contextmanager
 def workers(t5, folder, dtype, devices, count):
     """-> work(jobs, title), which does what is not done yet in `count` processes. One process is
@@ -635,10 +632,11 @@ def workers(t5, folder, dtype, devices, count):
                 for job in todo:
                     do(job, t5, bar.update)
                 return
-            futures = [pool.submit(do_in_worker, job) for job in todo]
+            futures = {pool.submit(do, job): job.ticks for job in todo}
             try:
                 for future in as_completed(futures):
-                    bar.update(future.result())         # raises what was raised there
+                    future.result()                     # raises what was raised there
+                    bar.update(futures[future])
             finally:
                 for future in futures:                  # of a stop: what has not begun
                     future.cancel()
@@ -843,19 +841,18 @@ def parse(argv):
     parser.add_argument("--quick", action="store_true", help=f"a demonstration: {QUICK}")
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
-    quick = QUICK if given.pop("quick") else {}
-    for name in given.keys() & (quick.keys() | {"study"} if quick else set()) - {"prompt"}:
-        parser.error(f"--quick sets {name} itself: leave one of the two away")
-    preset = quick or STUDIES.get(given.get("study"), {})
+    quick = given.pop("quick")
+    preset = QUICK if quick else STUDIES.get(given.get("study"), {})
     tiny = FOR_TINY if given.get("model", "tiny") == "tiny" else {}
     settings = Settings(**{name: value for name, (value, _) in tiny.items()} | preset | given)
-    check(settings, given, quick, parser.error)
+    check(settings, given, quick)
+    check_tasks(settings, given)
     if settings.predict:
         return settings, {}
     newest = newest_run(settings.model) if "newest" in settings.prompt else ""
     prompts = [newest if name == "newest" else name for name in settings.prompt]
     if len(set(prompts)) < len(prompts) and newest != "released":
-        parser.error(f"prompt {prompts}: the newest run is given twice")
+        raise InputError(f"--prompt {' '.join(prompts)}: the newest run is given twice")
     settings = replace(settings, prompt=tuple(dict.fromkeys(prompts)))
     sources = {entry.name: entry.metadata["help"] for entry in fields(Settings)}
     sources |= {name: why for name, (_, why) in tiny.items()}
@@ -863,81 +860,83 @@ def parse(argv):
     return settings, sources | dict.fromkeys(given, "given")
 
 
-def check(settings, given, quick, error):
-    """Whether Settings make sense, each and together; error(message) raises. given: {name: value}
-    of those on the command line."""
-    for name, value in asdict(settings).items():
-        values = value if isinstance(value, tuple) else (value,)
-        least = 0 if name in ("seeds", "test_rows", "jobs", "rates", "max_minutes") else 1e-9
-        most = LONGEST if name == "prompt_length" else 1e9
-        if not all(least <= x <= most for x in values if type(x) in (int, float)):
-            error(f"{name} {value}: must be {'above' if least else 'at least'} 0, at most {most:g}")
-        if name in given and "" in values:
-            error(f"{name} '': it is empty")
-        if len(set(values)) < len(values) and name != "data":
-            error(f"{name} {value}: one is given twice")
-    offline = [name for name in TASKS if TASKS[name].train.startswith("tasks/")]
-    for name in set(settings.task) - TASKS.keys() - GROUPS.keys():
-        error(f"no task {name!r}. Without a network: {', '.join(offline)}; fetched, or from "
-              f"--data: {', '.join(name for name in TASKS if name not in offline)}; groups: "
-              f"{', '.join(GROUPS)}; or your own: --data FILE --template --words")
-    if "dg" in settings.task and set(settings.task) & set(GROUPS["dg"]):
-        error("dg tests on the six domains, tuned on airlines: leave their names away")
-    if settings.template or settings.words:
-        check_own_task(settings, given, error)
-    elif len(settings.data) > 1 or Path(settings.data[0]).is_file():
-        error("--data is a folder; of a task of your own give --template and --words, too")
-    others = set(settings.prompt) & BASELINES.keys() - {"random", "vocab"}
-    if others and (quick or settings.study == "steps"):
-        error(f"--quick and --study steps are for prompts: leave {', '.join(others)} away")
-    if others & {"zero-shot", "few-shot"} and settings.template:
-        error("zero-shot and few-shot have no instruction for your own task: leave them out")
+def check(settings, given, quick):
+    """InputError for the first thing that is wrong with Settings, each value by itself and then
+    together. given: {name: value} of those on the command line."""
+    for entry in fields(Settings):
+        value = getattr(settings, entry.name)
+        check_knob(entry, value)
+        if given.get(entry.name) == "":
+            raise InputError(f"--{entry.name} '': it is empty")
+        if type(value) is tuple and len(set(value)) < len(value) and entry.name != "data":
+            raise InputError(f"--{entry.name} {value}: one is given twice")
+    prompts, out, labeled = settings.prompt, settings.out, settings.labeled
+    clash = given.keys() & {"study", *QUICK} - {"prompt"}
     vain = given.keys() - {"predict", "prompt", "model", "out", "device", "dtype"}
-    if settings.predict and vain:
-        error(f"--predict takes all else from its prompt: leave {', '.join(vain)} away")
-    if settings.predict and (len(settings.prompt) != 1 or not Path(settings.prompt[0]).is_file()):
-        error(f"--predict needs one tuned --prompt, a file from {TUNED}")
+    others = set(prompts) & BASELINES.keys() - {"random", "vocab"}
     known = ["newest", "released", *(name for name in BASELINES if BASELINES[name].start),
              *PRETRAINED]
-    for name in settings.prompt:
-        if name not in known and not Path(name).exists():
-            error(f"prompt {name} is missing: give RUN, {', '.join(known)}")
-    out, labeled, metapt = settings.out, settings.labeled, "metapt" in settings.prompt
+    missing = [name for name in prompts if name not in known and not Path(name).exists()]
     made = compared_folder("metapt", settings.model).exists()
     for wrong, why in (
+            (quick and clash,
+             f"--quick sets {', '.join(clash)} itself: leave one of the two away"),
+            (others and (quick or settings.study == "steps"),
+             f"--quick and --study steps are for prompts: leave {', '.join(others)} away"),
+            (others & {"zero-shot", "few-shot"} and settings.template,
+             "zero-shot and few-shot have no instruction for your own task: leave them out"),
+            (settings.predict and vain,
+             f"--predict takes all else from its prompt: leave {', '.join(vain)} away"),
+            (settings.predict and (len(prompts) > 1 or not Path(prompts[0]).is_file()),
+             f"--predict needs one tuned --prompt, a file from {TUNED}"),
+            (missing, f"prompt {', '.join(missing)} is missing: give RUN, {', '.join(known)}"),
             (0 in settings.rates and any(settings.rates),
-             f"rates {settings.rates}: 0 is each method's own, give it alone or not at all"),
-            (labeled and not (metapt and Path(labeled).is_dir()),
+             f"--rates {settings.rates}: 0 is each method's own, give it alone or not at all"),
+            (labeled and not ("metapt" in prompts and Path(labeled).is_dir()),
              f"--labeled {labeled}: give a folder, with --prompt metapt"),
-            (metapt and not (labeled or settings.study or made),
+            ("metapt" in prompts and not (labeled or settings.study or made),
              "metapt learns from labeled sentiment: give --labeled FOLDER"),
             (out and not settings.predict and Path(out).suffix != ".json",
              f"--out {out}: name a .json file; the table and the picture lie beside it"),
-            (out and (Path(out).is_dir() or out in (settings.predict, *settings.prompt)),
+            (out and (Path(out).is_dir() or out in (settings.predict, *prompts)),
              f"--out {out}: it would replace what is there, name another file")):
         if wrong:
-            error(why)
+            raise InputError(why)
+
+
+def check_tasks(settings, given):
+    """As check(), of --task, or of what makes up a task of one's own."""
+    offline = [name for name in TASKS if TASKS[name].train.startswith("tasks/")]
+    unknown = set(settings.task) - TASKS.keys() - GROUPS.keys()
+    data, template, words = settings.data, settings.template, own_words(settings)
+    own, formats = bool(template or settings.words), [*filter(None, ROWS)]
+    for wrong, why in (
+            (unknown, f"no task {', '.join(unknown)}. Without a network: {', '.join(offline)}; "
+             "fetched, or from --data: "
+             f"{', '.join(name for name in TASKS if name not in offline)}; groups: "
+             f"{', '.join(GROUPS)}; or your own: --data FILE --template --words"),
+            ("dg" in settings.task and set(settings.task) & set(GROUPS["dg"]),
+             "dg tests on the six domains, tuned on airlines: leave their names away"),
+            (not own and (len(data) > 1 or Path(data[0]).is_file()),
+             "--data is a folder; of a task of your own give --template and --words, too"),
+            (own and (not template or len(set(words)) < max(2, len(words)) or not all(words)),
+             "a task of your own needs --template, with one <X>, and --words, two or more that "
+             "differ: --template \"{text} It was <X> .\" --words terrible,great"),
+            (own and given.keys() & {"task", "study"},
+             "--task and --study are for the tasks that are known: leave them away"),
+            (own and (len(data) > 2 or not all(
+                Path(file).is_file() and Path(file).suffix in formats for file in data)),
+             f"--data {' '.join(data)}: give your task's file, {', '.join(formats)}, and, if you "
+             "have one, a file to test on"),
+            (own and not template_fields(template),
+             f"the template {template!r} names no text: \"{{text}} It was <X> .\"")):
+        if wrong:
+            raise InputError(why)
 
 
 def own_words(settings):
     """--words as a tuple."""
     return tuple(word.strip() for word in settings.words.split(","))
-
-
-def check_own_task(settings, given, error):
-    """Whether --data, --template and --words go together; error(message) raises."""
-    words, formats = own_words(settings), [*filter(None, ROWS)]
-    if not settings.template or len(set(words)) < max(2, len(words)) or not all(words):
-        error("a task of your own needs --template, with one <X>, and --words, two or more that "
-              "differ: --template \"{text} It was <X> .\" --words terrible,great")
-    if "task" in given or "study" in given:
-        error("--task and --study are for the tasks that are known: leave them away")
-    for path in map(Path, settings.data):
-        if not path.is_file() or path.suffix not in formats or len(settings.data) > 2:
-            error(f"--data {' '.join(settings.data)}: give your task's file, {', '.join(formats)}, "
-                  "and, if you have one, a file to test on")
-    if not template_fields(settings.template):
-        error(f"the template {settings.template!r} names no text: \"{{text}} It was <X> .\"")
 
 
 # ------------------------------------------------------------------------------ tables, pictures
