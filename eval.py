@@ -294,11 +294,11 @@ def rates_of(settings, baseline):
 
 def tune_task(context, plan, candidate, samples, shots):
     """Tune a candidate with each seed's sample at each rate; no file is opened. -> [a seed's record
-    for the JSON file], none if nothing is tuned; [what a seed keeps: [{name: tensor} of the best
-    step, and then of every validation if --study steps]]"""
+    for the JSON file], none if nothing is tuned; [what a seed keeps to be tested, {"tuned": {name:
+    tensor} of the best step}, with --study steps also each validation's, {its step: ..}]"""
     settings, task, baseline = context.settings, plan.task, BASELINES[candidate.baseline]
     if not baseline.rates:
-        return [], [[{}]] * len(samples)
+        return [], [{"tuned": {}}] * len(samples)
     about = {"task": task._asdict(), "model": settings.model,
              "model_sha256": context.made_of["model"]}
     tuning, jobs = Tuning(*(getattr(settings, name) for name in Tuning._fields)), []
@@ -320,11 +320,10 @@ def tune_task(context, plan, candidate, samples, shots):
             "seed": seed, "examples": len(sample.train), "best": found[path]["best"],
             "file": str(path), "validations": [result["validations"] for result in found.values()],
             "time": {"seconds": sum(result["time"]["seconds"] for result in found.values())}})
-        steps = {}
+        kept.append({})
         for key, x in read_result(path)[0].items():
             step, _, name = key.rpartition(":")
-            steps.setdefault(int(step or -1), {})[name] = x
-        kept.append([steps[step] for step in sorted(steps)])
+            kept[-1].setdefault(int(step) if step else "tuned", {})[name] = x
     return records, kept
 
 
@@ -350,29 +349,29 @@ def test_task(context, name, task, folder, tuned, samples):
         return None
     chosen = predicted_labels(context, name, task, rows, tuned, samples)
 
-    def accuracy(predicted, counted):
-        return 100 * float((predicted == labels)[counted].float().mean())
+    def accuracy(predicted, i):
+        return 100 * float((predicted == labels)[counted[i]].float().mean())
 
     def usual(predicted):               # over the seeds, whose rows differ where some are left out
-        return statistics.mean(accuracy(predicted, k) for k in counted)
+        return statistics.mean(accuracy(predicted, i) for i in range(len(samples)))
     results = {}
     for candidate, *_ in tuned:
         of_seeds = [chosen[candidate.name, i] for i in range(len(samples))]
-        found = [{step: accuracy(first, k) for step, (first, *_) in of_seed.items()}
-                 for of_seed, k in zip(of_seeds, counted)]
-        untuned = [steps.pop("untuned") for steps in found if "untuned" in steps]
-        best, orders = [steps.pop(0) for steps in found], of_seeds[0][0]
+        found = [{what: accuracy(first, i) for what, (first, *_) in of_seed.items()}
+                 for i, of_seed in enumerate(of_seeds)]
+        best, orders = [one.pop("tuned") for one in found], of_seeds[0]["tuned"]
+        untuned = [one.pop("untuned") for one in found if "untuned" in one]
         results[candidate.name] = result = {
             "tuned": best, "mean": statistics.mean(best),
             "sample_std": statistics.stdev(best) if len(best) > 1 else None}
         if untuned:                     # a learned prompt is one for all seeds
             result["untuned"] = [statistics.mean(untuned)] if candidate.about else untuned
         if len(orders) > 1:
-            result["orders"] = [accuracy(one, counted[0]) for one in orders]
+            result["orders"] = [accuracy(one, 0) for one in orders]
         if settings.study == "steps":
-            result["steps"] = [[*steps.values()] for steps in found]
+            result["steps"] = [[one[step] for step in sorted(one)] for one in found]
         if settings.predictions:
-            result["predictions"] = [of_seed[0][0].tolist() for of_seed in of_seeds]
+            result["predictions"] = [of_seed["tuned"][0].tolist() for of_seed in of_seeds]
     return {"rows": len(rows), "of": of, "left_out": left_out, "prompts": results,
             "majority": usual(labels.bincount().argmax().expand(len(rows))),
             "no_prompt": usual(chosen["", 0]["untuned"][0]),
@@ -380,9 +379,9 @@ def test_task(context, name, task, folder, tuned, samples):
 
 
 def predicted_labels(context, name, task, rows, tuned, samples):
-    """Score test rows -> {(candidate's name, i): what seed i predicts}, each {step: [labels (n,),
-    one an order of the demonstrations]}. Step 0 is what was chosen, 1, ... each validation's with
-    --study steps, "untuned" where a prompt starts; ("", 0) has "untuned" alone: no prompt."""
+    """Score test rows -> {(candidate's name, i): what seed i predicts}, each {what it keeps, or
+    "untuned" where a prompt starts: [labels (n,), one an order of the demonstrations]}; ("", 0) has
+    "untuned" alone: no prompt."""
     def score_jobs(baseline, kept, posed):
         return [make_job(context.made_of, f"{name}-scores", score_job, 1, baseline=baseline,
                          kept=kept, examples=examples) for examples in posed]
@@ -395,14 +394,13 @@ def predicted_labels(context, name, task, rows, tuned, samples):
             if key not in posed:                # one seed shows what the demonstrations' order does
                 posed[key] = baseline.pose(context.tokenizer, name, task, rows, sample.train,
                                            sample.seed)[:1 if i else None]
-            choices = {"untuned": candidate.starts[i]} if baseline.model is with_prompt else {}
-            jobs[candidate.name, i] = {
-                step: score_jobs(candidate.baseline, x, posed[key])
-                for step, x in (choices | dict(enumerate(kept[i]))).items()}
-    context.work([job for steps in jobs.values() for job in chain(*steps.values())],
+            start = {"untuned": candidate.starts[i]} if baseline.model is with_prompt else {}
+            jobs[candidate.name, i] = {what: score_jobs(candidate.baseline, x, posed[key])
+                                       for what, x in (start | kept[i]).items()}
+    context.work([job for of_seed in jobs.values() for job in chain(*of_seed.values())],
                  f"test {name}")
-    return {key: {step: [read_result(job.path)[0]["scores"].argmax(-1) for job in several]
-                  for step, several in steps.items()} for key, steps in jobs.items()}
+    return {key: {what: [read_result(job.path)[0]["scores"].argmax(-1) for job in several]
+                  for what, several in of_seed.items()} for key, of_seed in jobs.items()}
 
 
 def plans(settings):

@@ -4546,7 +4546,7 @@ def test_tuning_needs_no_test_file(place):
         with context(t5, choices) as c:
             samples = evaluation.draw_samples(c, planted_plan(), 4)
             records, kept = evaluation.tune_task(c, planted_plan(), prompt, samples, 4)
-        return json.dumps(without_times(records)), kept[0][0]["theta"].numpy().tobytes()
+        return json.dumps(without_times(records)), kept[0]["tuned"]["theta"].numpy().tobytes()
 
     present = record()
     os.remove("data/planted/test.csv")
