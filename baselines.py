@@ -58,21 +58,11 @@ class Baseline(NamedTuple):
 
 # ------------------------------------------------------------------------- what all of them share
 
-def count(parameters):
-    """How many numbers {name: tensor} holds."""
-    return sum(x.numel() for x in parameters.values())
-
-
 def without_prompt(t5, kept):
     """The frozen T5 and a soft prompt of no vectors (0, d)."""
     table = t5.weights["shared.weight"]
     return t5, table.new_zeros(0, table.shape[1],
                                dtype=torch.promote_types(table.dtype, torch.float32))
-
-
-def nothing(t5, seed, length):
-    """No parameters."""
-    return {}
 
 
 def tuning_gradient(t5, baseline, parameters, examples, method):
@@ -308,7 +298,7 @@ def pose_instructed(tokenizer, name, task, rows, shown, seed, orders=0):
 
 
 PROMPT = Baseline(None, with_prompt, (0.1, 0.2, 0.3))                   # C.1
-ZERO_SHOT = Baseline(nothing, without_prompt, pose=pose_instructed)
+ZERO_SHOT = Baseline(lambda t5, seed, length: {}, without_prompt, pose=pose_instructed)
 BASELINES = {
     "learned": PROMPT,                                  # begins with a given_prompt
     "unified": PROMPT._replace(pose=pose_unified),
@@ -360,17 +350,6 @@ UNIFIED = {variant: (as_choice("{0} . {1}", WORDS[variant]), LETTERS[:len(WORDS[
 
 # ----------------------------------------------------- what is learned before, as train.py's knobs
 
-def examples_per_step(training, method):
-    """Examples that a step of a train.Training and a Method draws: SUPMER and what leaves a part of
-    it out n (support + query), and the partners' query sets where tasks are mixed."""
-    return training.tasks * (training.support + training.query * (1 + mixes(training, method)))
-
-
-def mixes(training, method):
-    """Whether a partner task is mixed in."""
-    return method.augmentation and training.method not in PLAIN
-
-
 PLAIN = ("ppt", "unified-ppt")          # take ppt_step, the others supmer.meta_step
 METHODS = {
     "supmer": {},
@@ -391,24 +370,34 @@ def name_of(training, method):
     with other parts left out."""
     if training.method != "supmer":
         return training.method
-    whole = {"only": "", "augmentation": True, "curriculum": True, "regularizer": True,
-             "first_order": False}
     chosen = vars(training) | vars(method)
-    left_out = {key: chosen[key] for key in whole if chosen[key] != whole[key]}
-    return next((name for name, preset in {"supmer": {}, **ABLATIONS}.items()
-                 if preset == left_out), "variant")
+    left_out = [name for name, preset in ABLATIONS.items() if preset.items() <= chosen.items()]
+    return "variant" if len(left_out) > 1 else [*left_out, "supmer"][0]
+
+
+def examples_per_step(training, method):
+    """Examples that a step of a train.Training and a Method draws: SUPMER and what leaves a part of
+    it out n (support + query), and the partners' query sets where tasks are mixed."""
+    return training.tasks * (training.support + training.query * (1 + mixes(training, method)))
+
+
+def mixes(training, method):
+    """Whether a partner task is mixed in."""
+    return method.augmentation and training.method not in PLAIN
 
 
 def parameters_at(config, length):
     """{method: how many numbers it tunes} on a T5Config, prompts of `length` vectors."""
     made = {name: torch.empty(shape) for name, shape in expected_shapes(config).items()}
     t5 = T5(config, {"lm_head.weight": made["shared.weight"], **made})     # mostly never touched
-    counted = {name: count(one.start(t5, 0, one.length or length)) for name, one in
-               BASELINES.items() if one.rates and one.start not in (None, ft_start)}
+    counted = {name: sum(x.numel() for x in one.start(t5, 0, one.length or length).values())
+               for name, one in BASELINES.items()
+               if one.rates and one.start not in (None, ft_start)}
     return counted | {"ft": count_weights(config)}
 
 
 if __name__ == "__main__":
-    base = T5Config(768, 64, 3072, 12, 12, 12, 32128, False, True, True, 32, 128, 1e-6)
+    base = T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_decoder_layers=12,
+                    num_heads=12, vocab_size=32128, gated=False, tied=True, scaled=True)
     for name, number in parameters_at(base, 100).items():
         print(f"{name:14} {number:>12,} tunable parameters at t5-base")

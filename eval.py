@@ -939,7 +939,6 @@ def own_words(settings):
 
 # ------------------------------------------------------------------------------ tables, pictures
 
-NOT_RUN = ("not run", None)
 BACKBONES = {("t5-base", 768, 12): "t5-base", ("flan-t5-xl", 2048, 24): "flan-t5-xl"}
 
 
@@ -958,33 +957,31 @@ def table(written, config, settings):
     absent = [(name, shots) for shots in settings.shots for name in written["not_run"]
               if (name, shots) not in done]
     names, several = [*columns, *absent], len(settings.shots) > 1
-    rows = {}                                   # {title: [(text, number or None) of a column]}
+    found = {}                                  # {title: [a column's accuracies, or None]}
     for name in settings.prompt:
-        found = [test["prompts"].get(name, {}) for test in columns.values()]
-        for title, key in ((name, "tuned"), (f"{name}, untuned", "untuned")):
-            if key == "tuned" or all(key in one for one in found):
-                rows[title] = [(figure(one[key]), statistics.mean(one[key])) if one else NOT_RUN
-                               for one in found]
+        tests = [test["prompts"].get(name, {}) for test in columns.values()]
+        found[name] = [one.get("tuned") for one in tests]
+        if all("untuned" in one for one in tests):
+            found[f"{name}, untuned"] = [one["untuned"] for one in tests]
     for title, key in (("no prompt", "no_prompt"), ("most frequent label", "majority")):
-        rows[title] = [(f"{test[key]:.1f}", test[key]) for test in columns.values()]
-    for row in rows.values():
-        row += [NOT_RUN] * len(absent)
+        found[title] = [[test[key]] for test in columns.values()]
+    rows = [(title, [figure(x) if x else "not run" for x in cells] + ["not run"] * len(absent),
+             [x and statistics.mean(x) for x in cells]) for title, cells in found.items()]
     ours = BACKBONES.get((Path(settings.model).name, config.d_model, config.num_layers))
     paper = json.loads((Path(__file__).parent / "results/paper_tables.json").read_text())
     for method, tasks in paper[ours or "t5-base"].items():
         cells = [tasks.get(target) if shots == 16 else None for target, shots in names]
         if any(cells) and (ours or method in ("pt", "supmer")):
-            rows[f"the paper's {ours or 'T5-base, another model'}: {method}"] = [
-                ("{} ± {}".format(*cell).replace(" ± None", ""), cell[0]) if cell else ("", None)
-                for cell in cells]
+            rows.append((f"the paper's {ours or 'T5-base, another model'}: {method}",
+                         ["{} ± {}".format(*x).replace(" ± None", "") if x else "" for x in cells],
+                         [x and x[0] for x in cells[:len(columns)]]))
     heads = [target + f", {shots} shots" * several for target, shots in names]
     if len(columns) > 1 and not several:        # the mean over what was run here
         heads.append(f"mean of {len(columns)}")
-        for row in rows.values():
-            means = [value for _, value in row[:len(columns)]]
-            row.append(("" if None in means else f"{statistics.mean(means):.1f}", None))
+        for _, row, means in rows:
+            row.append("" if None in means else f"{statistics.mean(means):.1f}")
     lines = [["accuracy in %", *heads], ["---"] * (len(heads) + 1),
-             *([name, *(cell for cell, _ in row)] for name, row in rows.items())]
+             *([title, *row] for title, row, _ in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
