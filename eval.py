@@ -30,7 +30,7 @@ import statistics
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
@@ -151,17 +151,12 @@ def batch_rows(n, step, seed, size):
     return order[place * size:(place + 1) * size].tolist()
 
 
-def steps_of(n, settings):
-    """Tuning steps on n examples."""
-    return settings.epochs * math.ceil(n / settings.batch)
-
-
 def rank(validation):
     """What is lowest is chosen: best accuracy, lowest loss, earliest step, smallest rate."""
     return -validation["accuracy"], validation["loss"], validation["step"], validation["rate"]
 
 
-def tune(t5, baseline, start, psi, sample, seed, rate, settings, unit=1.0, tick=lambda: None):
+def tune(t5, baseline, start, psi, sample, seed, rate, settings, unit=1.0):
     """Tune at one rate -> at each validation its record and what is kept, {name: tensor}, good
     until the next step. A prompt's record has how far it has moved from its start, as a share of
     that, and cos(psi(g), g) of the last step.
@@ -169,14 +164,14 @@ def tune(t5, baseline, start, psi, sample, seed, rate, settings, unit=1.0, tick=
     A step: the gradient g of a batch (Eq. 1) -> psi(g, H) (Eq. 5; phi frozen, the gate's H from
     that batch; psi None: g itself) -> norm clipped -> AdamW, whose rate falls linearly to 0.
     baseline: one of BASELINES. start: t5 -> parameters; they count as step 0. sample: (training,
-    validation) Examples. rate is in units of unit, for a prompt. settings: a Tuning. tick() follows
-    each step. InputError: a loss is not finite (a gradient that was not shows in the next
-    validation at the latest).
+    validation) Examples. rate is in units of unit, for a prompt. settings: a Tuning. InputError: a
+    loss is not finite (a gradient that was not shows in the next validation at the latest).
     """
     (examples, held_out), method = sample, Method(words_only=settings.words_only)
     baseline, n = BASELINES[baseline], len(examples.ids)
     parameters = {name: x.clone() for name, x in start(t5).items()}
-    theta, cosine_psi, steps = parameters.get("theta"), None, steps_of(n, settings)
+    theta, cosine_psi = parameters.get("theta"), None
+    steps = settings.epochs * math.ceil(n / settings.batch)
     begun = theta.clone() if theta is not None else None
     optimizer = torch.optim.AdamW(parameters.values(), eps=1e-8, weight_decay=0.0)
     for step in range(steps + 1):
@@ -205,7 +200,6 @@ def tune(t5, baseline, start, psi, sample, seed, rate, settings, unit=1.0, tick=
                 unit if baseline.model is with_prompt else 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            tick()
 
 
 # ------------------------------------------------------------- the protocol: a task, tuned, tested
@@ -307,9 +301,9 @@ def tune_task(context, plan, candidate, samples, shots):
                  for part in (sample.train, sample.held_out)]
         jobs.append([make_job(
             context.made_of, f"{plan.name}-{candidate.name}-{shots}-{seed}-{rate}", tune_job,
-            steps_of(len(sample.train), settings), baseline=candidate.baseline, start=start,
-            psi=candidate.psi, sample=parts, seed=sample.seed, rate=rate, tuning=tuning,
-            unit=context.unit, all_steps=settings.study == "steps", about=about)
+            baseline=candidate.baseline, start=start, psi=candidate.psi, sample=parts,
+            seed=sample.seed, rate=rate, tuning=tuning, unit=context.unit,
+            all_steps=settings.study == "steps", about=about)
             for rate in rates_of(settings, baseline)])
     context.work(sum(jobs, []), f"tune {plan.name}")
     records, kept = [], []
@@ -383,7 +377,7 @@ def predicted_labels(context, name, task, rows, tuned, samples):
     "untuned" where a prompt starts: [labels (n,), one an order of the demonstrations]}; ("", 0) has
     "untuned" alone: no prompt."""
     def score_jobs(baseline, kept, posed):
-        return [make_job(context.made_of, f"{name}-scores", score_job, 1, baseline=baseline,
+        return [make_job(context.made_of, f"{name}-scores", score_job, baseline=baseline,
                          kept=kept, examples=examples) for examples in posed]
     posed, jobs = {}, {("", 0): {"untuned": score_jobs(
         "zero-shot", {}, pose(context.tokenizer, name, task, rows, (), 0))}}
@@ -435,10 +429,12 @@ def newest_run(model):
     """The folder of this model's run under runs/ that finished last, of SUPMER with all its parts;
     "released" without one, where that is at hand without a run of ours. InputError for other
     models."""
-    name, folders = Path(model).name, [path.parent for path in Path("runs").glob("*/run.json")]
-    ended = [(run["ended"], str(folder)) for folder, run in zip(folders, map(read_run, folders))
-             if run["finished"] and run.get("name") == "supmer" and
-             Path(run.get("model", "")).name == name]
+    name, ended = Path(model).name, []
+    for path in Path("runs").glob("*/run.json"):
+        run = read_run(path.parent)
+        ours = run.get("name") == "supmer" and Path(run.get("model", "")).name == name
+        if run["finished"] and ours:
+            ended.append((run["ended"], str(path.parent)))
     if ended:
         return max(ended)[1]
     if name in ("tiny", "t5-base", "flan-t5-xl"):
@@ -529,12 +525,11 @@ def take_up(name, config, settings, ends, about):
 class Job(NamedTuple):
     """Work that needs nothing but the T5 and its arguments. Equal jobs have equal paths."""
     path: Path              # of its result; the name ends in a hash of all that it depends on
-    function: Callable      # (t5, tick, **arguments) -> {name: tensor}, {name: for JSON}
+    function: Callable      # (t5, **arguments) -> {name: tensor}, {name: for JSON}
     arguments: dict
-    ticks: int              # how often it will call tick()
 
 
-def make_job(made_of, name, function, ticks, **arguments):
+def make_job(made_of, name, function, **arguments):
     """A Job whose path depends on made_of (model, code, ...), the function and its arguments."""
     def content(x):
         if isinstance(x, partial):
@@ -544,16 +539,16 @@ def make_job(made_of, name, function, ticks, **arguments):
     whole = json.dumps([made_of, function.__name__, arguments], sort_keys=True, default=content)
     key = hashlib.sha256(whole.encode()).hexdigest()[:16]
     name = re.sub(r"[^\w.-]+", "_", name)
-    return Job(TUNED / f"{name}-{key}.safetensors", function, arguments, ticks)
+    return Job(TUNED / f"{name}-{key}.safetensors", function, arguments)
 
 
-def tune_job(t5, tick, baseline, start, psi, sample, seed, rate, tuning, unit, all_steps, about):
+def tune_job(t5, baseline, start, psi, sample, seed, rate, tuning, unit, all_steps, about):
     """tune() -> what is kept at its best validation {name: tensor}, its record; if all_steps, each
     validation's as well, as "step:name". about: what a reader of the file needs to use it."""
     device = t5.weights["shared.weight"].device
     psi = psi and partial(psi.func, {name: x.to(device) for name, x in psi.args[0].items()})
     curve, best, every = [], {}, {}
-    for found, kept in tune(t5, baseline, start, psi, sample, seed, rate, tuning, unit, tick):
+    for found, kept in tune(t5, baseline, start, psi, sample, seed, rate, tuning, unit):
         curve.append(found)
         if min(curve, key=rank) is found:
             best = {name: x.cpu().clone(memory_format=torch.contiguous_format)
@@ -564,22 +559,18 @@ def tune_job(t5, tick, baseline, start, psi, sample, seed, rate, tuning, unit, a
                           **about}
 
 
-def score_job(t5, tick, baseline, kept, examples):
+def score_job(t5, baseline, kept, examples):
     """score() of what tune() kept, or of what a Candidate starts from -> {"scores": log p of each
     label word (n, K)}."""
-    baseline, device = BASELINES[baseline], t5.weights["shared.weight"].device
-    kept = {name: x.to(device) for name, x in kept.items()} if isinstance(kept, dict) else \
-        baseline.fold(t5, kept(t5))
-    scores = score(*baseline.model(t5, kept), examples, Method())
-    tick()
-    return {"scores": scores.cpu()}, {}
+    device = t5.weights["shared.weight"].device
+    kept = kept(t5) if callable(kept) else {name: x.to(device) for name, x in kept.items()}
+    return {"scores": score(*BASELINES[baseline].model(t5, kept), examples, Method()).cpu()}, {}
 
 
-def do(job, t5=None, tick=lambda: None):
-    """Do a job, with the T5 of a worker process in one, and write its result, whole or not at
-    all."""
+def do(job, t5=None):
+    """Do a job and write its result, whole or not at all. t5: None for a worker process's own."""
     began = time.perf_counter()
-    tensors, values = job.function(t5 or WORKER["t5"], tick, **job.arguments)
+    tensors, values = job.function(t5 or WORKER["t5"], **job.arguments)
     values["time"] = {"seconds": time.perf_counter() - began}
     payload = save(tensors, {"result": json.dumps(values)})
     atomic_write(job.path, lambda file: file.write(payload))
@@ -624,20 +615,10 @@ def workers(t5, folder, dtype, devices, count):
         todo = {job.path: job for job in jobs if not job.path.is_file()}.values()
         if len(todo) < len(jobs):
             title += f" ({len(jobs) - len(todo)} of {len(jobs)} were done, or are one)"
-        with tqdm(total=sum(job.ticks for job in todo), desc=title, unit="step", leave=False,
-                  dynamic_ncols=True, disable=None) as bar:
-            if pool is None:
-                for job in todo:
-                    do(job, t5, bar.update)
-                return
-            futures = {pool.submit(do, job): job.ticks for job in todo}
-            try:
-                for future in as_completed(futures):
-                    future.result()                     # raises what was raised there
-                    bar.update(futures[future])
-            finally:
-                for future in futures:                  # of a stop: what has not begun
-                    future.cancel()
+        # pool.map raises what was raised there, and when it is stopped drops what has not begun.
+        done = pool.map(do, todo) if pool else (do(job, t5) for job in todo)
+        for _ in tqdm(done, title, len(todo), leave=False, dynamic_ncols=True, disable=None):
+            pass
 
     try:
         if count > 1:
@@ -818,7 +799,7 @@ def predict(settings):
     tensors = {name: x for name, x in tensors.items() if ":" not in name}   # other steps' prompts
     check_kept(settings.prompt[0], tensors, baseline, t5)
     examples, = baseline.pose(load_tokenizer(model, t5.config), "", task, rows, (), 0)
-    found, _ = score_job(t5, lambda: None, about["baseline"], tensors, examples)
+    found, _ = score_job(t5, about["baseline"], tensors, examples)
     chances = found["scores"].softmax(-1)
     lines = io.StringIO()
     out = csv.writer(lines, lineterminator="\n")

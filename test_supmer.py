@@ -4835,7 +4835,7 @@ def test_a_result_depends_on_all_that_made_it():
     def path(made_of="model", function=evaluation.tune_job, **changes):
         arguments = {"start": torch.ones(3, 16), "phi": None, "sample": [small_examples(4)] * 2,
                      "seed": 10, "rate": 0.1, **changes}
-        return evaluation.make_job(made_of, "a/b c", function, 1, **arguments).path
+        return evaluation.make_job(made_of, "a/b c", function, **arguments).path
     assert path() == path() and path().name.startswith("a_b_c-")
     other = [path("code"), path(function=evaluation.score_job), path(start=torch.ones(4, 16)),
              path(start=torch.zeros(3, 16)), path(start=torch.ones(3, 16).double()),
@@ -4988,7 +4988,7 @@ def test_workers_that_memory_does_not_allow(place, monkeypatch):
         evaluation.processes(evaluation.Settings(prompt=("ft",)), ["cpu"], Path("small"))
     with pytest.raises(InputError, match="a process ended .* Try fewer --jobs than 2"):
         with evaluation.workers(None, "small", torch.float32, ["cpu"], 2) as work:
-            work([evaluation.Job(Path("x"), Dies(), {}, 1)], "")
+            work([evaluation.Job(Path("x"), Dies(), {})], "")
 
 
 def test_own_rows_that_are_all_sampled_are_tuned_not_tested(place, capsys):
@@ -6471,7 +6471,7 @@ import torch, baselines, data, t5 as T, train
 from eval import Tuning, tune_job
 t5 = train.stand_in(T.T5Config(*{tuple(config)}), torch.float32, "cpu")
 sample = [train.stand_in_task(256, 2, 4).support] * 2""", """
-tune_job(t5, lambda: None, "ft", lambda t5: baselines.ft_start(t5, 0, 0), None, sample, 0, 1e-5,
+tune_job(t5, "ft", lambda t5: baselines.ft_start(t5, 0, 0), None, sample, 0, 1e-5,
          Tuning(4, 2, 2, False), 1.0, False, {})""", MALLOC_MMAP_THRESHOLD_="65536")
     said = baselines.ft_memory(config) / 2 ** 20
     assert grown - train.LIBRARIES / 2 ** 20 < 1.25 * said and grown > 0.75 * said
