@@ -376,21 +376,23 @@ def predicted_labels(context, name, task, rows, tuned, samples):
     """Score test rows -> {(candidate's name, i): what seed i predicts}, each {what it keeps, or
     "untuned" where a prompt starts: [labels (n,), one an order of the demonstrations]}; ("", 0) has
     "untuned" alone: no prompt."""
+    @cache
+    def posed(how, i):
+        several = how(context.tokenizer, name, task, rows, samples[i].train, samples[i].seed)
+        return several[:1] if i else several    # one seed shows what the demonstrations' order does
+
     def score_jobs(baseline, kept, posed):
         return [make_job(context.made_of, f"{name}-scores", score_job, baseline=baseline,
                          kept=kept, examples=examples) for examples in posed]
-    posed, jobs = {}, {("", 0): {"untuned": score_jobs(
-        "zero-shot", {}, pose(context.tokenizer, name, task, rows, (), 0))}}
+    jobs = {("", 0): {"untuned": score_jobs("zero-shot", {}, posed(pose, 0))}}
     for candidate, _, kept in tuned:
         baseline = BASELINES[candidate.baseline]
-        for i, sample in enumerate(samples):
-            key = baseline.pose, 0 if baseline.rates else i     # tuned: the same rows for each seed
-            if key not in posed:                # one seed shows what the demonstrations' order does
-                posed[key] = baseline.pose(context.tokenizer, name, task, rows, sample.train,
-                                           sample.seed)[:1 if i else None]
-            start = {"untuned": candidate.starts[i]} if baseline.model is with_prompt else {}
-            jobs[candidate.name, i] = {what: score_jobs(candidate.baseline, x, posed[key])
-                                       for what, x in (start | kept[i]).items()}
+        for i, choices in enumerate(kept):
+            shown = posed(baseline.pose, 0 if baseline.rates else i)    # tuned: the same for all
+            if baseline.model is with_prompt:
+                choices = {"untuned": candidate.starts[i], **choices}
+            jobs[candidate.name, i] = {what: score_jobs(candidate.baseline, x, shown)
+                                       for what, x in choices.items()}
     context.work([job for of_seed in jobs.values() for job in chain(*of_seed.values())],
                  f"test {name}")
     return {key: {what: [read_result(job.path)[0]["scores"].argmax(-1) for job in several]
@@ -765,12 +767,14 @@ def show(written, settings, config, out, argv):
 
 def check_kept(path, tensors, baseline, t5):
     """InputError unless {name: tensor} is what a Baseline keeps when it is tuned on this T5."""
-    length = baseline.length or len(torch.atleast_1d(tensors.get("theta", torch.zeros(1))))
+    shapes = {name: x.shape for name, x in tensors.items()}
+    P, *_ = shapes.get("theta") or [1]              # 1: any, where there is no prompt
+    length = baseline.length or P
     fits = 0 < length <= LONGEST and all(
         x.is_floating_point() and x.isfinite().all() for x in tensors.values())
     if fits:
         wanted = baseline.fold(t5, (baseline.start or normal_prompt)(t5, 0, length))
-        fits = {n: x.shape for n, x in tensors.items()} == {n: x.shape for n, x in wanted.items()}
+        fits = shapes == {name: x.shape for name, x in wanted.items()}
     if not fits:
         raise InputError(f"{path} does not hold what was tuned on this T5, or no finite numbers: "
                          "give one that a table names")
@@ -977,12 +981,13 @@ def details(result, settings):
         lines += [f"  {name}: the first seed's demonstrations in {len(one['orders'])} orders: "
                   + " ".join(f"{accuracy:.1f}" for accuracy in one["orders"])
                   for name, one in test["prompts"].items() if "orders" in one]
-    for name, records in ((name, records) for name, records in result["tuning"].items() if records):
-        best = min(records, key=lambda record: rank(record["best"]))
-        lines += [f"  {name}: {sum(r['time']['seconds'] for r in records):.0f} seconds of tuning; "
-                  "rate/step chosen for each seed "
-                  + " ".join("{rate}/{step}".format(**record["best"]) for record in records),
-                  f"    best on validation: {best['file']}"]
+    for name, records in result["tuning"].items():
+        if records:
+            best = min(records, key=lambda record: rank(record["best"]))
+            seconds = sum(record["time"]["seconds"] for record in records)
+            chosen = " ".join("{rate}/{step}".format(**record["best"]) for record in records)
+            lines += [f"  {name}: {seconds:.0f} seconds of tuning; rate/step chosen for each seed "
+                      f"{chosen}", f"    best on validation: {best['file']}"]
     return "\n".join(lines)
 
 
