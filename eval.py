@@ -524,6 +524,9 @@ def take_up(name, config, settings, ends, about):
 # untuned prompt that is one for all seeds, runs that an earlier call has done. Not shared: step 0's
 # validation, equal for all rates; it is 1 of some 600 forward passes of a run.
 
+WORKER = {}     # in a worker process: its T5
+
+
 class Job(NamedTuple):
     """Work that needs nothing but the T5 and its arguments. Equal jobs have equal paths."""
     path: Path              # of its result; the name ends in a hash of all that it depends on
@@ -550,7 +553,13 @@ def tune_job(t5, baseline, start, psi, sample, seed, rate, tuning, unit, all_ste
     device = t5.weights["shared.weight"].device
     psi = psi and partial(psi.func, {name: x.to(device) for name, x in psi.args[0].items()})
     curve, best, every = [], {}, {}
-    for found, kept in tune(t5, baseline, start, psi, sample, seed, rate, tuning, unit):
+    steps = tuning.epochs * math.ceil(len(sample[0].ids) / tuning.batch)
+    bar = tqdm(tune(t5, baseline, start, psi, sample, seed, rate, tuning, unit),
+               f"seed {seed}, rate {rate}", 1 + math.ceil(steps / tuning.validate_every),
+               unit="validation", leave=False, dynamic_ncols=True,
+               disable=True if WORKER else None)        # several processes' would mix
+    for found, kept in bar:
+        bar.set_postfix(loss=f"{found['loss']:.3f}", accuracy=f"{found['accuracy']:.0f}")
         curve.append(found)
         if min(curve, key=rank) is found:
             best = {name: x.cpu().clone(memory_format=torch.contiguous_format)
@@ -588,9 +597,6 @@ def read_result(path, tensors=True):
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is no result of eval.py ({error}): give one from {TUNED}, or "
                          "delete it") from None
-
-
-WORKER = {}     # in a worker process: its T5
 
 
 def begin_worker(folder, dtype, devices, begun):
