@@ -104,7 +104,7 @@ class Settings:
                               "run\", the same command goes on; 0: never", zero=True)
     plot: bool = knob(False, "a PNG beside the JSON file (needs matplotlib)")
     jobs: int = knob(0, "processes of 1 thread each, whose number changes no result; 0: one for "
-                     "each GPU or core, as far as memory goes", zero=True)
+                     "each GPU or core, as far as memory goes", zero=True, most=1000)
     dtype: str = knob("float32", "of the frozen T5: float32 or bfloat16; prompts are float32")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...; auto takes all GPUs if there are any")
     out: str = knob("", "the JSON file, instead of runs/eval/<model>-<task>.json")
