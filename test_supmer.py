@@ -5639,7 +5639,7 @@ def test_mistakes_on_the_command_line_end_with_status_2(
         (["--corpus", "empty"], "no text there"),
         (["--corpus", "nowhere"], "nowhere does not exist"),
         (["--clusters", "5000"], "fewer clusters"),
-        (["--support", "5000"], "give more text, or fewer clusters"),
+        (["--support", "5000"], "give more text, or another number of clusters"),
         (["--labeled", "empty"], "--labeled empty: no folder with .csv"),
         (["--labeled-share", "1.5"], "it must be 1 at most"),
         (["--relative-step", "0", "--inner-rate", "1e29"], "not finite"),
