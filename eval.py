@@ -553,13 +553,15 @@ def tune_job(t5, baseline, start, psi, sample, seed, rate, tuning, unit, all_ste
     device = t5.weights["shared.weight"].device
     psi = psi and partial(psi.func, {name: x.to(device) for name, x in psi.args[0].items()})
     curve, best, every = [], {}, {}
-    steps = tuning.epochs * math.ceil(len(sample[0].ids) / tuning.batch)
-    bar = tqdm(tune(t5, baseline, start, psi, sample, seed, rate, tuning, unit),
-               f"seed {seed}, rate {rate}", 1 + math.ceil(steps / tuning.validate_every),
-               unit="validation", leave=False, dynamic_ncols=True,
-               disable=True if WORKER else None)        # several processes' would mix
-    for found, kept in bar:
-        bar.set_postfix(loss=f"{found['loss']:.3f}", accuracy=f"{found['accuracy']:.0f}")
+    validations = tune(t5, baseline, start, psi, sample, seed, rate, tuning, unit)
+    if not WORKER:                      # the bars of several processes would mix
+        steps = tuning.epochs * math.ceil(len(sample[0].ids) / tuning.batch)
+        validations = tqdm(validations, f"seed {seed}, rate {rate}", unit="validation",
+                           total=1 + math.ceil(steps / tuning.validate_every), leave=False,
+                           dynamic_ncols=True, disable=None)
+    for found, kept in validations:
+        if not WORKER:
+            validations.set_postfix(loss=f"{found['loss']:.3f}")
         curve.append(found)
         if min(curve, key=rank) is found:
             best = {name: x.cpu().clone(memory_format=torch.contiguous_format)
