@@ -5713,6 +5713,7 @@ def test_official_shapes_have_the_published_sizes():
                       for name in train.SHAPES} and counts.keys() == data.MODELS.keys()
 
 
+@needs_data
 def test_flan_t5_xl_fits_24_gigabytes():
     """In bfloat16, two examples at a time, exact second order, texts of 412 tokens: by the
     estimate, which a test below holds against what is measured."""
