@@ -372,7 +372,9 @@ def name_of(training, method):
         return training.method
     chosen = vars(training) | vars(method)
     left_out = [name for name, preset in ABLATIONS.items() if preset.items() <= chosen.items()]
-    return "variant" if len(left_out) > 1 else [*left_out, "supmer"][0]
+    if len(left_out) > 1:
+        return "variant"
+    return left_out[0] if left_out else "supmer"
 
 
 def examples_per_step(training, method):

@@ -447,7 +447,7 @@ BATCH_TOKENS = {"cpu": 1 << 9, "cuda": 1 << 17}     # embedded together; a CPU's
 # Plain numbers, each a file NAME.bin and its type; see Store. keys, shares: only while it is made.
 COLUMNS = {"tokens": "H", "offsets": "q", "first": "q", "label": "h", "held_out": "?",
            "anchor": "?", "cluster": "i", "order": "I", "keys": "Q", "shares": "d"}
-TEXT = ("tokens", "offsets", "first", "label", "keys", "shares")    # those that reading appends to
+TEXT = ("tokens", "offsets", "first", "label", "keys", "shares")    # what _write_text appends to
 # What two and five classes are called whose labels are mere numbers.
 SENTIMENT = {2: ("terrible", "great"), 5: ("terrible", "bad", "okay", "good", "great")}
 
@@ -517,8 +517,8 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
     embed(ids (B, T), mask (B, T)) -> (B, d) may replace t5's embedding.
     5 % of the documents, two at least (a pair from different documents needs two), are held out;
     K-means sees a sample of the others. progress(stage, done, total or None): called now and then.
-    ranks share the embedding; all must see cache. Memory: SAMPLE * K embeddings, and for moments 20
-    bytes a sentence. InputError for too small a corpus.
+    ranks share the embedding; all must see cache. Memory: SAMPLE * K embeddings, and while it
+    groups 20 bytes a sentence. InputError for too small a corpus.
     """
     def read(counts):
         return ((hash_share(text), [s for paragraph in text for s in split_sentences(paragraph)],
@@ -659,7 +659,11 @@ def _write_text(folder, read, tokenizer, progress):
     After each SAVED tokens read.json says what they hold of how many documents: the next call reads
     those again, for it must, but does not tokenize them."""
     path, counts = folder / "read.json", Counter()
-    whole, done, sizes, kept = read_json(path) if path.exists() else (False, 0, {}, {})
+    try:
+        whole, done, sizes, kept = read_json(path) if path.exists() else (False, 0, {}, {})
+    except (ValueError, TypeError) as error:        # InputError, too
+        raise InputError(f"{path} is damaged ({error}), so all is dropped that there was of this "
+                         "store: start again") from None
     with ExitStack() as stack:
         columns = {name: stack.enter_context(open(folder / f"{name}.bin", "ab")) for name in TEXT}
         for name, file in columns.items():
@@ -684,7 +688,7 @@ def _write_text(folder, read, tokenizer, progress):
         for _ in islice(items, done):
             tell()
         counts.clear()
-        counts.update(kept)                     # what was read, as it is, and what was written
+        counts.update(kept)     # the saved counts, not those of the documents just read again
         tell()
         while group := list(_next_documents(items)):
             encoded = iter(tokenize(tokenizer, chain.from_iterable(texts for _, texts, _ in group)))
@@ -791,8 +795,11 @@ def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
             atomic_write(path, lambda file: np.save(file, fitted.float().cpu().numpy()))
             progress("K-means", size, size)
         ranks.wait()
-    centroids, path = torch.from_numpy(np.load(path)), folder / "cluster.bin"
-    with open(path, "ab") as file:          # only rank 0 writes
+    try:
+        centroids = torch.from_numpy(np.load(path))
+    except Exception as error:      # a damaged file raises almost anything
+        raise InputError(f"{path} is damaged ({error}): delete {folder}") from None
+    with open(folder / "cluster.bin", "ab") as file:        # only rank 0 writes
         row = 4 * len(seeds)                        # bytes
         done = ranks.gather(min(file.tell() // row // CHUNK * CHUNK, n))[0]
         if ranks.rank == 0:
@@ -892,21 +899,21 @@ class TaskIndex:
                 pool, kind = self.pools[split, variant[:2]], variant[3:]
                 lacking = np.maximum(sum(self.sizes) - pool.count[kind], 0)
                 self.usable[split, variant] = _usable(
-                    variant, split, lacking, f"{sum(self.sizes)} usable ones",
+                    f"{variant}: {split} sentences", lacking, f"{sum(self.sizes)} usable ones",
                     4 if variant[:2] == "ss" else 1 + (mixing and split == "train"))
                 if kind == "cluster" and len(pool.order) - pool.count[kind].max() < 3:
                     raise InputError(f"one cluster holds all {split} sentences: ask for more "
                                      "clusters")
 
 
-def _usable(name, split, lacking, wanted, least):
+def _usable(what, lacking, wanted, least):
     """The clusters that lack nothing. InputError, with what each one lacks, if they are fewer than
     least."""
     usable = np.flatnonzero(lacking == 0)
     if len(usable) < least:
-        raise InputError(f"{name}: {', '.join(map(str, lacking))} {split} sentences are lacking in "
-                         f"each cluster for {wanted}, which {least} must have: give more text, or "
-                         "another number of clusters")
+        remedy = "fewer clusters" if len(lacking) >= least else f"{least} clusters or more"
+        raise InputError(f"{what}: at least {least} cluster(s) must have {wanted}, each one lacks "
+                         f"{', '.join(map(str, lacking))}: give more data, or ask for {remedy}")
     return usable
 
 
@@ -1099,8 +1106,9 @@ class LabeledIndex:
                 self.rows[split, name] = np.split(rows[np.argsort(group, kind="stable")],
                                                   np.cumsum(counts)[:-1])
                 lacking = np.maximum(need - counts, 0).reshape(clusters, K).sum(1)
-                self.usable[split, name] = _usable(name, split, lacking, f"{need} of each label",
-                                                   1 + (mixing and split == "train"))
+                self.usable[split, name] = _usable(
+                    f"{name}: {split} texts", lacking, f"{need} of each label",
+                    1 + (mixing and split == "train"))
 
 
 def labeled_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):

@@ -53,7 +53,7 @@ from data import (GROUPS, RELEASED, ROWS, TASKS, TINY, LabeledTask, atomic_write
 from supmer import Method, cosine, knob, measure, score
 from t5 import InputError, load_t5, read_config, weight_files
 from train import (GIB, LONGEST, TINY_VALUES, check_knob, fetch_list, import_pyplot, knob_parser,
-                   load_prompt, pick_device, read_run, run_script)
+                   load_prompt, option, pick_device, read_run, run_script)
 
 PRETRAINED = {**{name: "--method" for name in METHODS}, **dict.fromkeys(ABLATIONS, "--ablation")}
 
@@ -239,29 +239,35 @@ class Sample(NamedTuple):
     held_out: list
 
 
-def evaluate(context, shots, plan, candidate, record):
+def evaluate(context, shots, plan, take, record):
     """Tune on a plan's task, then test, and record() its part of the JSON file.
-    candidate: a --prompt's name -> its Candidate or None, asked when it is its turn. Ctrl-C and the
-    end of --max-minutes, also a KeyboardInterrupt, end tuning: what is tuned by then is tested."""
+    take(name of a --prompt) -> its Candidate or None, called when it is its turn. Ctrl-C, and the
+    end of --max-minutes, which is one, end tuning: what is tuned by then is tested, and the
+    KeyboardInterrupt raised again."""
     began, tuned, samples = time.perf_counter(), [], draw_samples(context, plan, shots)
+    stopped = None
     try:
-        for one in map(candidate, context.settings.prompt):
+        for one in map(take, context.settings.prompt):
             seconds = context.ends - time.monotonic()       # until SIGALRM
             signal.setitimer(signal.ITIMER_REAL, min(max(seconds, 1e-3), 1e9))
             if one:
                 tuned.append((one, *tune_task(context, plan, one, samples, shots)))
+    except KeyboardInterrupt as stop:
+        stopped = stop
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if tuned:
-            tested = time.perf_counter()
-            tests = {name: test_task(context, name, task, plan.folder, tuned, samples)
-                     for name, task in plan.targets.items()}
-            ended = time.perf_counter()
-            record({"task": plan.name, "shots": shots, "examples": len(samples[0].train),
-                    "tuning": {one.name: records for one, records, _ in tuned},
-                    "test": {name: test for name, test in tests.items() if test},
-                    "test_seconds": ended - tested, "minutes": (ended - began) / 60,
-                    "processes": context.processes})
+    if tuned:
+        tested = time.perf_counter()
+        tests = {name: test_task(context, name, task, plan.folder, tuned, samples)
+                 for name, task in plan.targets.items()}
+        ended = time.perf_counter()
+        record({"task": plan.name, "shots": shots, "examples": len(samples[0].train),
+                "tuning": {one.name: records for one, records, _ in tuned},
+                "test": {name: test for name, test in tests.items() if test},
+                "test_seconds": ended - tested, "minutes": (ended - began) / 60,
+                "processes": context.processes})
+    if stopped:
+        raise stopped
 
 
 def draw_samples(context, plan, shots):
@@ -502,8 +508,8 @@ def open_candidate(name, config, settings, ends=math.inf):
 
 
 def take_up(name, config, settings, ends, about):
-    """open_candidate(), told; None for what a study cannot have pre-trained. about: {name: its
-    metadata, or why it was not run}, gets this name's."""
+    """open_candidate(), told; None, and why in about, if what a study must pre-train is refused.
+    about: {name: its metadata, or why it was not run}, gets this name's."""
     try:
         candidate = open_candidate(name, config, settings, ends)
     except InputError as error:
@@ -858,9 +864,10 @@ def check(settings, given, quick):
         value = getattr(settings, entry.name)
         check_knob(entry, value)
         if given.get(entry.name) == "":
-            raise InputError(f"--{entry.name} '': it is empty")
+            raise InputError(f"{option(entry.name)} '': it is empty")
         if type(value) is tuple and len(set(value)) < len(value) and entry.name != "data":
-            raise InputError(f"--{entry.name} {value}: one is given twice")
+            raise InputError(f"{option(entry.name)} {' '.join(map(str, value))}: one is given "
+                             "twice")
     prompts, out, labeled = settings.prompt, settings.out, settings.labeled
     clash = given.keys() & {"study", *QUICK} - {"prompt"}
     vain = given.keys() - {"predict", "prompt", "model", "out", "device", "dtype"}
@@ -871,13 +878,15 @@ def check(settings, given, quick):
     made = compared_folder("metapt", settings.model).exists()
     for wrong, why in (
             (quick and clash,
-             f"--quick sets {', '.join(clash)} itself: leave one of the two away"),
+             f"--quick sets {', '.join(map(option, sorted(clash)))} itself: leave one of the two "
+             "away"),
             (others and (quick or settings.study == "steps"),
              f"--quick and --study steps are for prompts: leave {', '.join(others)} away"),
             (others & {"zero-shot", "few-shot"} and settings.template,
              "zero-shot and few-shot have no instruction for your own task: leave them out"),
             (settings.predict and vain,
-             f"--predict takes all else from its prompt: leave {', '.join(vain)} away"),
+             f"--predict takes all else from its prompt: leave "
+             f"{', '.join(map(option, sorted(vain)))} away"),
             (settings.predict and (len(prompts) > 1 or not Path(prompts[0]).is_file()),
              f"--predict needs one tuned --prompt, a file from {TUNED}"),
             (missing, f"prompt {', '.join(missing)} is missing: give RUN, {', '.join(known)}"),
@@ -910,6 +919,8 @@ def check_tasks(settings, given):
              "dg tests on the six domains, tuned on airlines: leave their names away"),
             (not own and (len(data) > 1 or Path(data[0]).is_file()),
              "--data is a folder; of a task of your own give --template and --words, too"),
+            (not own and "data" in given and not Path(data[0]).is_dir(),
+             f"--data {data[0]}: there is no such folder"),
             (own and (not template or len(set(words)) < max(2, len(words)) or not all(words)),
              "a task of your own needs --template, with one <X>, and --words, two or more that "
              "differ: --template \"{text} It was <X> .\" --words terrible,great"),

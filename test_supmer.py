@@ -2294,6 +2294,23 @@ def test_a_half_made_store_that_lost_text_is_dropped(planted, tmp_path, left):
             assert file.read_bytes() == (again.folder / file.name).read_bytes(), file
 
 
+@pytest.mark.parametrize("file, content, says", [
+    ("read.json", "{", "damaged .*: start again"), ("read.json", "7", "damaged .*: start again"),
+    ("read.json", "[1, 2]", "damaged .*: start again"),
+    ("centroids.npy", "xxxxxx", "damaged .*: delete")])
+def test_a_half_made_store_whose_notes_are_damaged(planted, tmp_path, file, content, says):
+    """What a stop left, and something else damaged: told in one line, nothing is computed of it."""
+    def stop(stage, done, total):
+        if stage == "assigning clusters":
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        build_again(planted, tmp_path, progress=stop)
+    building, = (path for path in tmp_path.rglob(".building-*"))
+    (building / file).write_text(content)
+    with pytest.raises(InputError, match=f"{file} is {says}"):
+        build_again(planted, tmp_path)
+
+
 def test_each_stage_is_told_when_it_is_done(planted, tmp_path, monkeypatch):
     """What train.py takes the times from: the last document is tokenized before reading text is
     told for the last time, not after it, in the time of the stage behind."""
@@ -2887,12 +2904,12 @@ def test_too_few_sentences_for_the_tasks_are_counted(planted):
     tokenizer, store, _ = planted
     held_out = held_out_documents(store)
     last = np.bincount([(7 * d + 39) % 5 for d in held_out], minlength=5)   # nothing follows them
-    says = "sp-next: (.*) validation sentences are lacking in each cluster for 100 usable ones, wh"
+    says = "sp-next: validation sentences: .* have 100 usable ones, each one lacks (.*): give more"
     with pytest.raises(InputError, match=says) as caught:
         TaskIndex(store, tokenizer, support=50, query=50)
     found = re.match(says, str(caught.value)).group(1)
     assert sorted(map(int, found.split(", "))) == sorted(20 + last)
-    says = "ss-cluster: 20, 20, 20, 20, 20 .* 100 usable ones, which 4 must have: give more text"
+    says = r"at least 4 .* 100 usable ones, each one lacks 20, 20, 20, 20, 20: .* fewer clusters"
     with pytest.raises(InputError, match=says):
         TaskIndex(store, tokenizer, support=50, query=50, variants=("ss-cluster",))
     one = reclustered(store, np.zeros_like(store.cluster), 1)
@@ -2901,14 +2918,14 @@ def test_too_few_sentences_for_the_tasks_are_counted(planted):
     index = TaskIndex(one, tokenizer, variants=("sp-next",))
     with pytest.raises(InputError, match="mixing needs two"):
         meta_task(index, 0, 0, 0, stream=1, avoid=(0,))
-    says = "sp-next: 0 train sentences are lacking in each cluster for 64 usable .* 2 must have"
+    says = "sp-next: train .* at least 2 .* 64 usable ones, each one lacks 0: .* 2 clusters or more"
     with pytest.raises(InputError, match=says):
         TaskIndex(one, tokenizer, variants=("sp-next",), mixing=True)
 
 
 def test_what_mixing_lacks_is_told_before_a_run_begins(small_world):
     """A partner task is of another cluster: with one, train.py says so before the first step."""
-    with pytest.raises(InputError, match="sp-next: 0 train .* which 2 must have"):
+    with pytest.raises(InputError, match="sp-next: train .* 2 clusters or more"):
         make_run(small_world, "unmixed", clusters=1)
 
 
@@ -3268,12 +3285,12 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
     again = data.labeled_task(data.LabeledIndex({"set": store}, tokenizer, support=7, query=3),
                               0, 19, 0, stream=1, split="validation")
     assert again.support.ids == task.support.ids and again.query.ids == task.query.ids
-    says = "set: (\\d+, ){2}\\d+ validation sentences are lacking in each cluster for 40 of each"
+    says = r"set: validation texts: .* 40 of each label, each one lacks (\d+, ){2}\d+: give more"
     with pytest.raises(InputError, match=says):
         data.LabeledIndex({"set": store}, tokenizer, support=60, query=60)
     one = {"set": store._replace(cluster=np.zeros_like(store.cluster))}
     data.LabeledIndex(one, tokenizer, support=7, query=3)
-    with pytest.raises(InputError, match="set: 0, 12, 12 train sentences .*, which 2 must have"):
+    with pytest.raises(InputError, match="set: train texts: at least 2 .* lacks 0, 12, 12"):
         data.LabeledIndex(one, tokenizer, support=7, query=3, mixing=True)
     with pytest.raises(InputError, match="set: one usable train cluster, mixing needs two"):
         data.labeled_task(index, 0, 0, 0, stream=2, variant="set", avoid=tuple(range(99)))
@@ -4883,6 +4900,9 @@ def test_what_a_group_lacks_is_told_and_the_rest_is_run(place, monkeypatch, caps
     for name in ("trec", "dg"):
         with pytest.raises(InputError, match="is not in data.*give --data FOLDER"):
             evaluation.main([*short, name])
+    with pytest.raises(InputError, match="--data empty: there is no such folder"):
+        evaluation.main([*short, "all", "--data", "empty"])
+    Path("empty").mkdir()
     with pytest.raises(InputError, match="none of these tasks is at hand, see above"):
         evaluation.main([*short, "all", "--data", "empty"])
 
@@ -5055,8 +5075,8 @@ def test_each_study_is_one_command(place, monkeypatch, study):
         (["--prompt", "random", "--seeds", "-1"], "--seeds -1: it must be 0 or more"),
         (["--epochs", "many"], "invalid int"),
         (["--dtype", "float16"], "bfloat16"),
-        (["--quick", "--epochs", "60"], "sets epochs"),
-        (["--quick", "--seeds=20"], "sets seeds"),
+        (["--quick", "--epochs", "60"], "sets --epochs"),
+        (["--quick", "--seeds=20"], "sets --seeds"),
         (["--nonsense"], "--nonsense"),
         (["--model", "elsewhere"], "RUN|released|random|vocab"),  # no finished run
         ([*SMALL, "--prompt", "released"], "RUN|random|vocab"),
@@ -5069,7 +5089,7 @@ def test_each_study_is_one_command(place, monkeypatch, study):
         (["--task", "sst3"], "Without a network: movie, amazon, nyt, tweets"),
         (["--task", "dg", "books"], "leave their names away"),
         (["--study", "depth"], "spread"),
-        (["--quick", "--study", "steps"], "sets study"),
+        (["--quick", "--study", "steps"], "sets --study"),
         (["--quick", "--prompt", "ft"], "leave ft away"),
         (["--study", "steps", "--prompt", "vocab", "few-shot"], "leave few-shot away"),
         ([*OWN, "--data", "my.csv", "--words", "a,b", "--prompt", "zero-shot"], "leave them out"),
@@ -5639,7 +5659,7 @@ def test_mistakes_on_the_command_line_end_with_status_2(
         (["--corpus", "empty"], "no text there"),
         (["--corpus", "nowhere"], "nowhere does not exist"),
         (["--clusters", "5000"], "fewer clusters"),
-        (["--support", "5000"], "give more text, or another number of clusters"),
+        (["--support", "5000"], "give more data, or ask for fewer clusters"),
         (["--labeled", "empty"], "--labeled empty: no folder with .csv"),
         (["--labeled-share", "1.5"], "it must be 1 at most"),
         (["--relative-step", "0", "--inner-rate", "1e29"], "not finite"),
@@ -6641,6 +6661,29 @@ def test_what_time_did_not_allow_is_not_run(place, monkeypatch, capsys):
     printed = capsys.readouterr().out
     row = next(line for line in printed.splitlines() if line.startswith("| vocab |"))
     assert row.count("not run") == 1 and "the same command goes on" in printed
+
+
+def test_only_a_stop_tests_what_is_tuned(place, monkeypatch):
+    """An error while the second prompt is tuned ends the call at once, no result is written; a
+    Ctrl-C there leaves the first prompt's test."""
+    small_group(monkeypatch, "sst2")
+    original, out = evaluation.tune_task, Path("out.json")
+    short = [*SMALL, "--prompt", "vocab", "random", "--seeds", "10", "--rates", "0.1", "--task",
+             "sst2", "--out", str(out)]
+    for error in (InputError("refused"), KeyboardInterrupt()):
+        def second_fails(context, plan, candidate, *rest):
+            if candidate.name == "random":
+                raise error
+            return original(context, plan, candidate, *rest)
+        monkeypatch.setattr(evaluation, "tune_task", second_fails)
+        if isinstance(error, InputError):
+            with pytest.raises(InputError, match="refused"):
+                evaluation.main(short)
+            assert not out.exists()
+        else:
+            evaluation.main(short)
+            result, = json.loads(out.read_text())["results"]
+            assert [*result["test"]["sst2"]["prompts"]] == ["vocab"]
 
 
 # ------------------------------------------------------------------------ bench.py compares fairly
@@ -7689,7 +7732,7 @@ def test_extremes_of_a_step_are_no_errors(case, options):
     (train, ["--export-peft", "a", "b", "--dry-run"], "add nothing to them"),
     (train, ["--stepz", "3"], "--stepz 3: the options are --model, --corpus, .*--export-peft"),
     (evaluation, ["--nope"], "--nope: the options are --model, --task, .*--quick"),
-    (evaluation, ["--predict", "a", "--prompt", "b", "--epochs", "3"], "leave epochs away"),
+    (evaluation, ["--predict", "a", "--prompt", "b", "--epochs", "3"], "leave --epochs away"),
     (bench, ["--dtype", "int8"], "--dtype int8: the options are --quick, --threads, --device, ")])
 def test_options_without_effect_are_refused(script, argv, says):
     """What would be ignored or does not exist is told, with what there is, before anything is

@@ -704,7 +704,7 @@ def knob_parser(description, classes, tiny, choices):
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
             "type": kind, "nargs": "+" if many else None, "choices": choices.get(entry.name)}
         parser.add_argument(
-            "--" + entry.name.replace("_", "-"), default=argparse.SUPPRESS,
+            option(entry.name), default=argparse.SUPPRESS,
             help=f"{entry.metadata['help']} [{shown}{ours}]".replace("%", "%%"), **how)
     return parser
 
@@ -759,8 +759,8 @@ def parse(argv):
             ("labeled_share", "no --labeled", not training.labeled),
             ("labeled_clusters", "no --labeled", not training.labeled)):
         if vain and name in given:
-            raise InputError(f"--{name.replace('_', '-')} has no effect with {without}: change one "
-                             "of the two")
+            raise InputError(f"{option(name)} has no effect with {without}: change one of the "
+                             "two")
     method = as_many_examples(training, method, control.examples, "steps" in given)
     return training, method, (
         sources | {name: why for name, (_, why) in tiny.items()}
@@ -789,22 +789,28 @@ def as_many_examples(training, method, examples, steps_given):
     return replace(method, steps=math.ceil(examples / examples_per_step(training, method)))
 
 
+def option(name):
+    """How a knob is spelled on the command line: steps_left -> --steps-left"""
+    return "--" + name.replace("_", "-")
+
+
 def check_knob(entry, value):
     """InputError unless a knob's value is of its default's type, and a number in its range; of a
     tuple each part, and none is empty."""
-    option, several = "--" + entry.name.replace("_", "-"), isinstance(entry.default, tuple)
+    several = isinstance(entry.default, tuple)
     kind = type(entry.default[0] if several else entry.default)
     zero, most = entry.metadata["zero"], entry.metadata["most"]
     if several and type(value) is not tuple:
-        raise InputError(f"{option} {value!r}: it must be a list")
+        raise InputError(f"{option(entry.name)} {value!r}: it must be a list")
     for x in value if several else [value]:
         if type(x) is not kind:
-            raise InputError(f"{option} {x!r}: it must be of type {kind.__name__}")
+            raise InputError(f"{option(entry.name)} {x!r}: it must be of type {kind.__name__}")
         if several and x == "":
-            raise InputError(f"{option} '': it is empty")
+            raise InputError(f"{option(entry.name)} '': it is empty")
         if kind in (int, float) and not ((x > 0 or x == 0 and zero) and x <= most):
             bound = "0 or more" if zero else "more than 0"
-            raise InputError(f"{option} {x}: it must be {bound}, and {most:,.6g} at most")
+            raise InputError(f"{option(entry.name)} {x}: it must be {bound}, and {most:,.6g} at "
+                             "most")
 
 
 KNOBS = {entry.name: entry for cls in (Training, Method) for entry in fields(cls)}
