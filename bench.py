@@ -421,6 +421,7 @@ def machine(threads, s):
 
 
 def main(argv):
+    """Parse, measure group by group, print as it goes -> exit status 0."""
     parser = one_line(argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter))

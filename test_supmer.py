@@ -1252,7 +1252,7 @@ def computed(w, method):
 
 @pytest.fixture(scope="module")
 def differences(world):
-    return finite_differences(world, world.method, directions=2)
+    return finite_differences(world, world.method)
 
 
 # ----------------------------------------------------------- the method: the meta-gradient is exact
@@ -2312,7 +2312,7 @@ def test_a_half_made_store_whose_notes_are_damaged(planted, tmp_path, file, cont
 
 
 def test_each_stage_is_told_when_it_is_done(planted, tmp_path, monkeypatch):
-    """What train.py takes the times from: the last document is tokenized before reading text is
+    """What train.py takes the times from: the last documents are tokenized before reading text is
     told for the last time, not after it, in the time of the stage behind."""
     told, tokenize = [], data.tokenize
     monkeypatch.setattr(data, "tokenize", lambda *given: (told.append("work"), tokenize(*given))[1])
@@ -7547,8 +7547,9 @@ def test_a_state_is_one_that_a_run_can_have(small_world, name, value):
 
 
 def test_memory_is_bounded_whatever_a_file_claims(tmp_path):
-    """A line of 100 MB as text, of 32 as JSON, also one that gzip made small, a member of a zip, a
-    config.json of absurd sizes: read or refused within 400 MB more than the process has."""
+    """A line of 100 MB as text, of 32 as JSON, also one that gzip made small, a million empty
+    documents, a member of a zip, a config.json of absurd sizes: read or refused within 400 MB more
+    than the process has."""
     (tmp_path / "line.txt").write_bytes(b"a" * 10 ** 8)
     (tmp_path / "line.jsonl").write_bytes(b'{"text": "' + b"a" * 2 ** 25)
     (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b" " * 2 ** 25, 1))
@@ -7567,11 +7568,17 @@ def test_memory_is_bounded_whatever_a_file_claims(tmp_path):
         told(data.archive_member, tmp_path / "bomb.zip", "superglue/CB/val.jsonl")
         told(load_t5, model)
 
+    def empty():
+        data._write_text(tmp_path, lambda counts: ((0.5, [], None) for _ in range(10 ** 6)),
+                         tokenizer, lambda *_: None)
+
     def limited(more):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + more
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     assert ended(forked(work, lambda: limited(400_000_000))) == 0
+    _, tokenizer = write_model(tmp_path / "words", ["a"])
+    assert ended(forked(empty, lambda: limited(50_000_000))) == 0
 
 
 def test_what_is_too_large_or_too_much_is_refused(tmp_path):
