@@ -28,11 +28,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import (MASK, SOLO, WORDS, compile_template, fill_template, task_examples,
-                  template_fields, tokenize)
+from common import SOLO
+from data import MASK, WORDS, compile_template, fill_template, template_fields, tokenize
+from tasks import task_examples
 from supmer import (first_derivative, init_prompt, init_regularizer, loss_share, micro_batches,
-                    prompt_gradient, regularize)
-from t5 import T5, InputError, T5Config, count_weights, expected_shapes, linear, rms_norm
+    prompt_gradient, regularize)
+from common import InputError
+from t5 import T5, T5Config, count_weights, expected_shapes, linear, rms_norm
 
 PREFIX_LENGTH = 20          # of both prefix methods; the paper gives none (ours)
 PREFIX_WIDTH = 512          # m, the reparametrizing MLP's hidden width, as Li & Liang's (4.3)

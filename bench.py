@@ -34,12 +34,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import common
+import corpus
 import data
 import t5 as T
 from kmeans import kmeans
-from supmer import (Method, gate_input, gradient_and_hessian, init_prompt, init_regularizer,
-                    inner_step, meta_gradient, mix, prompt_gradient)
-from train import one_line, pick_device, run_script, stand_in
+from supmer import (Method, gate_input, gradient_and_hessian, init_prompt, init_regularizer, inner_step,
+    meta_gradient, mix, prompt_gradient)
+from common import one_line, pick_device, run_script
+from estimate import stand_in
 
 RATE, LAM = 50.0, 0.3               # an inner rate at which the second-order part is not noise
 
@@ -181,9 +184,9 @@ def embedding(s, hf=False):
     offsets = np.concatenate([[0], lengths.cumsum()])                       # (n + 1,)
     tokens = np.random.default_rng(6).integers(3, 32_000, offsets[-1]).astype(np.uint16)
     if not hf:
-        return lambda: [H for _, H in data._embedded(
+        return lambda: [H for _, H in corpus._embedded(
             tokens, offsets, np.arange(s.sentences),
-            lambda ids, mask: data.embed_sentences(t5, ids, mask), data.BATCH_TOKENS[s.device[:4]])]
+            lambda ids, mask: corpus.embed_sentences(t5, ids, mask), corpus.BATCH_TOKENS[s.device[:4]])]
     model = hf_model(t5).encoder
     texts = sorted((torch.from_numpy(part.astype(np.int64))
                     for part in np.split(tokens, offsets[1:-1])), key=len)
@@ -256,10 +259,10 @@ def clustering(s, by=""):
 def token_ids(s, library=False):
     """The sentences of tiny/'s first documents to token ids, as the corpus gets them, or by one
     call of the tokenizers library's own."""
-    tokenizer = data.load_tokenizer(data.TINY, T.read_config(data.TINY))
-    documents = data.documents([data.TINY / "corpus.jsonl.gz"])
+    tokenizer = data.load_tokenizer(common.TINY, T.read_config(common.TINY))
+    documents = corpus.documents([common.TINY / "corpus.jsonl.gz"])
     texts = [sentence for _, document in zip(range(s.documents), documents)
-             for paragraph in document for sentence in data.split_sentences(paragraph)]
+             for paragraph in document for sentence in corpus.split_sentences(paragraph)]
     if library:
         return lambda: [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
     return lambda: data.tokenize(tokenizer, texts)
@@ -465,7 +468,7 @@ def main(argv):
         values = {"machine": machine(given.threads, s), "sizes": asdict(s), "gflops": rates,
                   "share": share, "runs": found, "ratios": rows}
         text = json.dumps(values, indent=1)
-        data.atomic_write(given.json, lambda file: file.write(text.encode()))
+        common.atomic_write(given.json, lambda file: file.write(text.encode()))
     return 0
 
 

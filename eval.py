@@ -44,18 +44,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-import train
-from baselines import (ABLATIONS, BASELINES, METHODS, REGULARIZERS, ft_memory, given_prompt,
-                       normal_prompt, pose, tuning_gradient, with_prompt)
-from data import (GROUPS, RELEASED, ROWS, TASKS, TINY, LabeledTask, atomic_write, few_shot,
-                  fingerprint, load_test, load_texts, load_tokenizer, load_train, locate, lock,
-                  model_fingerprint, model_folder, released_folder, sweep, template_fields)
-from supmer import Method, cosine, knob, measure, score
-from t5 import InputError, load_t5, read_config, weight_files
-from train import (GIB, LONGEST, TINY_VALUES, check_knob, fetch_list, import_pyplot, knob_parser,
-                   load_prompt, option, pick_device, read_run, run_script)
-
-PRETRAINED = {**{name: "--method" for name in METHODS}, **dict.fromkeys(ABLATIONS, "--ablation")}
+from baselines import (BASELINES, REGULARIZERS, ft_memory, given_prompt, normal_prompt, pose, tuning_gradient,
+    with_prompt)
+from common import (GIB, InputError, LONGEST, TINY, atomic_write, check_knob, fingerprint, knob, knob_parser,
+    lock, option, pick_device, read_run, run_script, sweep)
+from data import load_tokenizer, template_fields
+from hub import RELEASED, fetch_list, model_folder, released_folder, tokenizer_file
+from prompts import load_prompt
+from studies import PRETRAINED, STUDIES, compared_folder, draw, import_pyplot, pretrained_run
+from supmer import Method, cosine, measure, score
+from t5 import load_t5, model_fingerprint, read_config, weight_files
+from tasks import (GROUPS, LabeledTask, ROWS, TASKS, few_shot, load_test, load_texts, load_train, locate)
 
 
 @dataclass(frozen=True)
@@ -111,26 +110,11 @@ class Settings:
 
 
 # What the embedded T5 needs instead of the paper's numbers, and why.
-FOR_TINY = {"prompt_length": TINY_VALUES["prompt_length"],
+FOR_TINY = {"prompt_length": (20, "its texts have some 30 tokens: 100 vectors would outnumber them"),
             "rate_scale": ("rms", "its embeddings are small, see tiny/README.md")}
 QUICK = {"prompt": ("random", "vocab", "newest", "released"), "task": ("movie",), "seeds": (10,),
          "rates": (0.2,), "epochs": 60, "test_rows": 300}
-STUDIES = {     # the paper's figures, and Table 2
-    "steps": {"task": ("cb", "mrpc"), "plot": True},
-    "shots": {"task": ("sst5", "subj"), "shots": (4, 8, 16, 32, 64), "plot": True},
-    "dg": {"task": ("dg",), "plot": True},
-    "spread": {"task": ("mrpc", "cb", "subj"), "prompt": ("random", "vocab"), "plot": True,
-               "seeds": tuple(range(10, 110, 10)), "same_examples": True},
-    "comparison": {"prompt": ("zero-shot", "few-shot", "random", "vocab", "prefix-tuning",
-                              "p-tuning-v2", "ft", "supmer", "ppt", "unified-ppt", "metapt")},
-    "ablation": {"prompt": ("supmer", *ABLATIONS)},
-    "evidence": {"task": ("evidence",), "rates": (0.03, 0.3), "epochs": 60, "words_only": True,
-                 "dtype": "bfloat16",
-                 "prompt": ("random", "vocab", "ppt", "supmer", "metapt", "first-order",
-                            "no-curriculum", "no-mgr", "no-ta")}}
-STUDY_RUN = ("--bytes", "10000000", "--examples", "23040", "--validate-every", "30",
-             "--validation-tasks", "13")        # what a comparison pre-trains on the embedded T5
-TUNED, COMPARED = Path("runs/eval/tuned"), Path("runs/compared")
+TUNED = Path("runs/eval/tuned")
 
 
 # -------------------------------------------------------------------------------- tuning (C.1)
@@ -451,31 +435,6 @@ def newest_run(model):
                      "give --prompt RUN|released|random|vocab")
 
 
-def compared_folder(name, model):
-    """Where train.py's run of a method or ablation on a model is, or will be."""
-    return COMPARED / f"{Path(model).name}-{name}"
-
-
-def pretrained_run(name, settings, ends):
-    """The folder under runs/compared of a method's or ablation's run, which train.py makes, or goes
-    on with, until a time.monotonic(). KeyboardInterrupt if it was stopped, InputError if it cannot
-    be. All of a model's have the same numbers but for the method's own."""
-    folder = compared_folder(name, settings.model)
-    begun = folder.exists()
-    if not (begun and read_run(folder)["finished"]):
-        argv = ["--resume", str(folder)] if begun else [
-            "--model", settings.model, PRETRAINED[name], name, "--run", str(folder),
-            *(STUDY_RUN if settings.model == "tiny" else ()),
-            *(["--labeled", settings.labeled] if name == "metapt" else [])]
-        if ends < math.inf:
-            argv += ["--max-minutes", f"{max(0.01, (ends - time.monotonic()) / 60):.2f}"]
-        print(f"{name} comes first: {shlex.join(['python', 'train.py', *argv])}")
-        train.main(argv)
-        if not read_run(folder)["finished"]:
-            raise KeyboardInterrupt
-    return str(folder)
-
-
 def belongs(about, config, model):
     """Whether a prompt's metadata is of this model. PEFT's says nothing that could be checked."""
     if about["regularizer"] == "affine" or "model_sha256" in about:
@@ -704,7 +663,7 @@ def main(argv):
     made_of = {"model": model_fingerprint(model), "dtype": settings.dtype,
                "device": devices[0].partition(":")[0], "torch": torch.__version__,
                "code": fingerprint(Path(__file__).with_name(f"{name}.py") for name in (
-                   "eval", "baselines", "supmer", "data", "t5"))}
+                   "eval", "baselines", "supmer", "tasks", "data", "t5"))}
     unit = float(t5.weights["shared.weight"].float().cpu().square().mean().sqrt()) \
         if settings.rate_scale == "rms" else 1.0
     out = output_path(settings, argv, planned)
@@ -720,7 +679,7 @@ def main(argv):
         raise InputError(f"{out}: process {owner} is at work on it; wait for it, or end it")
     with workers(t5, model, dtype, devices, count) as work, \
             lock(TUNED / f".{out.name}.lock", in_use):
-        work_through(Context(settings, load_tokenizer(model, t5.config), work, count, made_of,
+        work_through(Context(settings, load_tokenizer(tokenizer_file(model), t5.config), work, count, made_of,
                              unit, ends), planned, candidate, written, out)
     print(f"details: {out}")
     if any(result["test"] for result in written["results"]):
@@ -816,7 +775,7 @@ def predict(settings):
     t5 = load_t5(model, getattr(torch, settings.dtype), pick_device(settings.device))
     tensors = {name: x for name, x in tensors.items() if ":" not in name}   # other steps' prompts
     check_kept(settings.prompt[0], tensors, baseline, t5)
-    examples, = baseline.pose(load_tokenizer(model, t5.config), "", task, rows, (), 0)
+    examples, = baseline.pose(load_tokenizer(tokenizer_file(model), t5.config), "", task, rows, (), 0)
     found, _ = score_job(t5, about["baseline"], tensors, examples)
     chances = found["scores"].softmax(-1)
     lines = io.StringIO()
@@ -1024,43 +983,6 @@ def protocol(argv, result, settings):
     return (f"A DEMONSTRATION, not the protocol: 1 seed of {len(whole.seeds)}, 1 rate of 3, "
             f"{steps} steps of {steps * longer:.0f}, {test['rows']} test rows "
             f"of {test['of']:,}.\nThe protocol, {minutes:.0f} minutes at this speed: {command}")
-
-
-def draw(written, settings, path):
-    """A study as a PNG: lines over steps (Fig. 3) or shots (Fig. 4), else each seed's accuracy. Of
-    what a stop left undone there is nothing in it."""
-    pyplot, panels, steps = import_pyplot(), {}, settings.study == "steps"
-    for result in written["results"]:
-        for target, test in result["test"].items():
-            panels.setdefault(target, []).append((result, test["prompts"]))
-    picture, axes = pyplot.subplots(1, len(panels), squeeze=False, sharey=len(panels) > 2,
-                                    figsize=(max(4 * len(panels), 5), 4), layout="constrained")
-    for axis, (target, found) in zip(axes[0], panels.items()):
-        names = [name for name in settings.prompt if name in found[0][1]]
-        for place, name in enumerate(names):
-            ours = [(result, test[name]) for result, test in found if name in test]
-            if steps:
-                x = [one["step"] for one in ours[0][0]["tuning"][name][0]["validations"][0]]
-                y = list(zip(*ours[0][1]["steps"]))
-            elif len(found) > 1:
-                x, y = [result["shots"] for result, _ in ours], [one["tuned"] for _, one in ours]
-                axis.set_xscale("log", base=2)
-                axis.set_xticks(x, x)
-            else:
-                y = ours[0][1]["tuned"]
-                axis.boxplot([y], positions=[place], widths=0.5, showfliers=False)
-                axis.plot([place] * len(y), y, "o", alpha=0.6)
-                axis.set_xticks(range(len(names)), names, rotation=20)
-                continue
-            spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in y]
-            axis.errorbar(x, [statistics.mean(values) for values in y], spread, label=name,
-                          marker="o", markersize=3, capsize=2)
-            axis.set_xlabel("tuning steps" if steps else "samples per label")
-            axis.legend()
-        axis.set_title(target)
-    axes[0][0].set_ylabel(f"test accuracy in %, {len(settings.seeds)} seeds, {settings.model}")
-    atomic_write(path, lambda file: picture.savefig(file, format="png", dpi=120))
-    pyplot.close(picture)
 
 
 if __name__ == "__main__":

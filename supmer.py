@@ -36,7 +36,7 @@ that share the work, SOLO is one alone.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -44,14 +44,9 @@ import torch
 import torch.nn.functional as F
 from torch.func import grad_and_value, vjp
 
-from data import SOLO, collate
-from t5 import PAD, InputError, decode, embed_tokens, encode, next_token_logits
-
-
-def knob(default, source, zero=False, most=1e30):
-    """A dataclass field whose meaning and source the command line shows as its help. Its numbers
-    are above 0, or `zero` is allowed, too, and at most `most`."""
-    return field(default=default, metadata={"help": source, "zero": zero, "most": most})
+from common import InputError, SOLO, knob
+from data import collate
+from t5 import PAD, decode, embed_tokens, encode, next_token_logits
 
 
 @dataclass(frozen=True)

@@ -21,25 +21,19 @@ with respect to the input (torch.func).
 B batch, S encoder positions, L decoder positions, d d_model, h heads, k d_kv, V vocabulary.
 """
 
-import json
 import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+
+from common import InputError, fingerprint, read_json
 
 PAD, EOS = 0, 1  # in every T5 vocabulary; the decoder starts with PAD
-
-
-class InputError(ValueError):
-    """Something that the user gave is wrong; the message says what, and what to do about it, in one
-    line of bounded length, whatever stands in the files that it quotes."""
-
-    def __init__(self, message):
-        line = "".join(c if c.isprintable() else " " for c in message)
-        super().__init__(line if len(line) < 4000 else f"{line[:2000]} ... {line[-1900:]}")
 
 
 class T5Config(NamedTuple):
@@ -373,16 +367,6 @@ def check_file(path):
         _open(path)
 
 
-def read_json(path):
-    """What a JSON file holds. InputError if it is none, is too deep, or has 64 MB."""
-    try:
-        if path.stat().st_size >= 1 << 26:
-            raise ValueError("it is too large")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}): fetch it again") from None
-
-
 def _open(path):
     """A safetensors file, mapped into memory. InputError, with what the file is, if it is none."""
     try:
@@ -453,3 +437,8 @@ if __name__ == "__main__":
         y = decode(t5, target, encode(t5, embed_tokens(t5, ids), mask), mask)  # (1, 2, d)
         p, best = torch.softmax(next_token_logits(t5, y)[0, 1], dim=-1).topk(5)
         print(text, *(f"{tokenizer.decode([i])} {value:.2f}" for value, i in zip(p, best.tolist())))
+
+
+def model_fingerprint(folder):
+    """sha256 of a model folder's config.json and weights: what a prompt or a store belongs to."""
+    return fingerprint([Path(folder) / "config.json", *weight_files(folder)])

@@ -48,14 +48,17 @@ from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normaliz
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import (SENTIMENT, TASKS, TEMPLATES, VARIANTS, WORDS, TaskIndex, atomic_write,
-                  build_store, compile_template, documents, fill_template, fingerprint, hash_share,
-                  load_tokenizer, meta_task, read_rows, split_sentences, task_examples)
+from common import atomic_write, fingerprint
+from corpus import build_store, documents, hash_share, split_sentences
+from data import (TEMPLATES, TaskIndex, VARIANTS, WORDS, compile_template, fill_template, load_tokenizer,
+    meta_task)
+from tasks import SENTIMENT, TASKS, read_rows, task_examples
 from kmeans import kmeans
 from supmer import Method, measure, score
-from t5 import (EOS, InputError, T5, T5Config, decode, embed_tokens, encode, expected_shapes,
-                load_t5, next_token_logits)
-from train import one_line, run_script
+from common import InputError
+from t5 import (EOS, T5, T5Config, decode, embed_tokens, encode, expected_shapes, load_t5,
+    next_token_logits)
+from common import one_line, run_script
 
 CONFIG = T5Config(d_model=256, d_kv=64, d_ff=512, num_layers=3, num_decoder_layers=2, num_heads=4,
                   vocab_size=8500, gated=False, tied=False, scaled=False)

@@ -18,42 +18,38 @@ import json
 import math
 import os
 import platform
-import re
 import resource
 import shlex
-import shutil
 import signal
-import sys
 import time
-import weakref
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import distributed
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+import common
+import corpus
 import data
-from baselines import (ABLATIONS, METHODS, PLAIN, REGULARIZERS, UNIFIED, examples_per_step, mixes,
-                       name_of, ppt_step)
-from data import (RELEASED, SOLO, VARIANTS, LabeledIndex, Ranks, TaskIndex, atomic_write,
-                  labeled_task, meta_task)
-from supmer import (Method, gradient_and_hessian, init_prompt, init_regularizer, init_state, knob,
-                    meta_gradient, meta_step, prompt_gradient, validate_task)
-from t5 import T5, InputError, T5Config, count_weights, expected_shapes, load_t5, read_json
-
-
-LONGEST = 10_000        # vectors of a prompt: a file may claim any number without holding them
+import hub
+import tasks
+from baselines import (ABLATIONS, METHODS, PLAIN, UNIFIED, examples_per_step, mixes, name_of, ppt_step)
+from common import (InputError, LONGEST, SOLO, atomic_write, bar, check_knob, join_ranks, knob, knob_parser,
+    option, pick_device, read_log, read_run, run_script)
+from data import TaskIndex, VARIANTS, meta_task
+from estimate import graphs_that_fit, model_shape, prepare
+from hub import corpus_paths
+from prompts import export_peft, prompt_metadata, save_prompt
+from studies import plot
+from supmer import Method, init_prompt, init_regularizer, init_state, meta_step, validate_task
+from t5 import load_t5
+from tasks import LabeledIndex, labeled_task
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Training:
     model: str = knob("tiny", "tiny, a short name such as flan-t5-xl, a hub id, or a T5's folder")
     corpus: tuple = knob(
         ("openwebtext",), "openwebtext, c4, embedded, or files and folders of "
-        f"{', '.join(data.READERS)}")
+        f"{', '.join(corpus.READERS)}")
     bytes: int = knob(10 ** 10, "text read at most (section 4.1: 10 GB)")
     clusters: int = knob(250, "K-means clusters of each format (Table 6)")
     one_per_format: bool = knob(False, "three clusterings, one for each format, not one for all")
@@ -274,11 +270,6 @@ def validate(t5, state, tasks, method, ranks=SOLO):
             "variants": {variant: means(results) for variant, results in found.items()}}
 
 
-def bar(items, ranks, **how):
-    """A progress bar over items, of the first rank alone."""
-    return tqdm(items, leave=False, dynamic_ncols=True, disable=True if ranks.rank else None, **how)
-
-
 # ------------------------------------------------------------------------------ a run on the disk
 
 def check_free(folder):
@@ -315,18 +306,6 @@ def write_run(folder, values):
     """Write run.json."""
     text = json.dumps(values, indent=1) + "\n"
     atomic_write(folder / "run.json", lambda file: file.write(text.encode()))
-
-
-def read_run(folder):
-    """run.json of a folder -> dict. Raises InputError if train.py did not make the folder."""
-    try:
-        values = read_json(folder / "run.json")
-        values["training"] | values["method"] | values.get("made_of", {}), values["finished"]
-        values.get("model", "") + "", (values["ended"] or 0) + 0
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} holds no run ({error!r}): name a folder that train.py made, "
-                         "such as runs/tiny-1") from None
-    return values
 
 
 def check_origin(folder, made_of):
@@ -376,21 +355,6 @@ def load_state(folder, state):
     return best
 
 
-def read_log(folder):
-    """Yield the lines of a run's log.jsonl as (bytes, {name: value}), but not a last one that a
-    kill tore or that is still on its way. InputError for other damage."""
-    path = folder / "log.jsonl"
-    for number, line in enumerate(path.read_bytes().splitlines(True) if path.exists() else [], 1):
-        if line.endswith(b"\n"):
-            try:
-                entry = json.loads(line)
-                entry["step"] + 0
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: no line of a run's log ({error!r}): drop "
-                                 "it") from None
-            yield line, entry
-
-
 def open_log(folder, last_step):
     """log.jsonl, a line a step and a validation, to append to: lines up to last_step are kept,
     later ones dropped (they will come again). What differs between equal runs is in "time"."""
@@ -398,145 +362,6 @@ def open_log(folder, last_step):
     kept = [line for line, entry in read_log(folder) if entry["step"] <= last_step]
     atomic_write(path, lambda file: file.writelines(kept))
     return open(path, "a", encoding="utf-8")
-
-
-# --------------------------------------------------------------------- theta and phi on the disk
-
-def save_prompt(path, theta, phi, metadata):
-    """Write theta, phi if there is one and metadata {str: str} as safetensors, atomically."""
-    tensors = {"theta": theta, **{f"phi.{name}": x for name, x in (phi or {}).items()}}
-    payload = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()},
-                   {**metadata, "regularizer": "affine" if phi else ""})
-    atomic_write(path, lambda file: file.write(payload))
-
-
-def load_prompt(path, d):
-    """Read a prompt for a T5 of width d -> theta (P, d), phi or None, metadata {str: str}.
-
-    path: save_prompt's file or its run's folder; a folder of Hugging Face PEFT's; or a folder with
-    the authors' released files. metadata["regularizer"]: one of REGULARIZERS, "" without phi.
-    Raises InputError for anything else, another width, another form, values that are not finite.
-    """
-    path = Path(path)
-    if (path / "adapter_config.json").is_file():
-        theta, phi, metadata = _load_peft(path)
-    elif any(path.glob("prompt_*.pt")):
-        theta, phi, metadata = _load_released(path, d)
-    else:
-        path = path / "prompt.safetensors" if path.is_dir() else path
-        phi, metadata = _read_safetensors(path)
-        if metadata.get("regularizer") not in ("affine", ""):
-            raise InputError(f"{path}: its regularizer is {metadata.get('regularizer')!r}, this "
-                             "code reads 'affine' or none: give the prompt.safetensors of a run")
-        theta = phi.pop("theta", torch.zeros(0))
-        phi = {name.removeprefix("phi."): x for name, x in phi.items()} or None
-    form, tensors = metadata["regularizer"], {"theta": theta, **(phi or {})}
-    wanted = {"theta": theta.new_empty(*theta.shape[:1], d)} | (
-        REGULARIZERS[form][0](d) if form else {})
-    found, wanted = ({name: list(x.shape) for name, x in one.items()} for one in (tensors, wanted))
-    if found != wanted or not 0 < len(theta) <= LONGEST:
-        raise InputError(f"{path} holds {found}: no prompt and regularizer for a T5 of width {d}; "
-                         "give the prompt of a run on this model")
-    if not all(x.is_floating_point() and x.float().isfinite().all() for x in tensors.values()):
-        raise InputError(f"{path} has values that are not finite: its run went wrong, use another")
-    tensors = {name: x.detach().float().contiguous() for name, x in tensors.items()}
-    return tensors.pop("theta"), tensors or None, metadata
-
-
-def _read_safetensors(path):
-    """A file's tensors and metadata. InputError if it cannot be read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if not "".join(chain(*metadata.items())).isprintable():
-                raise OSError("line breaks in its metadata")
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read as a prompt ({error}): give a run, a prompt's "
-                         "safetensors, or a folder of PEFT's") from None
-
-
-def prompt_metadata(path):
-    """What save_prompt was given as metadata, {str: str}; InputError if the file is none of it."""
-    return _read_safetensors(path)[1]
-
-
-def _load_released(folder, d):
-    """The authors' prompt_*.pt and gradient_edit_*.pt for a T5 of width d -> as load_prompt."""
-    name = next((name for (width, _), name in RELEASED.items() if width == d), None)
-    if name is None:
-        raise InputError(f"{folder} has prompts for t5-base and flan-t5-xl, of widths 768 and 2048,"
-                         f" not {d}: take one of those models")
-    read = []
-    for path in (folder / f"{kind}_{name}.pt" for kind in ("prompt", "gradient_edit")):
-        try:
-            read.append(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as error:      # a damaged pickle raises almost anything
-            reason = type(error).__name__ + ": " + str(error).partition("\n")[0]
-            raise InputError(f"{path} cannot be read ({reason}): fetch it from "
-                             "github.com/beepkh/SUPMER, folder pretrain_prompt") from None
-    theta, phi = read
-    if not isinstance(phi, dict) or not all(
-            isinstance(x, torch.Tensor) and x.layout is torch.strided and x.device.type == "cpu"
-            for x in (theta, *phi.values())):
-        raise InputError(f"{folder} does not hold a tensor and a dict of tensors: fetch both again")
-    for buffer in ("grad_mean", "grad_std", "grad_s", "k"):         # psi never uses them
-        phi.pop(buffer, None)
-    return theta, phi, {"model": name, "regularizer": "released"}
-
-
-def _load_peft(folder):
-    """A soft prompt as Hugging Face PEFT saves it -> as load_prompt. PEFT may keep the encoder's
-    vectors and then the decoder's: the first ones are used, as there."""
-    path, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    try:
-        config = read_json(path)
-        length = config["num_virtual_tokens"]
-        kind = (config["peft_type"], config["task_type"], type(length))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error!r}): export it again") from None
-    if kind != ("PROMPT_TUNING", "SEQ_2_SEQ_LM", int):
-        raise InputError(f"{path} is of {kind[0]} for {kind[1]}: PROMPT_TUNING for SEQ_2_SEQ_LM is "
-                         "what can be read, give such a one")
-    tensors, _ = _read_safetensors(file)
-    vectors = tensors.get("prompt_embeddings", torch.zeros(0))
-    if len(tensors) != 1 or vectors.shape[:1] not in ((length,), (2 * length,)):
-        raise InputError(f"{file} must hold {length} vectors as prompt_embeddings, it has "
-                         f"{[*tensors]}: export it again")
-    return vectors[:length], None, {"model": str(config.get("base_model_name_or_path")),
-                                    "regularizer": ""}
-
-
-def save_peft(folder, theta, config, model, revision=None):
-    """Write theta (P, d) as a new folder, whole or not at all, that peft.PeftModel.from_pretrained
-    loads on a model, a hub id or folder, of this T5Config.
-    psi has no place there: only tuning as here uses it."""
-    values = {"peft_type": "PROMPT_TUNING", "task_type": "SEQ_2_SEQ_LM", "inference_mode": True,
-              "base_model_name_or_path": model, "revision": revision,
-              "num_virtual_tokens": len(theta), "token_dim": theta.shape[1],
-              "num_transformer_submodules": 1,      # else PEFT expects the decoder's vectors, too
-              "num_attention_heads": config.num_heads, "num_layers": config.num_layers,
-              "prompt_tuning_init": "RANDOM"}
-    payload = save({"prompt_embeddings": theta.float().cpu().contiguous()}, {"format": "pt"})
-    new = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(new, ignore_errors=True)              # what a kill left
-    try:
-        new.mkdir(parents=True)
-        for name, content in (("adapter_model.safetensors", payload),
-                              ("adapter_config.json", json.dumps(values, indent=2).encode())):
-            atomic_write(new / name, lambda file: file.write(content))
-        new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-# ---------------------------------------------------------------------------- what it learns from
-
-def corpus_paths(training):
-    """The corpus option's files and folders; what is on the hub is fetched."""
-    return [path for name in training.corpus for path in (
-        data.fetch_corpus(name, training.bytes) if name in data.CORPORA else
-        [data.TINY / "corpus.jsonl.gz" if name == "embedded" else Path(name)])]
 
 
 def make_store(what, make, ranks):
@@ -585,13 +410,13 @@ def open_indexes(training, method, model_folder, tokenizer, t5, ranks=SOLO):
                  if path.suffix in (".csv", ".tsv", ".jsonl")]
         if not files:
             raise InputError(f"--labeled {training.labeled}: no folder with .csv, .tsv or .jsonl")
-        stores = {path.name: store_of(path.name, data.build_labeled, path,
+        stores = {path.name: store_of(path.name, tasks.build_labeled, path,
                                       training.labeled_clusters) for path in files}
         labeled = LabeledIndex(stores, tokenizer, **sizes)
         for name, store in stores.items():
             made_of |= store.meta["made_of"] | {f"labeled {name}": store.folder.name}
     if training.corpus:
-        store = store_of("corpus", data.build_store, corpus_paths(training), training.clusters,
+        store = store_of("corpus", corpus.build_store, corpus_paths(training), training.clusters,
                          max_bytes=training.bytes, one_per_format=training.one_per_format)
         index = TaskIndex(store, tokenizer, **sizes,
                           variants=[v for v in VARIANTS if v.startswith(training.only)],
@@ -627,9 +452,9 @@ def main(argv):
     for name, value in (asdict(training) | asdict(method)).items():
         shown = " ".join(value) if type(value) is tuple else str(value)
         print(f"  {name:17} {shown:12} {sources[name]}")
-    model_folder = data.model_folder(training.model)
+    model_folder = hub.model_folder(training.model)
     t5 = load_t5(model_folder, getattr(torch, training.dtype), device)
-    tokenizer = data.load_tokenizer(model_folder, t5.config)
+    tokenizer = data.load_tokenizer(hub.tokenizer_file(model_folder), t5.config)
     index, labeled, made_of = open_indexes(training, method, model_folder, tokenizer, t5, ranks)
     if folder:
         check_origin(folder, made_of)
@@ -641,7 +466,7 @@ def main(argv):
     def in_use(owner):
         raise InputError(f"{folder}: process {owner} is at work on this run; wait for it, or end "
                          "it")
-    with nullcontext() if ranks.rank else data.lock(folder / "lock", in_use):
+    with nullcontext() if ranks.rank else common.lock(folder / "lock", in_use):
         run = Run(folder, training, method, t5, index, labeled, made_of, ranks)
         interrupted = run.train()
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -675,38 +500,6 @@ def outcome(run):
         said.append(f"this was a demonstration of {steps} steps; README.md has a longer run")
     return "\n".join([*said, f"lowest validation loss {run.best:.4f}: {run.folder}/prompt."
                       f"safetensors\ntune it on a task: python eval.py --prompt {run.folder}"])
-
-
-def one_line(parser):
-    """An ArgumentParser, whose refusals are an InputError, with the valid options for unknown ones,
-    in place of its usage."""
-    def fail(message):
-        if message.startswith("unrecognized"):
-            options = re.findall(r"--[a-z-]+", parser.format_usage())
-            message += f": the options are {', '.join(options)}"
-        raise InputError(f"{message}; see --help")
-    parser.error = fail
-    return parser
-
-
-def knob_parser(description, classes, tiny, choices):
-    """An ArgumentParser with an option for each knob of the dataclasses; absent ones stay absent.
-    Its help shows each one's source, default and tiny's value {name: (value, why)}; choices {name:
-    values}. What it refuses is an InputError."""
-    parser = one_line(argparse.ArgumentParser(
-        description=description, allow_abbrev=False, epilog="What names no source is ours.",
-        formatter_class=argparse.RawDescriptionHelpFormatter))
-    for entry in (entry for cls in classes for entry in fields(cls)):
-        many = isinstance(entry.default, tuple)
-        kind = type(entry.default[0] if many else entry.default)
-        shown = " ".join(map(str, entry.default)) if many else entry.default
-        ours = f"; tiny: {tiny[entry.name][0]}, {tiny[entry.name][1]}" if entry.name in tiny else ""
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
-            "type": kind, "nargs": "+" if many else None, "choices": choices.get(entry.name)}
-        parser.add_argument(
-            option(entry.name), default=argparse.SUPPRESS,
-            help=f"{entry.metadata['help']} [{shown}{ours}]".replace("%", "%%"), **how)
-    return parser
 
 
 def command_line():
@@ -789,30 +582,6 @@ def as_many_examples(training, method, examples, steps_given):
     return replace(method, steps=math.ceil(examples / examples_per_step(training, method)))
 
 
-def option(name):
-    """How a knob is spelled on the command line: steps_left -> --steps-left"""
-    return "--" + name.replace("_", "-")
-
-
-def check_knob(entry, value):
-    """InputError unless a knob's value is of its default's type, and a number in its range; of a
-    tuple each part, and none is empty."""
-    several = isinstance(entry.default, tuple)
-    kind = type(entry.default[0] if several else entry.default)
-    zero, most = entry.metadata["zero"], entry.metadata["most"]
-    if several and type(value) is not tuple:
-        raise InputError(f"{option(entry.name)} {value!r}: it must be a list")
-    for x in value if several else [value]:
-        if type(x) is not kind:
-            raise InputError(f"{option(entry.name)} {x!r}: it must be of type {kind.__name__}")
-        if several and x == "":
-            raise InputError(f"{option(entry.name)} '': it is empty")
-        if kind in (int, float) and not ((x > 0 or x == 0 and zero) and x <= most):
-            bound = "0 or more" if zero else "more than 0"
-            raise InputError(f"{option(entry.name)} {x}: it must be {bound}, and {most:,.6g} at "
-                             "most")
-
-
 KNOBS = {entry.name: entry for cls in (Training, Method) for entry in fields(cls)}
 
 
@@ -843,341 +612,6 @@ def settings(chosen):
     if training.labeled and training.labeled_share == 1:
         training = replace(training, corpus=())
     return training, method
-
-
-# --------------------------------------------------------------------- what a run needs, beforehand
-
-# Official shapes (d_model, d_kv, d_ff, layers, heads, gated), to estimate without any download.
-SHAPES = {"t5-small": (512, 64, 2048, 6, 8, False), "t5-base": (768, 64, 3072, 12, 12, False),
-          "t5-large": (1024, 64, 4096, 24, 16, False), "t5-3b": (1024, 128, 16384, 24, 32, False)}
-SHAPES |= {family.format(size): (*shape, True) for size, shape in {
-    "small": (512, 64, 1024, 8, 6), "base": (768, 64, 2048, 12, 12),
-    "large": (1024, 64, 2816, 24, 16), "xl": (2048, 64, 5120, 24, 32),
-    "xxl": (4096, 64, 10240, 24, 64)}.items()
-    for family in ("t5-v1_1-{}", "t5-{}-lm-adapt", "flan-t5-{}")}
-LIBRARIES = 110 << 20           # measured on shapes of 3 and 6 layers, see the tests
-GIB = 2 ** 30
-
-
-def prepare(training, method, device, control):
-    """Say what a run needs, fetches and takes; InputError if that is out of the question. A dry run
-    needs no network for an official model, and no machine that could hold it."""
-    config = model_shape(training.model)
-    needed, too_much = memory_lines(config, training, method, device)
-    print(needed)
-    if too_much and not control.dry_run:
-        raise InputError(too_much)
-    try:
-        lines = fetch_list(training.model)
-    except InputError as error:
-        if not control.dry_run:
-            raise
-        lines = [f"download: {error}"]
-    for line in lines:
-        print(line)
-    if too_much:
-        print(f"time:     cannot be measured here: {too_much}")
-        return
-    how = getattr(torch, training.dtype), device
-    t5 = load_t5(data.model_folder(training.model), *how) if data.is_local(training.model) else \
-        stand_in(config, *how)
-    lines, hours = time_lines(t5, training, method)
-    print("\n".join(lines))
-    long = hours > 1 or not data.CORPORA.keys().isdisjoint(training.corpus)
-    if long and device.type == "cpu" and not (control.yes or control.dry_run):
-        raise InputError("there is no GPU here: add --yes to start all the same, "
-                         "or begin with the embedded model: python train.py")
-
-
-def model_shape(name):
-    """The T5Config of a model: one of SHAPES, or read."""
-    if name not in SHAPES or Path(name).is_dir():
-        return data.model_config(name)
-    d, k, f, layers, heads, gated = SHAPES[name]
-    return T5Config(d, k, f, layers, layers, heads, data.OFFICIAL_ROWS, gated, not gated,
-                    not gated, 32, 128, 1e-6)
-
-
-def fetch_list(name):
-    """What will be fetched for a model -> lines to print; none for a folder."""
-    if data.is_local(name):
-        return []
-    parts = data.model_downloads(name)
-    source = parts[0].source
-    pinned = "" if source["revision"] in data.MODELS.get(name, name) else ", not pinned"
-    size = sum(part.bytes for part in parts if not part.cached) / 1e6
-    return [f"download: {size:,.0f} MB of {source['repo_id']} at {source['revision']}{pinned}: " +
-            ", ".join(part.file + f" of {part.source['repo_id']}" * (
-                part.source["repo_id"] != source["repo_id"]) + " (cached)" * part.cached
-                for part in parts)]
-
-
-def stand_in(config, dtype, device):
-    """A T5 of a shape, with constant weights; on the device "meta" with none."""
-    weights = {name: torch.full(shape, 0.01, dtype=dtype, device=device)
-               for name, shape in expected_shapes(config).items()}
-    return T5(config, {"lm_head.weight": weights["shared.weight"], **weights})
-
-
-def stand_in_task(d, rows, tokens):
-    """A task of `rows` texts of `tokens` tokens, for a T5 of width d."""
-    examples = data.Examples([[3] * tokens] * rows, [[]] * rows, torch.zeros(rows, 0, d),
-                             torch.zeros(rows, dtype=torch.long), [[3, 4], [3, 5]])
-    return data.Task("sp-cluster", (0,), examples, examples)
-
-
-def rows_of(training, method, tokens):
-    """Texts of so many tokens in a micro-batch."""
-    return max(1, method.micro_tokens // (training.prompt_length + tokens))
-
-
-class LiveBytes(TorchDispatchMode):
-    """While it is on: the bytes of all tensors that operations have made and that are still used.
-    On meta tensors, which have a shape and no data, that tells a computation's memory without
-    computing it. known: tensors that are not to be counted. peak: the most bytes at one time."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.bytes, self.peak = 0, 0
-        self.known = {x.untyped_storage()._cdata for x in known}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        tensors = (x for x in tree_leaves(made) if isinstance(x, torch.Tensor))
-        for storage in (x.untyped_storage() for x in tensors):
-            if storage._cdata not in self.known:                # a view shares its base's
-                self.known.add(storage._cdata)
-                self.bytes += storage.nbytes()
-                self.peak = max(self.peak, self.bytes)
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        return made
-
-    def _freed(self, key, size):
-        self.known.discard(key)
-        self.bytes -= size
-
-
-def micro_batch_bytes(config, training, method):
-    """The most bytes of a micro-batch, and of a graph that is kept of one for the Hessian. Counted
-    operation by operation, for the longest texts and for texts that just fill one: the
-    Hessian-vector product, or the gradient of a mixed one."""
-    t5 = stand_in(config, getattr(torch, training.dtype), "meta")
-    P, longest, peaks, graphs = training.prompt_length, training.max_tokens, [], []
-    theta = torch.empty(P, config.d_model, device="meta")
-    rows = rows_of(training, method, longest)
-    for rows, tokens in ((rows, longest), (rows + 1, method.micro_tokens // (rows + 1) - P)):
-        if tokens > 0:
-            task = stand_in_task(config.d_model, rows, tokens)
-            with LiveBytes([*t5.weights.values(), theta]) as live:
-                prompt_gradient(t5, theta, task.query, method, task.query, 0.5)
-                *_, hessian = gradient_and_hessian(t5, theta, task.support,
-                                                   replace(method, keep_graphs=1))
-                graphs.append(live.bytes)
-                hessian(theta)
-            peaks.append(live.peak)
-    return max(peaks), max(graphs)
-
-
-def graphs_that_fit(config, training, method):
-    """The Method with as many keep_graphs as --keep-gib has room for. InputError if it has none."""
-    if not training.keep_gib or method.first_order or training.method in PLAIN:
-        return method
-    _, graph = micro_batch_bytes(config, training, method)
-    if training.keep_gib * GIB < graph:
-        raise InputError(f"--keep-gib {training.keep_gib}: a graph takes {graph / GIB:.2g} GiB")
-    return replace(method, keep_graphs=int(training.keep_gib * GIB / graph))
-
-
-def memory_needed(config, training, method):
-    """The most bytes that meta-training will hold, part by part -> dict. LIBRARIES is what CPU
-    libraries take beside the tensors. The C library's allocator can keep more than is in use: where
-    it does, MALLOC_MMAP_THRESHOLD_=65536 in the environment gives it back."""
-    peak, graph = micro_batch_bytes(config, training, method)
-    kept = min(method.keep_graphs,             # of a support set's micro-batches, at most so many
-               math.ceil(training.support / rows_of(training, method, training.max_tokens)))
-    learned = 4 * config.d_model * (training.prompt_length + 2 * config.d_model + 2)
-    return {"weights": count_weights(config) * getattr(torch, training.dtype).itemsize,
-            "micro-batch": peak, f"{kept} kept graphs": kept * graph,
-            "theta, phi, Adam's moments, each task's gradients": (4 + training.tasks) * learned,
-            "program": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + LIBRARIES}
-
-
-def memory_lines(config, training, method, device):
-    """memory_needed() as text, and what would fit, "" where it does, if the device has less."""
-    parts, longest = memory_needed(config, training, method), \
-        training.prompt_length + training.max_tokens
-    size, total = max(method.micro_tokens, longest), sum(parts.values())
-    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else \
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fits = int(size * (there - total + parts["micro-batch"]) / parts["micro-batch"])
-    advice = f"--micro-tokens {fits}" if fits >= longest else "--dtype bfloat16 or a smaller model"
-    sum_of = f"{total / GIB:.1f} GiB with micro-batches of {size} positions"
-    return (f"memory:   {sum_of}: " + ", ".join(
-                f"{part / GIB:.2f} {name}" for name, part in parts.items() if part),
-            f"{training.model} needs {sum_of}, {device} has {there / GIB:.1f}: try {advice}"
-            if total > there else "")
-
-
-def time_lines(t5, training, method):
-    """What a run will take, measured on a T5 or on a stand-in of its shape -> lines to print, its
-    hours. A set of n micro-batches takes n times as long as one."""
-    theta = init_prompt(t5, training.prompt_length, 0)
-    phi = init_regularizer(t5.config.d_model, device=theta.device)
-    ids = torch.full((32, 25), 3, device=theta.device)              # sentences of 25 tokens
-    tokens = min(128, training.max_tokens)
-    rows = rows_of(training, method, tokens)
-
-    def seconds_of(function, *arguments):
-        began = time.perf_counter()
-        function(*arguments)
-        if theta.is_cuda:
-            torch.cuda.synchronize(theta.device)
-        return time.perf_counter() - began
-
-    def step(rows):                                                 # of one task, the method's own
-        task = stand_in_task(t5.config.d_model, rows, tokens)
-        if training.method in PLAIN:
-            for examples in (task.support, task.query):
-                prompt_gradient(t5, theta, examples, method)
-        else:
-            lam = 0.5 * mixes(training, method)
-            meta_gradient(t5, theta, phi, task, task, lam, 0.5, method)
-    step(1)                                                         # the first time is a slow one
-    sets = training.tasks * (training.support + training.query) / (2 * rows)
-    seconds = seconds_of(step, rows) * sets
-    per_token = seconds_of(data.embed_sentences, t5, ids, ids > 0) / ids.numel()
-    web = [name for name in training.corpus if name in data.CORPORA]
-    text = training.bytes if web else min(training.bytes, sum(
-        file.stat().st_size for file in data.corpus_files(corpus_paths(training))))
-    hours, clustering = seconds * method.steps / 3600, per_token * text / 4 / 3600
-    lines = [f"time:     {seconds:.1f} s a step, {hours:,.1f} hours for {method.steps:,} "
-             f"steps, measured on this {theta.device.type} with texts of {tokens} tokens",
-             f"          {clustering:,.1f} hours before that, to embed and cluster "
-             f"{text / 1e9:.3g} GB of text once (4 bytes a token); validation is not counted",
-             f"disk:     {0.8 * text / 1e9:.3g} GB for the corpus's sentences in cache/"]
-    for name in web:
-        count = data.corpus_count(name, training.bytes)
-        lines.append(f"download: {count} file(s) of {name}, about "
-                     f"{count * data.CORPORA[name].archive / 1e9:.1f} GB of archives for "
-                     f"{text / 1e9:.3g} GB of text, if not cached yet")
-    return lines, hours + clustering
-
-
-# ------------------------------------------------------------------- devices, ranks, PEFT, pictures
-
-def pick_device(name):
-    """auto, cpu, cuda, cuda:1, ... -> torch.device; a GPU becomes the current one. Raises
-    InputError if it is not there. Each of torchrun's processes on a machine takes its own GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise InputError(f"--device {name}: choose auto, cpu, cuda or a numbered one, as cuda:1")
-    try:
-        device = torch.empty(1, device=name).device             # with its number
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} is not to be had here ({str(error).splitlines()[0]}): "
-                         "try --device cpu") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def join_ranks(device):
-    """The Ranks that torchrun started, or SOLO. Only the first one's stdout is kept."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return SOLO
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                   timeout=timedelta(minutes=30))
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-    return Ranks(rank, world, distributed.new_group(backend="gloo", timeout=timedelta(days=7)))
-
-
-def export_peft(source, folder):
-    """Write the prompt of a run, or of a prompt's file, as a new folder for PEFT -> what to say."""
-    if folder.exists():
-        raise InputError(f"{folder} exists: name another folder")
-    path = source / "prompt.safetensors" if source.is_dir() else source
-    name = prompt_metadata(path).get("model", "")
-    config = model_shape(name)
-    theta, _, _ = load_prompt(path, config.d_model)
-    base = {"model": str(data.model_folder(name))} if data.is_local(name) else \
-        dict(zip(("model", "revision"), data.hub_source(name).values()))
-    save_peft(folder, theta, config, **base)
-    return (f"{folder}: {len(theta)} vectors for peft.PeftModel.from_pretrained on {base['model']};"
-            " psi is left out, PEFT's format has no place for it")
-
-
-def import_pyplot():
-    """matplotlib.pyplot, without a screen. InputError if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("a picture needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
-
-
-PANELS = {"loss": ("support_loss", "query_loss"), "normalized inner product (Fig. 5)": ("s",),
-          "gate, mean entry": ("gate_mean",), "lambda over b": (),
-          "validation": ("loss_before", "loss")}
-
-
-def plot(folder):
-    """Draw a run's log, finished or not, as log.png beside it -> the picture's path.
-
-    Dots are steps, or tasks' lambdas; a line is the mean of 19 steps."""
-    pyplot, path = import_pyplot(), folder / "log.png"
-    read_run(folder)
-    picture, axes = pyplot.subplots(1, len(PANELS), figsize=(17, 3.2), layout="constrained")
-    try:
-        lines = [entry | entry.get("validation", {}) for _, entry in read_log(folder)]
-        for axis, (title, names) in zip(axes, PANELS.items()):
-            _draw_panel(axis, title, names, lines)
-    except (TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{folder / 'log.jsonl'} is not the log of a run ({error!r}): give one "
-                         "that train.py wrote") from None
-    atomic_write(path, lambda file: picture.savefig(file, format="png", dpi=90))
-    pyplot.close(picture)
-    return path
-
-
-def _draw_panel(axis, title, names, lines):
-    """One of PANELS: the log's lines {name: value} as dots, and their mean."""
-    near, size, faint = (1, 5, 1.0) if title == "validation" else (10, 3, 0.3)
-    for color, name in zip(("C0", "C1"), names):                    # PPT has its loss alone
-        x, y = (np.array([line[key] for line in lines if name in line], dtype=float)
-                for key in ("step", name))
-        axis.plot(x, y, ".", markersize=size, alpha=faint, color=color)
-        means = [np.mean(y[max(0, i + 1 - near):i + near]) for i in range(len(y))]
-        axis.plot(x, means, color=color, label=name)
-    if not names:
-        mixed = np.array([(x["b"], lam) for x in lines if x.get("b") for lam in x["lambda"]], float)
-        axis.plot(*mixed.reshape(-1, 2).T, ".", markersize=3, alpha=0.5, label="a task")
-        axis.plot(b := np.linspace(0, 1), b / (1 + b), label="mean, b / (1 + b)")
-    axis.set_title(title)
-    axis.set_xlabel("meta step" if names else "b (Eq. 10)")
-    axis.legend()
-
-
-def run_script(main, stopped):
-    """End this process with main(arguments)'s status. What a user got wrong, and a Ctrl-C, is one
-    line on stderr and no traceback. What the terminal's encoding lacks is escaped."""
-    sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        if broken := [word for word in sys.argv[1:] if re.search("[\ud800-\udfff]", word)]:
-            raise InputError(f"{broken} are not UTF-8: rename those files or folders")
-        sys.exit(main(sys.argv[1:]))
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

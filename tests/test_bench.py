@@ -1,0 +1,70 @@
+"""Tests of bench."""
+
+import bench
+import pytest
+import supmer
+import torch
+from common import InputError
+from dataclasses import replace
+from supmer import Method
+from conftest import Dies, HERE, needs_transformers, relative
+
+
+# ------------------------------------------------------------------------ bench.py compares fairly
+
+@needs_transformers
+@pytest.mark.parametrize("first_order", [False, True])
+def test_benchs_transformers_compute_the_same_gradient(first_order):
+    """Autograd with create_graph through transformers' T5 gives our meta-gradient to 1e-5 (its
+    norms are float32), padded or not, so that what bench.py times is the same; the other order's
+    differs a hundred times as much."""
+    s = bench.Sizes(**bench.WARM, dtype="float64")
+    t5, (pair,) = bench.random_t5(s), bench.random_pairs(s)
+    theta, phi = supmer.init_prompt(t5, 2, 0).double(), supmer.init_regularizer(64, torch.float64)
+    method = Method(inner_rate=1000.0, micro_tokens=40, gate_weight=0.0, first_order=first_order)
+    theirs = [bench.hf_meta_gradient(bench.hf_model(t5), theta, phi, *pair, 0.3, method, padded)
+              for padded in (0, 40)]
+    ours = supmer.meta_gradient(t5, theta, phi, *pair, 0.3, 0.5, method)
+    for d_theta, d_phi in theirs:
+        assert relative(ours.d_theta, d_theta) < 1e-5
+        assert relative(ours.d_phi["A"], d_phi["A"]) < 1e-5
+    other = replace(method, first_order=not first_order)
+    assert relative(supmer.meta_gradient(t5, theta, phi, *pair, 0.3, 0.5, other).d_theta,
+                    theirs[0][0]) > 1e-3
+
+
+def test_benchs_ratios_by_hand():
+    """Medians are compared, peaks for memory; twice the work for twice the time is 1; what was not
+    run has no ratio."""
+    found = {"exact, recomputed": [(9.0, 10.0, None), (2.0, 30.0, None), (3.0, 20.0, None)],
+             "first order": [(2.0, 5.0, None)], "transformers, create_graph": [],
+             "1 layer": [(2.0, 1.0, None)], "1 layer, 2 x tasks": [(4.0, 1.0, None)]}
+    assert bench.summary(found["exact, recomputed"]) == (3.0, pytest.approx(7 / 3), 30.0, None)
+    ratios = {row[:3]: row[3] for row in bench.ratios(found)}
+    assert ratios.pop(("exact, recomputed", "first order", "seconds")) == 1.5
+    assert ratios.pop(("1 layer, 2 x tasks", "1 layer", "half the seconds")) == 1.0
+    assert ratios and set(ratios.values()) == {None}
+    names = {name for group in bench.groups(bench.QUICK) for name in group}
+    assert all({row[0], row[1]} <= names for row in bench.RATIOS)
+
+
+def test_a_contender_that_dies_loses_no_others_figures():
+    """It is told as not run, with the reason; its neighbour's run is there."""
+    s = replace(bench.QUICK, documents=1)
+    found, failed = bench.measure_group({"dies": (Dies(), s), "tokens": (bench.token_ids, s)}, 1, 1)
+    assert found["dies"] == [] and list(failed) == ["dies"]
+    assert failed["dies"].startswith("BrokenProcessPool: A process in the process pool was")
+    (seconds, mb, value), = found["tokens"]
+    assert seconds > 0 and mb >= 0 and value is None
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--threads", "0"], "1 or more"), (["--threads", "100000"], "at most"),
+    (["--json", "no/such/file"], "no such folder"), (["--json", "tiny.py/file"], "no such folder"),
+    (["--json", "tiny"], "name another"), (["--json", ""], "name another")])
+def test_benchs_mistakes(argv, says, monkeypatch):
+    """Told in one line before anything is measured."""
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(bench, "product_rates", lambda s: pytest.fail("it measures"))
+    with pytest.raises(InputError, match=says):
+        bench.main(argv)

@@ -1,0 +1,64 @@
+"""Tests of cli."""
+
+import bench
+import common
+import eval as evaluation
+import os
+import pytest
+import re
+import train
+from common import InputError
+from dataclasses import fields
+from supmer import Method
+from conftest import SMALL
+
+
+def test_one_process_at_a_time(place):
+    """A second evaluation of the same file is refused with the first one's id; what a process that
+    has died has written there stops nobody."""
+    evaluation.TUNED.mkdir(parents=True)
+    (evaluation.TUNED / ".out.json.lock").write_text("12345")
+    argv = [*SMALL, "--prompt", "vocab", "--rates", "0.1", "--seeds", "10", "--out", "out.json"]
+    with common.lock(evaluation.TUNED / ".out.json.lock", lambda _: pytest.fail("it has died")):
+        with pytest.raises(InputError, match=f"out.json: process {os.getpid()} is at work on it"):
+            evaluation.main(argv)
+    evaluation.main(argv)
+
+
+@pytest.mark.parametrize("script, argv, says", [
+    (train, ["--inner-rate", "0.5"], "--inner-rate has no effect with --relative-step 0.03"),
+    (train, ["--keep-gib", "1", "--keep-graphs", "2"], "--keep-graphs has no effect with --keep-"),
+    (train, ["--keep-gib", "1", "--first-order"], "--keep-gib has no effect with --first-order"),
+    (train, ["--labeled-share", "1"], "--labeled-share has no effect with no --labeled"),
+    (train, ["--labeled-clusters", "3"], "--labeled-clusters has no effect with no --labeled"),
+    (train, ["--plot", "a", "--steps", "3"], "--plot are of a run that is there"),
+    (train, ["--export-peft", "a", "b", "--plot", "c"], "add nothing to them"),
+    (train, ["--export-peft", "a", "b", "--dry-run"], "add nothing to them"),
+    (train, ["--stepz", "3"], "--stepz 3: the options are --model, --corpus, .*--export-peft"),
+    (evaluation, ["--nope"], "--nope: the options are --model, --task, .*--quick"),
+    (evaluation, ["--predict", "a", "--prompt", "b", "--epochs", "3"], "leave --epochs away"),
+    (bench, ["--dtype", "int8"], "--dtype int8: the options are --quick, --threads, --device, ")])
+def test_options_without_effect_are_refused(script, argv, says):
+    """What would be ignored or does not exist is told, with what there is, before anything is
+    read."""
+    with pytest.raises(InputError, match=says) as caught:
+        (script.main if script is bench else script.parse)(argv)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("script", [train, evaluation])
+def test_help_tells_defaults_and_sources(script, capsys):
+    """Each number has its default in brackets, and tiny's; the help says whose it is that names no
+    source; the paper's numbers name their place."""
+    with pytest.raises(SystemExit):
+        script.parse(["--help"])
+    text = "".join(capsys.readouterr().out.split())         # it is broken at hyphens, too
+    assert text.endswith("Whatnamesnosourceisours.")
+    classes = (train.Training, Method) if script is train else (evaluation.Settings,)
+    for entry in (entry for cls in classes for entry in fields(cls)):
+        values = entry.default if type(entry.default) is tuple else [entry.default]
+        told = "".join(entry.metadata["help"].split()) + "[" + "".join(map(str, values))
+        assert told in text, entry.name
+        assert type(values[0]) not in (int, float) or re.search(
+            r"Table|section|Alg|Fig|4\.1|C\.1|MetaPT|ours|released|of the prompt|0: (on|one|never)",
+            entry.metadata["help"]), entry.name
