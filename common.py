@@ -1,58 +1,323 @@
-"""What every file needs: errors, files, ranks, devices, settings -> command line."""
+"""What every script needs: errors, files, processes, devices, and settings on the command line.
+
+Nothing here is about SUPMER. Start reading at supmer.py.
+
+    with reading(path, "a prompt"):             # whatever a parser raises becomes one InputError
+        tensors = load_file(path)
+    with whole_file(path) as file:              # the file appears whole or not at all
+        file.write(payload)
+    rng(seed, step, i, "partner")               # a named random stream
+    ranks.map(function, items)                  # share work between the processes of torchrun
+"""
 
 import argparse
+import csv
 import fcntl
-import gzip
 import hashlib
 import json
 import lzma
 import os
+import pickle
 import re
+import struct
 import sys
 import tarfile
 import zipfile
 import zlib
+from contextlib import contextmanager
 from dataclasses import field, fields
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import distributed
 from tqdm import tqdm
 
+TINY = Path(__file__).resolve().parent / "tiny"     # the embedded model
+GIB = 2 ** 30
 
+
+# ----------------------------------------------------------------------------- errors
 
 class InputError(ValueError):
-    """Something that the user gave is wrong; the message says what, and what to do about it, in one
-    line of bounded length, whatever stands in the files that it quotes."""
+    """The user's input is wrong. The message says in one line what is wrong and what to do."""
 
     def __init__(self, message):
         line = "".join(c if c.isprintable() else " " for c in message)
         super().__init__(line if len(line) < 4000 else f"{line[:2000]} ... {line[-1900:]}")
 
 
-def read_json(path):
-    """What a JSON file holds. InputError if it is none, is too deep, or has 64 MB."""
+# What the parsers of files from outside raise for a damaged file.
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
+          RecursionError, MemoryError, struct.error, zlib.error, lzma.LZMAError, tarfile.TarError,
+          zipfile.BadZipFile, pickle.UnpicklingError, csv.Error, SafetensorError)
+
+
+def first_line(error):
+    """The first line of what an exception says, or its type's name."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+@contextmanager
+def reading(path, what, *more, remedy="fetch it again"):
+    """Turn whatever a parser raises inside the block into one InputError about the file.
+
+    what: what the file should be, such as "a prompt". more: exception types beyond DAMAGE.
+    Put only the parsing of that one file into the block: a bug of ours must stay a traceback.
+    """
     try:
-        if path.stat().st_size >= 1 << 26:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: it should be {what}") from None
+    except (*DAMAGE, *more) as error:
+        raise InputError(f"{path} is not {what} ({first_line(error)}): {remedy}") from None
+
+
+# ------------------------------------------------------------------------------ files
+
+def read_json(path, most=1 << 26):
+    """The value of a JSON file. Raises InputError for invalid JSON, and from `most` bytes on."""
+    with reading(path, "JSON"):
+        if path.stat().st_size >= most:
             raise ValueError("it is too large")
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}): fetch it again") from None
 
 
-def knob(default, source, zero=False, most=1e30):
-    """A dataclass field whose meaning and source the command line shows as its help. Its numbers
-    are above 0, or `zero` is allowed, too, and at most `most`."""
-    return field(default=default, metadata={"help": source, "zero": zero, "most": most})
+@contextmanager
+def whole_file(path):
+    """Open a binary file that replaces `path` when the block ends: whole, or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
-TINY = Path(__file__).resolve().parent / "tiny"
-# What is raised for an archive that is not whole.
-DAMAGE = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, gzip.BadGzipFile,
-          zipfile.BadZipFile)
 
+def remove_torn(folder):
+    """Remove the temporary files that a killed process left in a folder. Hold its lock."""
+    for torn in folder.glob(".*.tmp"):
+        torn.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_process(folder, busy=None):
+    """Hold the lock of a folder. While another process holds it: InputError, or wait if busy() is
+    given, which is called once."""
+    from filelock import FileLock, Timeout
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if busy is None:
+            raise InputError(f"another process works on {folder}: wait for it, or stop it"
+                             ) from None
+        busy()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def fingerprint(files):
+    """sha256 over the files' contents, in this order."""
+    whole = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+# --------------------------------------------------------------------- random streams
+
+# A stream keeps the draws of one (seed, step, i) apart. The numbers are part of every result.
+STREAMS = {"task": 1, "partner": 2, "k-means sample": 2, "validation": 3, "labeled": 4,
+           "prompt": 9, "batches": 11, "normal prompt": 12, "prefix": 13, "demonstrations": 15,
+           "order": 16}
+
+
+def rng(seed, step, i, stream):
+    """A numpy Generator that is a pure function of its arguments; stream: a name of STREAMS."""
+    return np.random.default_rng((seed, step, i, STREAMS[stream]))
+
+
+# ------------------------------------------------------------------ several processes
+
+class Ranks(NamedTuple):
+    """The processes of a run, as torchrun starts them; alone without it. Every process calls the
+    same methods in the same order. patient: a process group without a practical timeout."""
+    rank: int = 0
+    world: int = 1
+    patient: object = None
+
+    def share(self, items):
+        """This rank's items: every world-th one."""
+        return islice(items, self.rank, None, self.world)
+
+    def map(self, function, items):
+        """[function(item) for item in items], dealt out over the ranks, in the items' order.
+        The number of ranks changes no bit: each result is computed by one rank alone."""
+        parts = self.gather([function(item) for item in self.share(items)])
+        return [parts[i % self.world][i // self.world] for i in range(sum(map(len, parts)))]
+
+    def gather(self, value):
+        """The values of all ranks, in their order."""
+        values = [value] * self.world
+        if self.world > 1:
+            self._together(distributed.all_gather_object, values, value)
+        return values
+
+    def wait(self):
+        """Barrier without a practical timeout."""
+        if self.world > 1:
+            self._together(distributed.barrier, self.patient)
+
+    def _together(self, function, *arguments):
+        try:
+            function(*arguments)
+        except RuntimeError as error:
+            raise InputError(f"rank {self.rank}: another rank stopped or hangs, see its message "
+                             f"({first_line(error).split('. ')[0]})") from None
+
+    def all_sum(self, *tensors):        # TO GO: Ranks share tasks, see map()
+        if self.world == 1:
+            return tensors
+        total = torch.cat([x.detach().double().flatten() for x in tensors])
+        self._together(distributed.all_reduce, total)
+        parts = total.split([x.numel() for x in tensors])
+        return [part.view(x.shape).to(x.dtype) for part, x in zip(parts, tensors)]
+
+    def agree(self, value):             # TO GO
+        return len(set(self.gather(value))) == 1
+
+
+SOLO = Ranks()
+
+
+def join_ranks(device):
+    """The Ranks that torchrun started, or SOLO. Only the first rank prints."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return SOLO
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    patient = distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+    return Ranks(rank, world, patient)
+
+
+def pick_device(name):
+    """auto, cpu, cuda, cuda:1, ... -> torch.device. Under torchrun each process on a machine takes
+    its own GPU. Raises InputError if the device is not available."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device {name}: choose auto, cpu, cuda or cuda:NUMBER")
+    with reading(f"--device {name}", "available", AssertionError, remedy="try --device cpu"):
+        device = torch.empty(1, device=name).device             # with its number
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def bar(items=None, ranks=SOLO, **how):
+    """A progress bar over items, on stderr, of the first rank alone."""
+    return tqdm(items, leave=False, dynamic_ncols=True, disable=True if ranks.rank else None, **how)
+
+
+# ------------------------------------------------------------ settings -> command line
+
+def knob(default, help, zero=False, most=1e30, choices=None, first=False):
+    """A dataclass field that becomes an option of the command line.
+
+    help: what it means, and its source. A number must be above 0, or 0 if `zero`, and at most
+    `most`. first: --help lists it among the options that people use first.
+    """
+    return field(default=default, metadata={"help": help, "zero": zero, "most": most,
+                                            "choices": choices, "first": first})
+
+
+def number(kind, zero, most):
+    """An argparse type: text -> int or float in a knob's range."""
+    def parse(text):
+        value = kind(text)
+        if not (0 < value <= most or zero and value == 0):
+            raise argparse.ArgumentTypeError(
+                f"{text} must be {'0 or more' if zero else 'above 0'}, at most {most:,.6g}")
+        return value
+    parse.__name__ = kind.__name__      # argparse quotes it
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose refusals are an InputError."""
+
+    def error(self, message):
+        """Raise InputError."""
+        raise InputError(f"{message}; see --help")
+
+
+def settings_parser(description, classes, tiny):
+    """A Parser with one option for each knob of the dataclasses; options that are not given stay
+    absent. tiny: {name: (value, why)}, the embedded model's values, for --help."""
+    parser = Parser(description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {True: parser.add_argument_group("used first"), False: parser.add_argument_group(
+        "more (what names no source is ours)")}
+    for entry in (entry for cls in classes for entry in fields(cls)):
+        many, about = isinstance(entry.default, tuple), entry.metadata
+        kind = type(entry.default[0] if many else entry.default)
+        if kind in (int, float):
+            how = {"type": number(kind, about["zero"], about["most"])}
+        else:
+            how = {"type": kind, "choices": about["choices"]}
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
+            **how, "nargs": "+" if many else None}
+        shown = " ".join(map(str, entry.default)) if many else entry.default
+        if entry.name in tiny:
+            shown = f"{shown}; tiny: {tiny[entry.name][0]}"
+        groups[about["first"]].add_argument(
+            "--" + entry.name.replace("_", "-"), default=argparse.SUPPRESS,
+            help=f"{about['help']} [{shown}]".replace("%", "%%"), **how)
+    return parser
+
+
+def from_settings(cls, values):
+    """The dataclass cls from those of {name: value} that are its fields; lists become tuples."""
+    known = {entry.name for entry in fields(cls)}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value
+                  for name, value in values.items() if name in known})
+
+
+def run_script(main, stopped):
+    """Exit with the status of main(arguments). A user's mistake is one line on stderr and status 2,
+    Ctrl-C is the line `stopped` and status 130; a bug of ours is a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")       # for terminals that lack a sign
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------- TO GO: what nothing new may use
 
 class Header(tarfile.TarInfo):
     """A member's header: a damaged one is no archive's end, and what is read whole because it is
@@ -72,56 +337,7 @@ class Header(tarfile.TarInfo):
         return header
 
 
-# --------------------------------------------------------------------------- several processes
-class Ranks(NamedTuple):
-    """The processes that share a run's work, as torchrun starts them; without it this one alone.
-    All call the same methods in the same order. patient: a process group whose barrier may take
-    hours; the others give up after torch.distributed's time limit, with an InputError."""
-    rank: int = 0
-    world: int = 1
-    patient: object = None
 
-    def share(self, items):
-        """This rank's of the items: every world-th one."""
-        return islice(items, self.rank, None, self.world)
-
-    def all_sum(self, *tensors):
-        """Each tensor's sum over the ranks, added up in float64."""
-        if self.world == 1:
-            return tensors
-        total = torch.cat([x.detach().double().flatten() for x in tensors])
-        self._together(distributed.all_reduce, total)
-        parts = total.split([x.numel() for x in tensors])
-        return [part.view(x.shape).to(x.dtype) for part, x in zip(parts, tensors)]
-
-    def gather(self, value):
-        """What each rank calls this with, in their order."""
-        values = [value] * self.world
-        if self.world > 1:
-            self._together(distributed.all_gather_object, values, value)
-        return values
-
-    def agree(self, value):
-        """Whether all call this with the same."""
-        return len(set(self.gather(value))) == 1
-
-    def wait(self):
-        """Until all have come here, however long one of them works alone."""
-        if self.world > 1:
-            self._together(distributed.barrier, self.patient)
-
-    def _together(self, function, *arguments):
-        try:
-            function(*arguments)
-        except RuntimeError as error:
-            raise InputError(f"rank {self.rank}: another rank ended or hangs, see what it said "
-                             f"({str(error).strip().splitlines()[0].split('. ')[0]})") from None
-
-
-SOLO = Ranks()
-
-
-# --------------------------------------------------------------------------- files
 def atomic_write(path, write):
     """Make a file whole or not at all: write(binary file) fills a temporary one, then renamed."""
     path = Path(path)
@@ -139,6 +355,7 @@ def atomic_write(path, write):
     os.close(folder)
 
 
+
 def sweep(folder):
     """Remove what atomic_write left in a folder when its process was killed."""
     for torn in folder.glob(".*.tmp"):
@@ -148,6 +365,7 @@ def sweep(folder):
             torn.unlink(missing_ok=True)
         except (PermissionError, ValueError):       # of another user, who is at work; not ours
             pass
+
 
 
 def lock(path, busy):
@@ -166,21 +384,9 @@ def lock(path, busy):
     return file
 
 
-def fingerprint(files):
-    """sha256 over the files' contents, in this order."""
-    whole = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
-
 
 LONGEST = 10_000        # vectors of a prompt: a file may claim any number without holding them
 
-
-def bar(items, ranks, **how):
-    """A progress bar over items, of the first rank alone."""
-    return tqdm(items, leave=False, dynamic_ncols=True, disable=True if ranks.rank else None, **how)
 
 
 def read_run(folder):
@@ -193,6 +399,7 @@ def read_run(folder):
         raise InputError(f"{folder} holds no run ({error!r}): name a folder that train.py made, "
                          "such as runs/tiny-1") from None
     return values
+
 
 
 def read_log(folder):
@@ -210,6 +417,7 @@ def read_log(folder):
             yield line, entry
 
 
+
 def one_line(parser):
     """An ArgumentParser, whose refusals are an InputError, with the valid options for unknown ones,
     in place of its usage."""
@@ -220,6 +428,7 @@ def one_line(parser):
         raise InputError(f"{message}; see --help")
     parser.error = fail
     return parser
+
 
 
 def knob_parser(description, classes, tiny, choices):
@@ -242,9 +451,11 @@ def knob_parser(description, classes, tiny, choices):
     return parser
 
 
+
 def option(name):
     """How a knob is spelled on the command line: steps_left -> --steps-left"""
     return "--" + name.replace("_", "-")
+
 
 
 def check_knob(entry, value):
@@ -264,53 +475,4 @@ def check_knob(entry, value):
             bound = "0 or more" if zero else "more than 0"
             raise InputError(f"{option(entry.name)} {x}: it must be {bound}, and {most:,.6g} at "
                              "most")
-GIB = 2 ** 30
 
-
-# ------------------------------------------------------------------- devices, ranks, PEFT, pictures
-
-def pick_device(name):
-    """auto, cpu, cuda, cuda:1, ... -> torch.device; a GPU becomes the current one. Raises
-    InputError if it is not there. Each of torchrun's processes on a machine takes its own GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise InputError(f"--device {name}: choose auto, cpu, cuda or a numbered one, as cuda:1")
-    try:
-        device = torch.empty(1, device=name).device             # with its number
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} is not to be had here ({str(error).splitlines()[0]}): "
-                         "try --device cpu") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def join_ranks(device):
-    """The Ranks that torchrun started, or SOLO. Only the first one's stdout is kept."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return SOLO
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                   timeout=timedelta(minutes=30))
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-    return Ranks(rank, world, distributed.new_group(backend="gloo", timeout=timedelta(days=7)))
-
-
-def run_script(main, stopped):
-    """End this process with main(arguments)'s status. What a user got wrong, and a Ctrl-C, is one
-    line on stderr and no traceback. What the terminal's encoding lacks is escaped."""
-    sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        if broken := [word for word in sys.argv[1:] if re.search("[\ud800-\udfff]", word)]:
-            raise InputError(f"{broken} are not UTF-8: rename those files or folders")
-        sys.exit(main(sys.argv[1:]))
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
-        sys.exit(130)
