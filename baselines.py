@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from common import SOLO
 from data import MASK, WORDS, compile_template, fill_template, template_fields, tokenize
 from tasks import task_examples
-from supmer import (first_derivative, init_prompt, init_regularizer, loss_share, micro_batches,
-    prompt_gradient, regularize)
+from supmer import (first_derivative, init_prompt, loss_share, micro_batches, prompt_gradient,
+    share_tasks)
 from common import InputError
 from t5 import T5, T5Config, count_weights, expected_shapes, linear, rms_norm
 
@@ -192,36 +192,6 @@ def ft_memory(config):
     return 6 * 4 * count_weights(config)
 
 
-# ------------------------------------------------------ the authors' released regularizer
-
-def init_released_regularizer(d):
-    """phi of the authors' released regularizer: names and shapes of their file, all 0."""
-    r = min(1920, d)
-    shapes = {"layers.0.u": (d, r), "layers.0.v": (r, d), "layers.0.bias": (d,),
-              "layers.1.u": (d, r), "layers.1.v": (r, d), "layers.1.bias": (d,),
-              "linear_1.weight": (24, d), "linear_1.bias": (24,),
-              "linear_2.weight": (1, 24), "linear_2.bias": (1,)}
-    return {f"mlp.{name}": torch.zeros(shape) for name, shape in shapes.items()}
-
-
-def regularize_released(phi, g, H):
-    """psi as released: (1 - z) h(g) + z g, ONE gate z for all, h of two factored ReLU layers.
-    h's rows get the length of g's. There H averaged padding, too: with ours psi is approximate."""
-    hidden = F.relu(phi["mlp.linear_1.weight"] @ H + phi["mlp.linear_1.bias"])          # (24,)
-    z = torch.sigmoid(phi["mlp.linear_2.weight"] @ hidden + phi["mlp.linear_2.bias"])   # (1,)
-    h = g
-    for i in (0, 1):
-        u, v, bias = (phi[f"mlp.layers.{i}.{name}"] for name in ("u", "v", "bias"))
-        h = F.relu(h @ v.T @ u.T + bias)                                                # (P, d)
-    of_g, of_h = (x.norm(dim=-1, keepdim=True) + 1e-8 for x in (g, h))                  # (P, 1)
-    return (1 - z) * h / of_h * of_g + z * g
-
-
-# The forms of psi, by the name that a prompt's file gives: parameters at the start, psi(phi, g, H).
-REGULARIZERS = {"affine": (init_regularizer, regularize),
-                "released": (init_released_regularizer, regularize_released)}
-
-
 # ------------------------------------------------ inputs: the template, options, instructions
 
 LETTERS = tuple(string.ascii_uppercase)
@@ -325,17 +295,24 @@ def ppt_step(t5, state, pairs, method, seed, ranks=SOLO):
     prompt_rate / sqrt(t) ("inverse square root", C.2), without Gu et al.'s weight decay. -> a dict
     for the log.
     """
-    sets = [examples for task, _ in pairs for examples in (task.support, task.query)]
-    g, loss, n = 0.0, 0.0, sum(len(examples.ids) for examples in sets)
-    for examples in sets:
-        part, _, part_loss = prompt_gradient(t5, state.theta, examples, method, ranks=ranks)
-        share = len(examples.ids) / n
-        g, loss = g + share * part, loss + share * part_loss
+    n = sum(len(task.support.ids) + len(task.query.ids) for task, _ in pairs)
+
+    def gradients(pair):
+        parts = []
+        for examples in (pair[0].support, pair[0].query):
+            gradient, _, loss = prompt_gradient(t5, state.theta, examples, method)
+            parts.append((len(examples.ids) / n, gradient.cpu(), loss.cpu()))
+        return parts
+
+    g, loss = 0.0, 0.0
+    for parts in share_tasks(ranks, gradients, pairs):      # summed in the tasks' order
+        for share, part, part_loss in parts:
+            g, loss = g + share * part, loss + share * part_loss
     loss = float(loss)
     if not (math.isfinite(loss) and bool(g.isfinite().all())):
         raise InputError(f"step {state.step}: the loss is {loss} or its gradient not finite; try a "
                          "smaller prompt_rate")
-    state.theta.grad = g
+    state.theta.grad = g.to(state.theta)
     log = {"query_loss": loss, "theta_gradient": float(g.norm())}
     torch.nn.utils.clip_grad_norm_([state.theta], method.clip)
     state.theta_adam.param_groups[0]["lr"] = method.prompt_rate / math.sqrt(state.step + 1)
@@ -355,15 +332,15 @@ UNIFIED = {variant: (as_choice("{0} . {1}", WORDS[variant]), LETTERS[:len(WORDS[
 PLAIN = ("ppt", "unified-ppt")          # take ppt_step, the others supmer.meta_step
 METHODS = {
     "supmer": {},
-    "ppt": {"regularizer": False},
-    "unified-ppt": {"regularizer": False},
-    "metapt": {"inner_rate": 0.08, "prompt_rate": 0.025, "patience": 6, "regularizer": False,
+    "ppt": {"regularizer": "none"},
+    "unified-ppt": {"regularizer": "none"},
+    "metapt": {"inner_rate": 0.08, "prompt_rate": 0.025, "patience": 6, "regularizer": "none",
                "augmentation": False, "labeled_share": 1.0},     # C.2
 }
 ABLATIONS = {   # Table 4, and the released code's order (ours)
     "only-sp": {"only": "sp"}, "only-mc": {"only": "mc"}, "only-ss": {"only": "ss"},
     "no-ta": {"augmentation": False}, "no-curriculum": {"curriculum": False},
-    "no-mgr": {"regularizer": False}, "first-order": {"first_order": True},
+    "no-mgr": {"regularizer": "none"}, "first-order": {"first_order": True},
 }
 
 

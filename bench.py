@@ -39,8 +39,8 @@ import corpus
 import data
 import t5 as T
 from kmeans import kmeans
-from supmer import (Method, gate_input, gradient_and_hessian, init_prompt, init_regularizer, inner_step,
-    meta_gradient, mix, prompt_gradient)
+from supmer import (Method, gradient_and_hessian, init_phi, init_prompt, inner_step, meta_gradient, mix,
+    pool, prompt_gradient)
 from common import one_line, pick_device, run_script
 from estimate import stand_in
 
@@ -155,8 +155,8 @@ def hf_meta_gradient(model, theta, phi, task, partner, lam, method, padded=0):
     support = states(theta, task.support)
     g, = torch.autograd.grad(loss(task.support, *support), theta,
                              create_graph=not method.first_order)
-    H = gate_input(support[0], support[1]).mean(0).detach().to(theta.dtype)
-    adapted = inner_step(theta, phi, g, H, method)
+    pooled = pool(support[0], support[1]).mean(0).detach().to(theta.dtype)
+    adapted = inner_step(theta, phi, g, pooled, method)
     mixed = mix(*states(adapted, task.query), *states(adapted, partner.query), lam)
     d_theta, *d_phi = torch.autograd.grad(loss(task.query, *mixed), [theta, *phi.values()])
     return d_theta, dict(zip(phi, d_phi))
@@ -168,8 +168,8 @@ def step(s, hf=False, padded=False, **how):
     """An exact step by this repository, or by transformers and autograd; with first_order and
     padded as the released code does it."""
     t5, pairs = random_t5(s), random_pairs(s)
-    theta, phi = init_prompt(t5, s.prompt, 0), init_regularizer(s.d, device=s.device)
-    method = Method(inner_rate=RATE, micro_tokens=s.micro_tokens, **how)
+    theta, method = init_prompt(t5, s.prompt, 0), Method(inner_rate=RATE, micro_tokens=s.micro_tokens, **how)
+    phi = init_phi(theta, method)
     if not hf:
         return lambda: [meta_gradient(t5, theta, phi, *pair, LAM, 0.5, method) for pair in pairs]
     model, length = hf_model(t5), s.padded if padded else 0

@@ -184,6 +184,11 @@ print(MiB('VmHWM') - start)"""
 
 # ------------------------------------------------------------------------- the method: small worlds
 
+def affine_start(d, dtype=torch.float32):
+    """phi at the start of meta-training, where psi is the identity."""
+    return {name: x.to(dtype) for name, x in supmer.init_affine(1, d).items()}
+
+
 
 def random_t5(d=8, gated=True, dtype=torch.float64, vocabulary=40, seed=0, scale=0.3):
     """A T5 of two tiny blocks a stack with random weights, heads x d_kv != d_model."""
@@ -250,7 +255,7 @@ def world():
     d, P = 8, 3
     phi = {
         name: value + 0.3 * torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        for name, value in supmer.init_regularizer(d, torch.float64).items()
+        for name, value in affine_start(d, torch.float64).items()
     }
     return SimpleNamespace(
         t5=random_t5(d),
@@ -269,7 +274,7 @@ def world():
 
 def small_state(method, dtype=torch.float32, P=3, d=8):
     t5 = random_t5(d, dtype=dtype)
-    return t5, supmer.init_state(supmer.init_prompt(t5, P, 0), supmer.init_regularizer(d), method)
+    return t5, supmer.init_state(supmer.init_prompt(t5, P, 0), method)
 
 
 SUPMER_DATA = os.environ.get("SUPMER_DATA")
@@ -553,7 +558,7 @@ COMMIT = "c" * 40
 def by_hand():
     """d = 2, one row: A a quarter turn, the gate half open, theta (1, 1), g (3, 4)."""
     turn = torch.tensor([[0., -1.], [1., 0.]])
-    phi = {**supmer.init_regularizer(2), "A": turn}
+    phi = {**affine_start(2), "A": turn}
     return torch.ones(1, 2), phi, torch.tensor([[3., 4.]]), torch.zeros(2), Method()
 
 
@@ -751,7 +756,7 @@ def write_run(folder, model="small", finished=True, ended=1.0, P=3, d=16, name="
     generator = torch.Generator().manual_seed(1)
     phi = {
         k: v + 0.2 * torch.randn(v.shape, generator=generator)
-        for k, v in supmer.init_regularizer(d).items()
+        for k, v in affine_start(d).items()
     }
     prompts.save_prompt(
         Path(folder) / "prompt.safetensors",
@@ -908,7 +913,7 @@ def released_files(folder, name, d):
     generator = torch.Generator().manual_seed(0)
     theta = torch.randn(100, d, generator=generator)
     phi = {name: torch.randn(x.shape, generator=generator) / 9
-           for name, x in baselines.init_released_regularizer(d).items()}
+           for name, x in prompts.init_released(100, d).items()}
     buffers = {"grad_mean": torch.full((d,), math.nan), "grad_std": torch.full((d,), math.nan),
                "grad_s": torch.zeros(d), "k": torch.zeros(1)}
     folder.mkdir(exist_ok=True)
@@ -922,7 +927,7 @@ def run_with_prompt(folder, config, model):
     theta = torch.randn(5, config.d_model, generator=torch.Generator().manual_seed(6))
     folder.mkdir()
     prompts.save_prompt(folder / "prompt.safetensors", theta,
-                       supmer.init_regularizer(config.d_model), {"model": str(model)})
+                       affine_start(config.d_model), {"model": str(model)})
     return theta
 
 

@@ -18,7 +18,7 @@ import hub
 from baselines import PLAIN, mixes
 from common import GIB, InputError
 from hub import corpus_paths, fetch_list
-from supmer import (gradient_and_hessian, init_prompt, init_regularizer, meta_gradient, prompt_gradient)
+from supmer import gradient_and_hessian, init_phi, init_prompt, meta_gradient, prompt_gradient
 from t5 import T5, T5Config, count_weights, expected_shapes, load_t5
 
 
@@ -184,7 +184,7 @@ def time_lines(t5, training, method):
     """What a run will take, measured on a T5 or on a stand-in of its shape -> lines to print, its
     hours. A set of n micro-batches takes n times as long as one."""
     theta = init_prompt(t5, training.prompt_length, 0)
-    phi = init_regularizer(t5.config.d_model, device=theta.device)
+    phi = init_phi(theta, method)
     ids = torch.full((32, 25), 3, device=theta.device)              # sentences of 25 tokens
     tokens = min(128, training.max_tokens)
     rows = rows_of(training, method, tokens)

@@ -44,7 +44,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from baselines import (BASELINES, REGULARIZERS, ft_memory, given_prompt, normal_prompt, pose, tuning_gradient,
+from baselines import (BASELINES, ft_memory, given_prompt, normal_prompt, pose, tuning_gradient,
     with_prompt)
 from common import (GIB, InputError, LONGEST, TINY, atomic_write, check_knob, fingerprint, knob, knob_parser,
     lock, option, pick_device, read_run, run_script, sweep)
@@ -52,7 +52,7 @@ from data import load_tokenizer, template_fields
 from hub import RELEASED, fetch_list, model_folder, released_folder, tokenizer_file
 from prompts import load_prompt
 from studies import PRETRAINED, STUDIES, compared_folder, draw, import_pyplot, pretrained_run
-from supmer import Method, cosine, measure, score
+from supmer import Method, REGULARIZERS, cosine, measure, score
 from t5 import load_t5, model_fingerprint, read_config, weight_files
 from tasks import (GROUPS, LabeledTask, ROWS, TASKS, few_shot, load_test, load_texts, load_train, locate)
 
@@ -460,7 +460,7 @@ def open_candidate(name, config, settings, ends=math.inf):
                          " take a prompt of this model")
     if len(theta) != P:
         raise InputError(f"{path} has {len(theta)} vectors, not {P}: --prompt-length {len(theta)}?")
-    psi = phi and partial(REGULARIZERS[about["regularizer"]][1], phi)
+    psi = phi and partial(REGULARIZERS[about["regularizer"]].psi, phi)
     baseline = "unified" if about.get("method") == "unified-ppt" else "learned"
     return Candidate(name, baseline, [partial(given_prompt, theta=theta)] * len(settings.seeds),
                      psi, {"file": str(path), **about})

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Batch
-from supmer import encode_with_prompt, init_regularizer, regularize, word_log_probs
+from data import Examples, Task
+from supmer import Method, init_affine, regularize, set_loss
 from t5 import T5, T5Config, expected_shapes
 
 
@@ -84,27 +84,36 @@ def two_steps(support_loss, query_loss, psi, theta, rate):
 
 # -------------------------------------------------------------------------------------- the checks
 
-def toy(P=2, d=4):
-    """support_loss, query_loss, psi and theta, of a random T5 in float64, always the same."""
+def toy_world(P, d):
+    """A random T5 in float64, theta (P, d), a task, its partner, and normal(*shape), which draws
+    more; always the same."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    def loss():
-        ids = torch.randint(8, 39, (4, 6), generator=generator)
-        batch = Batch(ids, ids > 0, ids[:, :0], torch.zeros(4, 0, d), None)
-        return lambda theta: F.nll_loss(word_log_probs(
-            t5, *encode_with_prompt(t5, theta, batch), [[39, 5], [39, 6]]), torch.arange(4) % 2)
+    def examples():
+        texts = torch.randint(8, 39, (4, 5), generator=generator).tolist()
+        return Examples([[*ids, 39, 1] for ids in texts], [[]] * 4, torch.zeros(4, 0, d),
+                        torch.arange(4) % 2, [[39, 5], [39, 6]])
 
-    config = T5Config(d_model=d, d_kv=4, d_ff=10, num_layers=1, num_decoder_layers=1, num_heads=2,
+    config = T5Config(d_model=d, d_kv=4, d_ff=12, num_layers=1, num_decoder_layers=1, num_heads=2,
                       vocab_size=40, gated=True, tied=False, scaled=False)
-    t5 = T5(config, {name: 0.4 * normal(*shape) + ("layer_norm" in name)
+    t5 = T5(config, {name: 0.3 * normal(*shape) + ("layer_norm" in name)
                      for name, shape in expected_shapes(config).items()})
-    phi = {name: value + 0.5 * normal(*value.shape)
-           for name, value in init_regularizer(d, torch.float64).items()}
-    H, theta = normal(d), normal(P, d)
-    return loss(), loss(), lambda g: regularize(phi, g, H), theta
+    task, partner = (Task("toy", (), examples(), examples()) for _ in range(2))
+    return t5, normal(P, d), task, partner, normal
+
+
+def toy():
+    """support_loss, query_loss, psi and theta, of toy_world()."""
+    t5, theta, task, _, normal = toy_world(P=2, d=4)
+    phi = {name: x.to(theta) + 0.5 * normal(*x.shape) for name, x in init_affine(2, 4).items()}
+    pooled = normal(4)
+
+    def loss(examples):
+        return lambda theta: set_loss(t5, theta, examples, Method())[0]
+    return loss(task.support), loss(task.query), lambda g: regularize(phi, g, pooled), theta
 
 
 def off(found, wanted):

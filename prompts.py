@@ -6,14 +6,43 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 import hub
-from baselines import REGULARIZERS
 from common import InputError, LONGEST, atomic_write, read_json
 from estimate import model_shape
 from hub import RELEASED
+from supmer import REGULARIZERS, Regularizer
+
+
+# ------------------------------------------------------ the authors' released regularizer
+
+def init_released(P, d):
+    """phi of the authors' released regularizer: names and shapes of their file, all 0."""
+    r = min(1920, d)
+    shapes = {"layers.0.u": (d, r), "layers.0.v": (r, d), "layers.0.bias": (d,),
+              "layers.1.u": (d, r), "layers.1.v": (r, d), "layers.1.bias": (d,),
+              "linear_1.weight": (24, d), "linear_1.bias": (24,),
+              "linear_2.weight": (1, 24), "linear_2.bias": (1,)}
+    return {f"mlp.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+
+
+def regularize_released(phi, g, pooled):
+    """psi as released: (1 - z) h(g) + z g, ONE gate z for all, h of two factored ReLU layers.
+    h's rows get the length of g's. There the mean state counted padding, too: with ours psi is approximate."""
+    hidden = F.relu(phi["mlp.linear_1.weight"] @ pooled + phi["mlp.linear_1.bias"])          # (24,)
+    z = torch.sigmoid(phi["mlp.linear_2.weight"] @ hidden + phi["mlp.linear_2.bias"])   # (1,)
+    h = g
+    for i in (0, 1):
+        u, v, bias = (phi[f"mlp.layers.{i}.{name}"] for name in ("u", "v", "bias"))
+        h = F.relu(h @ v.T @ u.T + bias)                                                # (P, d)
+    of_g, of_h = (x.norm(dim=-1, keepdim=True) + 1e-8 for x in (g, h))                  # (P, 1)
+    return (1 - z) * h / of_h * of_g + z * g
+
+
+REGULARIZERS["released"] = Regularizer(init_released, regularize_released)
 
 
 # --------------------------------------------------------------------- theta and phi on the disk
@@ -22,7 +51,7 @@ def save_prompt(path, theta, phi, metadata):
     """Write theta, phi if there is one and metadata {str: str} as safetensors, atomically."""
     tensors = {"theta": theta, **{f"phi.{name}": x for name, x in (phi or {}).items()}}
     payload = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()},
-                   {**metadata, "regularizer": "affine" if phi else ""})
+                   {"regularizer": "affine" if phi else "none", **metadata})
     atomic_write(path, lambda file: file.write(payload))
 
 
@@ -30,7 +59,7 @@ def load_prompt(path, d):
     """Read a prompt for a T5 of width d -> theta (P, d), phi or None, metadata {str: str}.
 
     path: save_prompt's file or its run's folder; a folder of Hugging Face PEFT's; or a folder with
-    the authors' released files. metadata["regularizer"]: one of REGULARIZERS, "" without phi.
+    the authors' released files. metadata["regularizer"]: one of REGULARIZERS.
     Raises InputError for anything else, another width, another form, values that are not finite.
     """
     path = Path(path)
@@ -41,14 +70,16 @@ def load_prompt(path, d):
     else:
         path = path / "prompt.safetensors" if path.is_dir() else path
         phi, metadata = _read_safetensors(path)
-        if metadata.get("regularizer") not in ("affine", ""):
-            raise InputError(f"{path}: its regularizer is {metadata.get('regularizer')!r}, this "
-                             "code reads 'affine' or none: give the prompt.safetensors of a run")
+        form = metadata.get("regularizer")
+        metadata["regularizer"] = "none" if form == "" else form    # "": of an earlier version
+        if metadata["regularizer"] not in REGULARIZERS:
+            raise InputError(f"{path}: its regularizer is {form!r}, this code reads "
+                             f"{', '.join(REGULARIZERS)}: give the prompt.safetensors of a run")
         theta = phi.pop("theta", torch.zeros(0))
         phi = {name.removeprefix("phi."): x for name, x in phi.items()} or None
-    form, tensors = metadata["regularizer"], {"theta": theta, **(phi or {})}
-    wanted = {"theta": theta.new_empty(*theta.shape[:1], d)} | (
-        REGULARIZERS[form][0](d) if form else {})
+    tensors = {"theta": theta, **(phi or {})}
+    wanted = {"theta": theta.new_empty(*theta.shape[:1], d)}
+    wanted |= REGULARIZERS[metadata["regularizer"]].init(len(theta) if theta.dim() else 0, d)
     found, wanted = ({name: list(x.shape) for name, x in one.items()} for one in (tensors, wanted))
     if found != wanted or not 0 < len(theta) <= LONGEST:
         raise InputError(f"{path} holds {found}: no prompt and regularizer for a T5 of width {d}; "
@@ -120,7 +151,7 @@ def _load_peft(folder):
         raise InputError(f"{file} must hold {length} vectors as prompt_embeddings, it has "
                          f"{[*tensors]}: export it again")
     return vectors[:length], None, {"model": str(config.get("base_model_name_or_path")),
-                                    "regularizer": ""}
+                                    "regularizer": "none"}
 
 
 def save_peft(folder, theta, config, model, revision=None):

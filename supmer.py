@@ -4,7 +4,7 @@ Pan et al., "Self-supervised Meta-Prompt Learning with Meta-Gradient Regularizat
 Generalization", arXiv 2303.12314. The whole method (Alg. 1), and the function that does each line:
 
     theta = rows of T5's embeddings, phi such that psi is the identity      init_prompt,
-    s = -1                                                                  init_regularizer
+    s = -1                                                                  init_state
     in each step:
         b = (m^((1+s)/2) - 1) / (m - 1)                                     curriculum       Eq. 10
         for each of n tasks (D_s, D_q), with a partner task's D_q':         data.meta_task
@@ -17,36 +17,37 @@ Generalization", arXiv 2303.12314. The whole method (Alg. 1), and the function t
             d phi_i   =   - a1 (dpsi/dphi)^T v + lambda_reg dL_reg/dphi     meta_gradient    Eq. 20
         Adam steps along the means over the tasks; s = mean of the s_i      meta_step
 
-T5 is frozen: every gradient is with respect to theta or phi only. No term of the second-order
-meta-gradient is dropped (unless first_order asks for that), and memory is bounded by one
-micro-batch, because the Hessian is only ever multiplied with a vector, piece by piece.
+T5 is frozen: every gradient is with respect to theta or phi only. meta_loss() defines the loss in a
+dozen lines; meta_gradient() computes its gradient in the memory of one micro-batch. It drops no
+term, unless first_order asks for that: the Hessian is only ever multiplied with a vector.
 
-    python supmer.py    # the second-order gradient of a toy T5 beside its finite difference, and
-                        # the first-order one, along three directions of theta; seconds
+    python supmer.py    # a toy T5's meta-gradient along three directions of theta: second order,
+                        # finite difference, first order; seconds
 
 P prompt tokens, d model width, B rows of a micro-batch, T text positions, S = P + T, V inserted
-vectors, K label words, n examples of a set or tasks of a step. H encoder states (B, S, d), or the
-gate's one mean of them (d,); Y the labels, one-hot (B, K). theta (P, d), phi and their gradients
-are float32; float64 passes through untouched, for proofs.
+vectors, K label words, n examples of a set or tasks of a step. H encoder states (B, S, d), pooled
+their mean over a support set (d,), Y the labels, one-hot (B, K). theta (P, d), phi and their
+gradients are float32; float64 passes through untouched, for proofs.
 
 From data.py come plain tuples: Examples, a set's texts as lists of token ids with their labels and
 the label words; Batch, rows of them as padded tensors: ids, mask (B, T), slots (B, V), vectors
-(B, V, d), targets (B, K), made by collate; Task, a support and a query set. Ranks are the processes
-that share the work, SOLO is one alone.
+(B, V, d), targets (B, K), made by collate; Task, a support and a query set.
 """
 
-import math
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.func import grad_and_value, vjp
 
-from common import InputError, SOLO, knob
+from common import InputError, SOLO, knob, rng
 from data import collate
 from t5 import PAD, decode, embed_tokens, encode, next_token_logits
+
+REGULARIZERS = {}       # {name: Regularizer}, filled below, and by prompts.py with the authors'
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Method:
     augmentation: bool = knob(True, "mix a partner task into the query sets (Alg. 2); without it "
                                     "there is no L_reg, which would close the gate (ours)")
     curriculum: bool = knob(True, "lambda follows b (Eq. 10); without it ~ Beta(alpha, alpha)")
-    regularizer: bool = knob(True, "learn phi; without it psi stays the identity")
+    regularizer: str = knob("affine", "the form of psi (Eq. 5); none: the identity, no phi",
+                            choices=REGULARIZERS)
     exact_cosine: bool = knob(
         False, "s from q = grad L_query(theta), one pass more, instead of v (Alg. 1, lines 13, 15)")
     words_only: bool = knob(
@@ -82,11 +84,41 @@ class Method:
         "memory and speed, not the result (ours); see keep_gib", zero=True)
 
 
+# -------------------------------------------------------------------------------- the definition
+
+def meta_loss(t5, theta, phi, task, partner, lam, b, method):
+    """A task's loss. torch.func.grad of it by theta and by phi IS the meta-gradient (Eq. 8, 20).
+
+    task, partner: Tasks with the same label words; lam, b: floats. Two terms are constants by
+    choice: the gate's input, as in the paper's derivation, and with first_order the inner step.
+    Nothing else calls this function: it keeps the graph of two whole sets. -> scalar
+    """
+    support_loss = partial(set_loss, t5, examples=task.support, method=method)
+    g, (_, pooled) = grad_and_value(support_loss, has_aux=True)(theta)              # Eq. 1
+    adapted = inner_step(theta, phi, g, pooled, method)                             # Eq. 6
+    if method.first_order:
+        constant = theta.detach()
+        adapted = theta + inner_step(constant, phi, g.detach(), pooled, method) - constant
+    loss, _ = set_loss(t5, adapted, task.query, method, partner.query, lam)         # Eq. 4
+    penalty = REGULARIZERS[method.regularizer].penalty
+    if penalty and method.augmentation:
+        loss = loss + method.gate_weight * penalty(phi, pooled, b)                  # Eq. 20
+    return loss
+
+
+def set_loss(t5, theta, examples, method, partner=None, lam=0.0):
+    """The mean loss over a set (Eq. 1), and the mean encoder state (d,), in one batch."""
+    rows = range(len(examples.ids))
+    batch = collate(examples, rows, theta.device)
+    other = collate(partner, rows, theta.device) if lam else None
+    return loss_share(t5, theta, batch, other, lam, examples.words, len(rows), method)
+
+
 # -------------------------------------------------------------- the prompted model and its loss
 
 def encode_with_prompt(t5, theta, batch):
     """Encode [theta ; text]: theta (P, d), a Batch of B rows -> H (B, S, d), mask (B, S).
-    In the batch's slots a vector (a cluster's centroid) stands in place of a token."""
+    In the batch's slots a vector (a cluster's centroid) replaces a token's embedding."""
     text = embed_tokens(t5, batch.ids).to(theta.dtype)                             # (B, T, d)
     slots = batch.slots[:, :, None].expand(-1, -1, text.shape[-1])                 # (B, V, d)
     text = text.scatter(1, slots, batch.vectors.to(text.dtype))
@@ -98,45 +130,49 @@ def encode_with_prompt(t5, theta, batch):
 def word_log_probs(t5, H, mask, words, words_only=False):
     """log p(<X> = word | theta, x) of each label word: H (B, S, d), mask (B, S) -> (B, K).
 
-    words: K decoder targets [<extra_id_0>, piece, ...], which the decoder reads after <pad>; a word
-    of several pieces has the sum of their log-probabilities. The distribution is over the full
-    vocabulary; words_only renormalizes it over the K words.
+    words: K decoder targets [<extra_id_0>, piece, ...], which the decoder reads after <pad>. The
+    log-probabilities of a word's pieces are added. The distribution is over the full vocabulary;
+    words_only renormalizes it over the K words.
     """
     def after(prefix):                                                             # (B, vocabulary)
         ids = torch.LongTensor([[PAD, *prefix]]).to(H.device).expand(len(H), -1)   # (B, L)
         return torch.log_softmax(next_token_logits(t5, decode(t5, ids, H, mask)[:, -1]), dim=-1)
+
     first = after(words[0][:1])
-    scores = torch.stack([first[:, word[1]] + sum(after(word[:end])[:, word[end]]
-                                                  for end in range(2, len(word)))
-                          for word in words], dim=1)                               # (B, K)
+    scores = []
+    for word in words:
+        later = [after(word[:end])[:, word[end]] for end in range(2, len(word))]
+        scores.append(first[:, word[1]] + sum(later))
+    scores = torch.stack(scores, dim=1)                                            # (B, K)
     return torch.log_softmax(scores, dim=-1) if words_only else scores
 
 
-def gate_input(H, mask):
+def pool(H, mask):
     """Each row's mean of H over its prompt and non-padding text: (B, S, d), (B, S) -> (B, d)."""
     weight = mask.to(H.dtype)[:, :, None]                                          # (B, S, 1)
     return (H * weight).sum(1) / weight.sum(1)
 
 
 def loss_share(t5, theta, batch, other, lam, words, n, method):
-    """What B of a set's n examples contribute to its mean loss (Eq. 1) and to the gate's input.
+    """What a Batch of B rows adds to the mean loss of its set of n examples (Eq. 1).
 
-    other: the partner task's Batch to mix() in, or None. -> the rows' sum of
-    -sum_k Y_k log p_k, divided by n; their sum of gate_input, divided by n (d,), detached: psi is
+    other: the partner task's Batch to mix() in, or None. -> the rows' sum of -sum_k Y_k log p_k,
+    divided by n; their sum of pool(H), unmixed, divided by n (d,). The latter is detached: psi is
     differentiated through g and phi only, as in the paper's derivation (Eq. 13).
     """
     H, mask = encode_with_prompt(t5, theta, batch)
-    features, Y = gate_input(H, mask).sum(0).detach() / n, batch.targets.to(H.dtype)
+    Y = batch.targets.to(H.dtype)
+    pooled = pool(H, mask).sum(0).detach() / n
     if other is not None:
         H_other, mask_other = encode_with_prompt(t5, theta, other)
         H, mask, Y = mix(H, mask, Y, H_other, mask_other, other.targets.to(H.dtype), lam)
-    return -(Y * word_log_probs(t5, H, mask, words, method.words_only)).sum() / n, features
+    return -(Y * word_log_probs(t5, H, mask, words, method.words_only)).sum() / n, pooled
 
 
 def micro_batches(examples, theta, method, partner=None):
     """Batches of examples of similar length -> (rows, batch, partner's or None).
     Each has at most method.micro_tokens positions, theta's (P, d) and padding included, or is one
-    example. Row r of the partner stays with row r of the examples, whatever the sorting."""
+    example. Row r of the partner stays with row r of the examples."""
     both = zip(examples.ids, (partner or examples).ids, strict=True)
     lengths = [len(theta) + max(len(ids), len(other)) for ids, other in both]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -145,10 +181,11 @@ def micro_batches(examples, theta, method, partner=None):
         while n < len(order) and (n + 1) * lengths[order[n]] <= method.micro_tokens:
             n += 1
         rows, order = order[:n], order[n:]
-        yield (rows, collate(examples, rows, theta.device),
-               partner and collate(partner, rows, theta.device))
+        other = collate(partner, rows, theta.device) if partner else None
+        yield rows, collate(examples, rows, theta.device), other
 
 
+# ------------------------------------------------------- gradients, one micro-batch at a time
 # In the next two, torch.autograd.grad through the same graph is faster on a CPU core, by 1 to 8 %.
 # It needs theta to require grad, a flag that every caller would have to set and clear; torch.func
 # takes a plain function of theta, as the mathematics does.
@@ -169,45 +206,72 @@ def second_derivative(function, theta):
     return gradient, rest, lambda u: pull_back(u, retain_graph=False, create_graph=False)[0]
 
 
-def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0, ranks=SOLO):
-    """The gradient of the mean loss over n Examples with respect to theta (P, d).
-
-    With a partner and lambda > 0 its examples are mixed in, pair by pair, and the gradient
-    runs through both; at lambda = 0 the partner is neither encoded nor attended to. The ranks share
-    the micro-batches.
-    -> gradient (P, d), the gate's H (d,) (mean of gate_input, unmixed), the loss.
-    """
-    return gradient_and_hessian(t5, theta, examples, replace(method, keep_graphs=0), ranks,
-                                partner, lam)[:3]
-
-
-def gradient_and_hessian(t5, theta, examples, method, ranks=SOLO, partner=None, lam=0.0):
-    """As prompt_gradient(), and the second derivative of the same loss -> g, H, loss, hessian.
-
-    hessian(u) is Hess_theta L u for u (P, d), to be called once. A micro-batch's graph is made
-    again for it, so that memory does not grow with the number of examples, or, for the first
-    method.keep_graphs ones, kept from here, which saves a pass. Both are exact, and equal.
-    """
+def loss_shares(t5, theta, examples, method, partner=None, lam=0.0):
+    """The mean loss over n Examples as functions theta -> loss_share(), one a micro-batch."""
     if partner is not None and partner.words != examples.words:
         raise ValueError("only tasks with the same label words can be mixed")
-    n, partner, products = len(examples.ids), partner if lam else None, []
-    # In float64, so that neither the micro-batches' order nor the number of ranks shows in the sums
-    sums = [torch.zeros_like(x, dtype=torch.float64) for x in (theta, theta[0], theta[0, 0])]
-    for _, batch, other in ranks.share(micro_batches(examples, theta, method, partner)):
-        def share(theta, batch=batch, other=other):
-            return loss_share(t5, theta, batch, other, lam, examples.words, n, method)
-        if len(products) < method.keep_graphs and not method.first_order:
-            g, (loss, H), product = second_derivative(share, theta)
-            products.append(product)
+    for _, batch, other in micro_batches(examples, theta, method, partner if lam else None):
+        yield partial(loss_share, t5, batch=batch, other=other, lam=lam, words=examples.words,
+                      n=len(examples.ids), method=method)
+
+
+def zero_sums(theta):
+    """Sums of gradients (P, d), of pooled states (d,) and of losses, in float64, so that the order
+    of the micro-batches does not show."""
+    gradient = torch.zeros_like(theta, dtype=torch.float64)
+    return gradient, torch.zeros_like(gradient[0]), torch.zeros_like(gradient[0, 0])
+
+
+def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0):
+    """The gradient of the mean loss over n Examples with respect to theta (P, d).
+
+    With a partner and lambda > 0 its examples are mixed in, pair by pair, and the gradient runs
+    through both; at lambda = 0 the partner is neither encoded nor attended to.
+    -> gradient (P, d), the mean encoder state (d,), unmixed, the loss.
+    """
+    gradient, pooled, loss = zero_sums(theta)
+    for share in loss_shares(t5, theta, examples, method, partner, lam):
+        part, (part_loss, part_pooled) = first_derivative(share, theta)
+        gradient += part
+        pooled += part_pooled
+        loss += part_loss
+    return gradient.to(theta.dtype), pooled.to(theta.dtype), loss.to(theta.dtype)
+
+
+def hessian_product(share, theta, u):
+    """Hess u of one micro-batch, whose graph is made again for it."""
+    _, _, product = second_derivative(share, theta)
+    return product(u)
+
+
+def gradient_and_hessian(t5, theta, examples, method):
+    """As prompt_gradient(), and the second derivative of the same loss -> g, pooled, loss, hessian.
+
+    hessian(u) is Hess_theta L u for u (P, d), to be called once. A micro-batch's graph is made
+    again for it, so that memory does not grow with n, or, for the first method.keep_graphs ones,
+    kept from here, which saves a pass. Both are exact, and equal.
+    """
+    gradient, pooled, loss = zero_sums(theta)
+    kept = 0 if method.first_order else method.keep_graphs
+    products = []
+    for share in loss_shares(t5, theta, examples, method):
+        if len(products) < kept:
+            part, (part_loss, part_pooled), product = second_derivative(share, theta)
         else:
-            g, (loss, H) = first_derivative(share, theta)
-            products.append(lambda u, share=share: second_derivative(share, theta)[2](u))
-        sums = [total + part for total, part in zip(sums, (g, H, loss))]
+            part, (part_loss, part_pooled) = first_derivative(share, theta)
+            product = partial(hessian_product, share, theta)
+        gradient += part
+        pooled += part_pooled
+        loss += part_loss
+        products.append(product)
 
     def hessian(u):
-        zero = torch.zeros_like(theta, dtype=torch.float64)
-        return ranks.all_sum(sum((product(u) for product in products), zero))[0].to(theta.dtype)
-    return *(total.to(theta.dtype) for total in ranks.all_sum(*sums)), hessian
+        total = torch.zeros_like(gradient)
+        for product in products:
+            total += product(u)
+        return total.to(theta.dtype)
+
+    return gradient.to(theta.dtype), pooled.to(theta.dtype), loss.to(theta.dtype), hessian
 
 
 # ------------------------------------------------------------------ curriculum task augmentation
@@ -235,19 +299,25 @@ def mix(H_i, mask_i, Y_i, H_j, mask_j, Y_j, lam):
     Y (B, K). Both begin with P prompt positions, so prompt mixes with prompt. States at padding
     are set to zero first: what the encoder left there is arbitrary.
     """
+    longest = max(H_i.shape[1], H_j.shape[1])
+
     def widen(H, mask):
-        extra = max(H_i.shape[1], H_j.shape[1]) - H.shape[1]
+        extra = longest - H.shape[1]
         return F.pad(H * mask.to(H.dtype)[:, :, None], (0, 0, 0, extra)), F.pad(mask, (0, extra))
-    (H_i, mask_i), (H_j, mask_j) = widen(H_i, mask_i), widen(H_j, mask_j)
+
+    H_i, mask_i = widen(H_i, mask_i)
+    H_j, mask_j = widen(H_j, mask_j)
     return (1 - lam) * H_i + lam * H_j, mask_i | mask_j, (1 - lam) * Y_i + lam * Y_j
 
 
 # ------------------------------------------------------------- the meta-gradient regularizer psi
 
-def init_regularizer(d, dtype=torch.float32, device="cpu"):
-    """phi at the start: A = I, a = 0, W = 0, c = 0. psi is the identity: plain MAML."""
-    A, zero = torch.eye(d, dtype=dtype, device=device), torch.zeros(d, dtype=dtype, device=device)
-    return {"A": A, "a": zero, "W": torch.zeros_like(A), "c": zero.clone()}
+class Regularizer(NamedTuple):
+    """A form of psi, as functions. phi: {name: tensor}; all but init take it as it is trained."""
+    init: Callable                      # (P, d) -> phi at the start, float32
+    psi: Callable                       # (phi, g (P, d), pooled (d,)) -> (P, d), Eq. 5
+    penalty: Callable | None = None     # (phi, pooled, b) -> L_reg, added to phi's loss; or none
+    log: Callable = lambda phi, pooled: {}      # -> {name: number} for the log
 
 
 def direction_and_length(x):
@@ -265,6 +335,11 @@ def direction_and_length(x):
     return torch.where(alive, safe / length, 0.0), torch.where(alive, scale * length, 0.0)
 
 
+def init_affine(P, d):
+    """phi at the start: A = I, a = 0, W = 0, c = 0. psi is the identity: plain MAML."""
+    return {"A": torch.eye(d), "a": torch.zeros(d), "W": torch.zeros(d, d), "c": torch.zeros(d)}
+
+
 def affine(phi, g):
     """h(g) = |g| (A g/|g| + a) / |A g/|g| + a| for each row of g (P, d), all by the same map."""
     direction, length = direction_and_length(g)
@@ -272,28 +347,38 @@ def affine(phi, g):
     return length * turned
 
 
-def gate(phi, H):
-    """z = sigmoid(W H + c), in (0, 1)^d, from the support set's mean encoder state H (d,)."""
-    return torch.sigmoid(phi["W"] @ H + phi["c"])
+def gate(phi, pooled):
+    """z = sigmoid(W H + c), in (0, 1)^d; H is the support set's mean encoder state, pooled (d,)."""
+    return torch.sigmoid(phi["W"] @ pooled + phi["c"])
 
 
-def regularize(phi, g, H):
+def regularize(phi, g, pooled):
     """psi(g) = z h(g) + (1 - z) g: the support gradient g (P, d), made to generalize (Eq. 5)."""
-    z = gate(phi, H)
+    z = gate(phi, pooled)
     return z * affine(phi, g) + (1 - z) * g
 
 
-def gate_loss(phi, H, b):
+def gate_loss(phi, pooled, b):
     """L_reg: the mean over the d gate entries of (z - b)^2 (Eq. 20; a mean, to suit every d)."""
-    return (gate(phi, H) - b).square().mean()
+    return (gate(phi, pooled) - b).square().mean()
+
+
+def affine_log(phi, pooled):
+    """How far phi is from its start: |A - I|, and the gate's mean."""
+    identity = torch.eye(len(pooled)).to(pooled)
+    return {"gate_mean": gate(phi, pooled).mean(), "A_minus_I": (phi["A"] - identity).norm()}
+
+
+REGULARIZERS["affine"] = Regularizer(init_affine, regularize, gate_loss, affine_log)
+REGULARIZERS["none"] = Regularizer(lambda P, d: {}, lambda phi, g, pooled: g)
 
 
 # --------------------------------------------------------- the inner step and the meta-gradient
 
-def inner_step(theta, phi, g, H, method):
+def inner_step(theta, phi, g, pooled, method):
     """theta' = theta - a1 psi(g), Eq. 6, and Eq. 2 where psi is the identity -> (P, d).
     relative_step > 0 makes a1 = relative_step |theta| / |psi(g)|, which is differentiated, too."""
-    psi = regularize(phi, g, H)
+    psi = REGULARIZERS[method.regularizer].psi(phi, g, pooled)
     if method.relative_step > 0:
         direction, _ = direction_and_length(psi.flatten())                         # (P d,)
         _, length = direction_and_length(theta.flatten())                          # (1,)
@@ -303,7 +388,8 @@ def inner_step(theta, phi, g, H, method):
 
 def cosine(a, b):
     """cos(a, b) of two gradients (P, d), each as one vector (Alg. 1, line 15); 0 beside zeros."""
-    (a, _), (b, _) = (direction_and_length(x.flatten()) for x in (a, b))           # (P d,)
+    a, _ = direction_and_length(a.flatten())                                       # (P d,)
+    b, _ = direction_and_length(b.flatten())
     return (a * b).sum().clamp(-1, 1)
 
 
@@ -315,34 +401,49 @@ class TaskGradient(NamedTuple):
     log: dict[str, float]
 
 
-def meta_gradient(t5, theta, phi, task, partner, lam, b, method, ranks=SOLO):
-    """The gradient of L_q(theta - a1 psi(grad L_s(theta); phi)) + lambda_reg L_reg (Eq. 8, 20).
+def meta_gradient(t5, theta, phi, task, partner, lam, b, method):
+    """The gradient of meta_loss(), in the memory of one micro-batch (Eq. 8, 20).
 
     d theta = v - a1 Hess_s(theta) (dpsi/dg)^T v          (first_order: v alone)
     d phi   =   - a1 (dpsi/dphi)^T v + lambda_reg dL_reg/dphi
 
-    task, partner: Tasks of one variant; lam, b: floats. -> TaskGradient, the same on all ranks
+    task, partner: Tasks of one variant; lam, b: floats. -> TaskGradient
     """
-    g, H, support_loss, hessian = gradient_and_hessian(t5, theta, task.support, method, ranks)
-    adapted, pull_back = vjp(lambda *variables: inner_step(*variables, H, method), theta, phi, g)
-    mixed = (task.query, method, partner.query, lam, ranks)
-    v, _, query_loss = prompt_gradient(t5, adapted, *mixed)
-    d_theta, through_psi, u = pull_back(v)                          # u = -a1 (dpsi/dg)^T v
+    regularizer = REGULARIZERS[method.regularizer]
+    g, pooled, support_loss, hessian = gradient_and_hessian(t5, theta, task.support, method)
+    step = partial(inner_step, pooled=pooled, method=method)
+    adapted, pull_back = vjp(step, theta, phi, g)
+    query = partial(prompt_gradient, t5, examples=task.query, method=method,
+                    partner=partner.query, lam=lam)
+    v, _, query_loss = query(adapted)
+    through_theta, through_psi, u = pull_back(v)                    # u = -a1 (dpsi/dg)^T v
     second = torch.zeros_like(v) if method.first_order else hessian(u)
-    d_theta = v if method.first_order else d_theta + second
-    through_gate, gate_error = grad_and_value(gate_loss)(phi, H, b)
-    gate_weight = method.gate_weight * method.augmentation
-    d_phi = {name: through_psi[name] + gate_weight * through_gate[name] for name in phi}
-    q = prompt_gradient(t5, theta, *mixed)[0] if method.exact_cosine else v
-    meta_norm, gate_norm = (torch.sqrt(sum(x.square().sum() for x in part.values()))
-                            for part in (through_psi, through_gate))
+    d_theta = v if method.first_order else through_theta + second
+    through_gate, gate_error = penalty_gradient(regularizer, phi, pooled, b)
+    weight = method.gate_weight * method.augmentation
+    d_phi = {name: through_psi[name] + weight * through_gate[name] for name in phi}
+    q = query(theta)[0] if method.exact_cosine else v
+    s = cosine(q, regularizer.psi(phi, g, pooled))
     log = {"support_loss": support_loss, "query_loss": query_loss, "gate_loss": gate_error,
            "step_size": (adapted - theta).norm() / theta.norm(),
            "second_order": second.norm() / d_theta.norm().clamp_min(1e-37),     # 0 beside 0
-           "gate_mean": gate(phi, H).mean(),
-           "phi_gradient_meta": meta_norm, "phi_gradient_gate": gate_weight * gate_norm}
-    return TaskGradient(d_theta, d_phi, cosine(q, regularize(phi, g, H)),
-                        {name: float(value) for name, value in log.items()})
+           "phi_gradient_meta": whole_norm(through_psi),
+           "phi_gradient_gate": weight * whole_norm(through_gate),
+           **regularizer.log(phi, pooled)}
+    return TaskGradient(d_theta, d_phi, s, {name: float(value) for name, value in log.items()})
+
+
+def penalty_gradient(regularizer, phi, pooled, b):
+    """-> {name: dL_reg/dphi}, L_reg; zeros for a regularizer without a penalty."""
+    if regularizer.penalty is None:
+        return {name: torch.zeros_like(x) for name, x in phi.items()}, 0.0
+    return grad_and_value(regularizer.penalty)(phi, pooled, b)
+
+
+def whole_norm(tensors):
+    """The norm of {name: tensor} as one vector."""
+    squares = (x.square().sum() for x in tensors.values())
+    return sum(squares, torch.tensor(0.0)).sqrt()
 
 
 # ---------------------------------------------------------------------- meta-training's state
@@ -360,54 +461,81 @@ class MetaState:
 
 def init_prompt(t5, length, seed):
     """theta at the start: rows of T5's embedding table, of its first 5000 ids -> (P, d) float32."""
-    table, rng = t5.weights["shared.weight"], np.random.default_rng((seed, 0, 0, 9))
+    table = t5.weights["shared.weight"]
     rows = min(5000, len(table))
-    ids = rng.choice(rows, length, replace=length > rows)
+    ids = rng(seed, 0, 0, "prompt").choice(rows, length, replace=length > rows)
     return embed_tokens(t5, torch.from_numpy(ids).to(table.device)).float()
 
 
-def init_state(theta, phi, method):
-    """A MetaState at step 0, with fresh optimizers."""
-    return MetaState(theta, phi, torch.optim.Adam([theta], method.prompt_rate),
-                     torch.optim.Adam(list(phi.values()), method.regularizer_rate,
-                                      eps=method.regularizer_eps))
+def init_phi(theta, method):
+    """phi at the start, of theta's dtype and on its device."""
+    return {name: x.to(theta)
+            for name, x in REGULARIZERS[method.regularizer].init(*theta.shape).items()}
+
+
+def init_state(theta, method):
+    """A MetaState at step 0: the regularizer's first phi, and fresh optimizers."""
+    phi = init_phi(theta, method)
+    theta_adam = torch.optim.Adam([theta], method.prompt_rate)
+    phi_adam = torch.optim.Adam([{"params": [*phi.values()]}], method.regularizer_rate,
+                                eps=method.regularizer_eps)
+    return MetaState(theta, phi, theta_adam, phi_adam)
 
 
 def meta_step(t5, state, pairs, method, seed, ranks=SOLO):
     """One step of Alg. 1 over n pairs (task, partner), Eq. 3 and 7: it alone changes the state.
 
-    The ranks share each set's micro-batches and add up g, v and Hess u, of which all else follows:
-    each has the whole meta-gradient and takes the same step.
-    -> a dict for the log: s, b, the lambdas, and means over the tasks. Raises InputError, with the
-    state as it was, when a loss or a gradient is not finite.
+    The ranks share the tasks. Each adds up all TaskGradients in the tasks' order, and so all take
+    the same step, whatever their number. -> a dict for the log: s, b, the lambdas, and means over
+    the tasks. Raises InputError, with the state as it was, when a loss or a gradient is not finite.
     """
-    b, n, parts = curriculum(state.s, method.curve), len(pairs), []
-    lams = [draw_lambda(b if method.curriculum else 1.0, method.alpha, seed, state.step, i)
-            if method.augmentation else 0.0 for i in range(n)]
-    for (task, partner), lam in zip(pairs, lams):
-        part = meta_gradient(t5, state.theta, state.phi, task, partner, lam, b, method, ranks)
-        if not (all(x.isfinite().all() for x in (part.d_theta, *part.d_phi.values()))
-                and all(map(math.isfinite, part.log.values()))):
+    b, n = curriculum(state.s, method.curve), len(pairs)
+    lams = [0.0] * n
+    if method.augmentation:
+        used = b if method.curriculum else 1.0
+        lams = [draw_lambda(used, method.alpha, seed, state.step, i) for i in range(n)]
+
+    def task_gradient(drawn):
+        (task, partner), lam = drawn
+        part = meta_gradient(t5, state.theta, state.phi, task, partner, lam, b, method)
+        return part._replace(d_theta=part.d_theta.cpu(), s=part.s.cpu(),
+                             d_phi={name: x.cpu() for name, x in part.d_phi.items()})
+
+    parts = share_tasks(ranks, task_gradient, list(zip(pairs, lams)))
+    for part, (task, _) in zip(parts, pairs):
+        numbers = (part.d_theta, *part.d_phi.values(), torch.tensor([*part.log.values()]))
+        if not all(x.isfinite().all() for x in numbers):
             raise InputError(f"step {state.step}: loss or gradient of a {task.variant} task is not "
                              f"finite: {part.log}; try a smaller inner_rate or prompt_rate")
-        parts.append(part)
-    state.theta.grad = sum(part.d_theta for part in parts) / n
+    state.theta.grad = (sum(part.d_theta for part in parts) / n).to(state.theta)
     for name, value in state.phi.items():
-        value.grad = sum(part.d_phi[name] for part in parts) / n
-    identity = torch.eye(state.theta.shape[1]).to(state.theta)
+        value.grad = (sum(part.d_phi[name] for part in parts) / n).to(value)
     log = {"s": float(sum(part.s for part in parts) / n), "b": b, "lambda": lams,
-           "theta_gradient": float(state.theta.grad.norm()),
-           "A_minus_I": float((state.phi["A"] - identity).norm()),
-           **{name: sum(part.log[name] for part in parts) / n for name in parts[0].log}}
-    learned = ((state.theta_adam, method.prompt_rate), (state.phi_adam, method.regularizer_rate))
-    for optimizer, rate in learned if method.regularizer else learned[:1]:
-        group = optimizer.param_groups[0]
-        torch.nn.utils.clip_grad_norm_(group["params"], method.clip)
-        group["lr"] = rate * (1 - state.step / method.steps)    # linear decay, no warm-up
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+           "theta_gradient": float(state.theta.grad.norm())}
+    log |= {name: sum(part.log[name] for part in parts) / n for name in parts[0].log}
+    left = 1 - state.step / method.steps                        # linear decay, no warm-up
+    descend(state.theta_adam, method.prompt_rate * left, method.clip)
+    descend(state.phi_adam, method.regularizer_rate * left, method.clip)
     state.s, state.step = log["s"], state.step + 1
     return log
+
+
+def share_tasks(ranks, function, tasks):
+    """[function(task)], each computed by one rank, in the tasks' order; InputError if idle ranks
+    were to wait for the others."""
+    if ranks.world > len(tasks):
+        raise InputError(f"{ranks.world} processes share the {len(tasks)} tasks of a step: start "
+                         f"fewer, or give --tasks {ranks.world}")
+    return ranks.map(function, tasks)
+
+
+def descend(adam, rate, clip):
+    """Clip the gradient's norm, take one step of Adam."""
+    group, = adam.param_groups
+    torch.nn.utils.clip_grad_norm_(group["params"], clip)
+    group["lr"] = rate
+    adam.step()
+    adam.zero_grad(set_to_none=True)
 
 
 # -------------------------------------------------------------------------------------- measuring
@@ -433,43 +561,31 @@ def measure(scores, labels):
 
 def validate_task(t5, theta, phi, task, method):
     """measure() the query set before and after an inner step; step_size: |a1 psi(g)| / |theta|."""
-    g, H, _ = prompt_gradient(t5, theta, task.support, method)
-    adapted = inner_step(theta, phi, g, H, method)
+    g, pooled, _ = prompt_gradient(t5, theta, task.support, method)
+    adapted = inner_step(theta, phi, g, pooled, method)
     return {"before": measure(score(t5, theta, task.query, method), task.query.labels),
             "after": measure(score(t5, adapted, task.query, method), task.query.labels),
             "step_size": float((adapted - theta).norm() / theta.norm())}
 
 
 if __name__ == "__main__":
-    from data import Examples, Task
-    from t5 import T5, T5Config, expected_shapes
-    seeded, d, method, lam = torch.Generator().manual_seed(0), 8, Method(inner_rate=20.0), 0.3
+    from dataclasses import replace
+    from exercises import toy_world
+    t5, theta, task, partner, normal = toy_world(P=3, d=8)
+    phi = {name: x.to(theta) for name, x in init_affine(3, 8).items()}
+    phi["A"] += 0.3 * normal(8, 8)
+    exact = Method(inner_rate=20.0)
 
-    def normal(*shape):
-        return torch.randn(shape, generator=seeded, dtype=torch.float64)
+    def loss(theta):
+        return meta_loss(t5, theta, phi, task, partner, 0.3, 0.0, exact)
 
-    def examples(n=4):
-        ids = [[*row, 39, 1] for row in torch.randint(8, 39, (n, 5), generator=seeded).tolist()]
-        labels, words = torch.arange(n) % 2, [[39, 5], [39, 6]]
-        return Examples(ids, [[]] * n, torch.zeros(n, 0, d), labels, words)
+    def derivative(u, method):
+        return (meta_gradient(t5, theta, phi, task, partner, 0.3, 0.0, method).d_theta * u).sum()
 
-    config = T5Config(d_model=d, d_kv=4, d_ff=12, num_layers=1, num_decoder_layers=1, num_heads=2,
-                      vocab_size=40, gated=True, tied=False, scaled=False)
-    toy = T5(config, {name: 0.3 * normal(*shape) + ("layer_norm" in name)
-                      for name, shape in expected_shapes(config).items()})
-    theta, phi = normal(3, d), {name: value + 0.3 * normal(*value.shape)
-                                for name, value in init_regularizer(d, torch.float64).items()}
-    task, partner = (Task("toy", (), examples(), examples()) for _ in range(2))
-    exact = meta_gradient(toy, theta, phi, task, partner, lam, 0.0, method).d_theta
-    _, H, _ = prompt_gradient(toy, theta, task.support, method)
-
-    def query(theta):       # after an inner step: v, _, loss
-        g, _, _ = prompt_gradient(toy, theta, task.support, method)
-        return prompt_gradient(toy, inner_step(theta, phi, g, H, method), task.query, method,
-                               partner.query, lam)
-
-    print("the query loss after an inner step, its derivative in random directions of theta:")
+    print("a task's loss after an inner step, its derivative along random directions of theta:")
     print("second order   finite difference     first order")
-    for u in (normal(3, d) for _ in range(3)):
-        slope = (query(theta + 1e-5 * u)[2] - query(theta - 1e-5 * u)[2]) / 2e-5
-        print(f"{(exact * u).sum():+.9f} {slope:+19.9f} {(query(theta)[0] * u).sum():+15.9f}")
+    for _ in range(3):
+        u = normal(3, 8)
+        slope = (loss(theta + 1e-5 * u) - loss(theta - 1e-5 * u)) / 2e-5
+        first = derivative(u, replace(exact, first_order=True))
+        print(f"{derivative(u, exact):+.9f} {slope:+19.9f} {first:+15.9f}")

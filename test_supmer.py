@@ -40,7 +40,7 @@ from tasks import TASKS, load_test
 from tokenizers import pre_tokenizers
 from types import SimpleNamespace
 from conftest import (BOTH, GOLDEN_RUN, SENTINEL, SMALL, SUPMER_DATA, TEMPLATE_WORDS, V10, V11, WORDS, batch,
-    by_hand, context, eval_settings, first_result, formula, held_out_documents, logits, make_run, model, needs_data, needs_sklearn,
+    affine_start, by_hand, context, eval_settings, first_result, formula, held_out_documents, logits, make_run, model, needs_data, needs_sklearn,
     needs_transformers, parsed, posed, random_examples, random_t5, random_task, relative, sklearn, small_examples, small_state, small_t5, transformers, tune,
     tuning_record, without_times, write_model, write_rows)
 
@@ -783,7 +783,8 @@ def test_each_part_of_the_meta_gradient_is_needed(world, differences, monkeypatc
     if removed == "hessian":
         method = Method(**{**vars(method), "first_order": True})
     elif removed == "dpsi/dg":
-        monkeypatch.setattr(supmer, "regularize", _without_derivative_in_g(supmer.regularize))
+        forgetful = _without_derivative_in_g(supmer.regularize)
+        monkeypatch.setitem(supmer.REGULARIZERS, "affine", supmer.REGULARIZERS["affine"]._replace(psi=forgetful))
     elif removed == "mixing":
         w.lam = 0.0
     elif removed == "L_reg":
@@ -950,7 +951,7 @@ def test_words_of_several_pieces_are_scored_by_their_sum(world):
 def test_psi_is_the_identity_at_the_start():
     """A = I, a = 0, W = 0, c = 0: psi(g) = g, so meta-training begins as plain MAML."""
     g, H = torch.randn(5, 16, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
-    assert relative(supmer.regularize(supmer.init_regularizer(16, torch.float64), g, H), g) < 1e-14
+    assert relative(supmer.regularize(affine_start(16, torch.float64), g, H), g) < 1e-14
 
 
 def test_psi_by_hand():
@@ -992,7 +993,7 @@ def test_affine_keeps_row_lengths_and_zero_rows_have_finite_gradients(world):
 @pytest.mark.parametrize("size", [0.0, 1e4, -1e4])
 def test_gate_stays_in_its_range_with_finite_gradients(size):
     """However extreme W H is, 0 <= z <= 1 and L_reg's gradient is finite."""
-    phi = supmer.init_regularizer(4)
+    phi = affine_start(4)
     phi["c"] = phi["c"] + size
     z = supmer.gate(phi, torch.ones(4))
     assert ((0 <= z) & (z <= 1)).all()
@@ -1006,7 +1007,7 @@ def test_gate_input_ignores_padding():
     """Each example's mean over its own positions only: literal numbers."""
     H = torch.tensor([[[1.0], [3.0], [100.0]], [[2.0], [4.0], [6.0]]])
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    assert torch.equal(supmer.gate_input(H, mask), torch.tensor([[2.0], [4.0]]))
+    assert torch.equal(supmer.pool(H, mask), torch.tensor([[2.0], [4.0]]))
 
 
 # ----------------------------------------------------------- the method: the curriculum (Eq. 4, 10)
@@ -1118,10 +1119,10 @@ def test_ablations_leave_out_what_they_name():
         t5, state = small_state(method := Method(inner_rate=5.0, gate_weight=1e6, **choices))
         return supmer.meta_step(t5, state, tasks, method, seed=7), state.phi
     log, phi = step()
-    start = supmer.init_regularizer(8)
+    start = affine_start(8)
     assert log["lambda"] == [0.0] and not torch.equal(phi["c"], start["c"])
-    log, phi = step(regularizer=False)
-    assert all(torch.equal(phi[name], start[name]) for name in phi)
+    log, phi = step(regularizer="none")
+    assert phi == {} and "gate_mean" not in log
     log, _ = step(augmentation=False)
     assert log["lambda"] == [0.0] and log["phi_gradient_gate"] == 0 < log["gate_loss"]
     log, _ = step(curriculum=False)
@@ -1733,7 +1734,7 @@ EQUATIONS = {   # the function that names and computes it; a value of it, and wh
         supmer.prompt_gradient(w.world.t5, w.world.theta, w.world.task.query, Method())[2].item(),
         plain_loss(w.world.t5, w.world.theta, w.world.task.query).item())),
     "Eq. 2": (supmer.inner_step, lambda w: (
-        supmer.inner_step(torch.ones(1, 2), supmer.init_regularizer(2), *by_hand()[2:]).tolist()[0],
+        supmer.inner_step(torch.ones(1, 2), affine_start(2), *by_hand()[2:]).tolist()[0],
         [1 - 0.1 * 3, 1 - 0.1 * 4])),
     "Eq. 3": (supmer.meta_step, lambda w: (
         along(w.stepped.moved["theta"], w.stepped.slopes["theta"])[0],
@@ -1836,7 +1837,7 @@ def test_tuning_step_by_hand():
     start = torch.randn(3, 16, generator=generator, dtype=torch.float64)
     phi = {
         key: value + 0.3 * torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        for key, value in supmer.init_regularizer(16, torch.float64).items()
+        for key, value in affine_start(16, torch.float64).items()
     }
     train, rate, steps = small_examples(6), 0.2, 3
     curve, thetas = tune(
@@ -2016,7 +2017,7 @@ def test_identity_regularizer_is_plain_tuning():
     """
     t5, start = small_t5(torch.float64), torch.ones(3, 16, dtype=torch.float64)
     sample = small_examples(10), small_examples(6, 1)
-    phi = supmer.init_regularizer(16, torch.float64)
+    phi = affine_start(16, torch.float64)
     turned = {**phi, "A": phi["A"].flip(0)}
     plain, identity, other = (
         tune(t5, start, p, sample, 10, 0.1, eval_settings())[0]
@@ -2160,8 +2161,7 @@ def test_golden_run(threads, micro_tokens):
     by tiny gradients: in float32 rounding has grown to 5e-4 by the fifth step."""
     method = Method(inner_rate=5.0, steps=9, micro_tokens=micro_tokens)
     t5 = random_t5(8)
-    state = supmer.init_state(supmer.init_prompt(t5, 3, 0).double(),
-                              supmer.init_regularizer(8, torch.float64), method)
+    state = supmer.init_state(supmer.init_prompt(t5, 3, 0).double(), method)
     before, found = torch.get_num_threads(), []
     torch.set_num_threads(threads)
     try:

@@ -47,7 +47,7 @@ from estimate import graphs_that_fit, model_shape, prepare
 from hub import corpus_paths
 from prompts import export_peft, prompt_metadata, save_prompt
 from studies import plot
-from supmer import Method, init_prompt, init_regularizer, init_state, meta_step, validate_task
+from supmer import Method, REGULARIZERS, init_prompt, init_state, meta_step, validate_task
 from t5 import load_t5
 from tasks import LabeledIndex, labeled_task
 
@@ -120,8 +120,7 @@ class Run:
         self.sources = [(draw, source) for draw, source in (
             (meta_task, index), (labeled_task, labeled)) if source]
         theta = init_prompt(t5, training.prompt_length, training.seed)
-        phi = init_regularizer(t5.config.d_model, device=theta.device)
-        self.state = init_state(theta, phi, method)
+        self.state = init_state(theta, method)
         self.held_out = [draw(source, training.seed, 0, i, variant=variant, stream=3,
                               split="validation") for draw, source in self.sources
                          for variant in source.variants for i in range(training.validation_tasks)]
@@ -224,7 +223,7 @@ class Run:
         training, method, step = self.training, self.method, self.state.step
         per_step = examples_per_step(training, method)
         save_prompt(self.folder / "prompt.safetensors", self.state.theta,
-                    self.state.phi if method.regularizer else None, {
+                    self.state.phi, {"regularizer": method.regularizer,
             "model": training.model, "corpus": " ".join(training.corpus),
             "method": name_of(training, method),
             "examples": f"{per_step * step} of {per_step * method.steps}",
@@ -504,7 +503,8 @@ def outcome(run):
 
 def command_line():
     """train.py's ArgumentParser: the knobs, and what is to be done with a run."""
-    parser = knob_parser(__doc__, (Training, Method), TINY_VALUES, {"method": tuple(METHODS)})
+    parser = knob_parser(__doc__, (Training, Method), TINY_VALUES, {"method": tuple(METHODS),
+                                                                    "regularizer": REGULARIZERS})
     parser.add_argument("--examples", type=int, help="instead of --steps: as many as draw so many "
                         "examples [as SUPMER would in its steps]")
     parser.add_argument("--ablation", choices=ABLATIONS, help="SUPMER without a part (Table 4; "

@@ -273,13 +273,13 @@ def test_ppt_step_by_hand(small_world):
         entry = run.step()
         assert entry["query_loss"] == pytest.approx(float(sum(losses)) / 16, rel=1e-5)
     assert torch.allclose(run.state.theta, theta, rtol=1e-4, atol=1e-5) and run.state.s == -1
-    run.method = replace(method, regularizer=False)
+    run.method = replace(method, regularizer="none")
     run.best = float("inf")
     run.validate()
     kept, phi, about = prompts.load_prompt(run.folder / "prompt.safetensors", 16)
     assert about["examples"] == f"{3 * 16} of {16 * method.steps}" and phi is None
     assert torch.equal(kept, run.state.theta)
-    assert about["method"] == "ppt" and about["regularizer"] == ""
+    assert about["method"] == "ppt" and about["regularizer"] == "none"
 
 
 def test_ppt_step_stops_on_numbers_that_are_not_finite():
@@ -335,14 +335,14 @@ def test_the_recipes_are_the_papers():
     metapt = differs(*METAPT)
     assert metapt.items() >= {
         "method": "metapt", "inner_rate": 0.08, "prompt_rate": 0.025, "patience": 6,
-        "regularizer": False, "augmentation": False, "steps": 150_000, "corpus": (),
+        "regularizer": "none", "augmentation": False, "steps": 150_000, "corpus": (),
         "labeled_share": 1.0}.items() and usual["labeled_clusters"] == 10
-    assert differs("--method", "ppt") == {"method": "ppt", "regularizer": False,
+    assert differs("--method", "ppt") == {"method": "ppt", "regularizer": "none",
                                           "steps": 150_000}
     assert {name: differs("--ablation", name) for name in baselines.ABLATIONS} == {
         "only-sp": {"only": "sp"}, "only-mc": {"only": "mc"}, "only-ss": {"only": "ss"},
         "no-ta": {"augmentation": False, "steps": 150_000},
-        "no-curriculum": {"curriculum": False}, "no-mgr": {"regularizer": False},
+        "no-curriculum": {"curriculum": False}, "no-mgr": {"regularizer": "none"},
         "first-order": {"first_order": True}}
     assert usual["prompt_rate"] == 0.1
 
@@ -401,9 +401,9 @@ tune_job(t5, "ft", lambda t5: baselines.ft_start(t5, 0, 0), None, sample, 0, 1e-
 
 @pytest.mark.parametrize("options, name", [
     ([], "supmer"), (["--method", "ppt"], "ppt"), (["--ablation", "no-mgr"], "no-mgr"),
-    (["--no-regularizer"], "no-mgr"), (["--only", "mc"], "only-mc"),
-    (["--first-order"], "first-order"), (["--no-regularizer", "--first-order"], "variant"),
-    (["--no-regularizer", "--no-curriculum"], "variant")])
+    (["--regularizer", "none"], "no-mgr"), (["--only", "mc"], "only-mc"),
+    (["--first-order"], "first-order"), (["--regularizer", "none", "--first-order"], "variant"),
+    (["--regularizer", "none", "--no-curriculum"], "variant")])
 def test_what_is_not_supmer_is_not_called_so(options, name):
     """A run without a part has the ablation's name, however it was asked for; none is "newest"."""
     training, method, _, _ = train.parse(options)

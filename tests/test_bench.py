@@ -7,7 +7,7 @@ import torch
 from common import InputError
 from dataclasses import replace
 from supmer import Method
-from conftest import Dies, HERE, needs_transformers, relative
+from conftest import Dies, HERE, affine_start, needs_transformers, relative
 
 
 # ------------------------------------------------------------------------ bench.py compares fairly
@@ -20,7 +20,7 @@ def test_benchs_transformers_compute_the_same_gradient(first_order):
     differs a hundred times as much."""
     s = bench.Sizes(**bench.WARM, dtype="float64")
     t5, (pair,) = bench.random_t5(s), bench.random_pairs(s)
-    theta, phi = supmer.init_prompt(t5, 2, 0).double(), supmer.init_regularizer(64, torch.float64)
+    theta, phi = supmer.init_prompt(t5, 2, 0).double(), affine_start(64, torch.float64)
     method = Method(inner_rate=1000.0, micro_tokens=40, gate_weight=0.0, first_order=first_order)
     theirs = [bench.hf_meta_gradient(bench.hf_model(t5), theta, phi, *pair, 0.3, method, padded)
               for padded in (0, 40)]

@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from t5 import load_t5
 from tasks import TASKS
 from types import SimpleNamespace
-from conftest import (Evil, FORMATS, HERE, V10, ended, forked, make_run, openwebtext_tar, released_files, save_model, save_shards, tar_of,
+from conftest import (Evil, FORMATS, HERE, V10, affine_start, ended, forked, make_run, openwebtext_tar, released_files, save_model, save_shards, tar_of,
     variants, write_model, write_task, zip_of)
 
 
@@ -151,7 +151,7 @@ def of_archives(folder, _):
 def of_prompts(folder, _):
     """prompt.safetensors, PEFT's two files, the authors' two, and the pickle in one of these."""
     path, peft_folder = folder / "prompt.safetensors", folder / "peft"
-    prompts.save_prompt(path, torch.ones(3, 8), supmer.init_regularizer(8), {"model": "m"})
+    prompts.save_prompt(path, torch.ones(3, 8), affine_start(8), {"model": "m"})
     yield tries(path, lambda: prompts.load_prompt(path, 8))
     prompts.save_peft(peft_folder, torch.ones(3, 8), V10, "m")
     for name, content in (("adapter_model.safetensors", damages), ("adapter_config.json", variants),
@@ -183,7 +183,7 @@ def of_runs(folder, small_world):
 
     def resumed():
         train.load_state(run.folder, supmer.init_state(
-            supmer.init_prompt(t5, 4, 0), supmer.init_regularizer(16), method))
+            supmer.init_prompt(t5, 4, 0), method))
 
     def parsed():
         train.parse(["--resume", str(run.folder)])
@@ -256,7 +256,7 @@ def with_bit(content, place):
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1:]
 
 
-PHI = {f"phi.{name}": x for name, x in supmer.init_regularizer(8).items()}
+PHI = {f"phi.{name}": x for name, x in affine_start(8).items()}
 TWO = tar_of({"CB/a.txt": b"It rained.", "CB/val.jsonl": b"It rained."})
 
 

@@ -194,7 +194,7 @@ config = estimate.model_shape("t5-base")._replace({depth})
 t5 = estimate.stand_in(config, torch.float32, "cpu")
 task = estimate.stand_in_task(config.d_model, 1, {tokens})
 method = supmer.Method(micro_tokens={100 + tokens})""", """
-theta, phi = supmer.init_prompt(t5, 100, 0), supmer.init_regularizer(t5.config.d_model)
+theta, phi = supmer.init_prompt(t5, 100, 0), supmer.init_affine(100, t5.config.d_model)
 supmer.meta_gradient(t5, theta, phi, task, task, 0.5, 0.5, method)""", **tidy)
     assert grown * 2 ** 20 == pytest.approx(said, rel=0.15)
 

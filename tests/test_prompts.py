@@ -18,7 +18,7 @@ from common import InputError
 from pathlib import Path
 from safetensors.torch import save_file
 from t5 import load_t5
-from conftest import (Evil, SMALL, V11, logits, peft, relative, released_files, run_with_prompt,
+from conftest import (Evil, SMALL, V11, affine_start, logits, peft, relative, released_files, run_with_prompt,
     save_model, small_config, small_examples, small_t5, transformers, tune)
 
 
@@ -26,7 +26,7 @@ def test_prompt_files_of_others_are_refused(tmp_path):
     """load_prompt wants theta and phi of one width, finite, of a known form: each other file is
     named with what it holds.
     """
-    path, phi = tmp_path / "prompt.safetensors", supmer.init_regularizer(8)
+    path, phi = tmp_path / "prompt.safetensors", affine_start(8)
     prompts.save_prompt(path, torch.ones(3, 8), phi, {"model": "m"})
     theta, read, about = prompts.load_prompt(path, 8)
     assert (
@@ -55,7 +55,7 @@ def test_prompt_files_of_others_are_refused(tmp_path):
 def test_released_regularizer_by_hand():
     """Width 2, rank 2: gate sigmoid(1 * relu(24 * (1 + 3) / 4) - 24) = 1/2; h is relu(relu(g)
     swapped - (0, 1)), rescaled to |g|; psi is their mean."""
-    phi = baselines.init_released_regularizer(2)
+    phi = prompts.init_released(3, 2)
     for i in (0, 1):
         phi[f"mlp.layers.{i}.u"] = torch.eye(2)
         phi[f"mlp.layers.{i}.v"] = torch.eye(2)
@@ -68,10 +68,10 @@ def test_released_regularizer_by_hand():
     # relu(g): (3, 4), (0, 4), (0, 0), (0, 0); swapped, - 1: (4, 2), (4, 0), (0, 0), (0, 0)
     h = torch.tensor([[4., 2.], [5., 0.], [0., 0.], [0., 0.]])
     h[0] *= 5 / 20 ** 0.5
-    psi = baselines.regularize_released(phi, g, torch.tensor([1., 3.]))
+    psi = prompts.regularize_released(phi, g, torch.tensor([1., 3.]))
     assert torch.allclose(psi, (g + h) / 2, rtol=1e-6)
     closed = phi | {"mlp.linear_2.bias": torch.tensor([100.])}
-    assert torch.allclose(baselines.regularize_released(closed, g, torch.tensor([1., 3.])), g)
+    assert torch.allclose(prompts.regularize_released(closed, g, torch.tensor([1., 3.])), g)
 
 
 @pytest.mark.parametrize("name, d", [("t5base", 768), ("flant5xl", 2048)])
@@ -81,7 +81,7 @@ def test_released_prompts_are_read(name, d, tmp_path):
     read, read_phi, about = prompts.load_prompt(tmp_path, d)
     assert torch.equal(read, theta) and about["regularizer"] == "released"
     assert read_phi.keys() == phi.keys() and all(torch.equal(read_phi[n], phi[n]) for n in phi)
-    psi = baselines.REGULARIZERS["released"][1](read_phi, theta / 1e6, theta.mean(0))
+    psi = supmer.REGULARIZERS["released"].psi(read_phi, theta / 1e6, theta.mean(0))
     assert psi.isfinite().all() and not torch.allclose(psi, theta / 1e6)
 
 
@@ -102,7 +102,7 @@ def test_tuning_with_the_authors_files(place, monkeypatch):
     prompt = evaluation.open_candidate("released", small_config(), settings)
     g, H = theta.flip(0) / 1e4, theta[0]
     assert torch.equal(prompt.starts[0](small_t5())["theta"], theta)
-    assert torch.equal(prompt.psi(g, H), baselines.regularize_released(phi, g, H))
+    assert torch.equal(prompt.psi(g, H), prompts.regularize_released(phi, g, H))
     with_psi, without = (tune(small_t5(), theta, psi, (small_examples(8),) * 2, 10, 0.3,
                                          settings)[0] for psi in (prompt.psi, None))
     assert with_psi[-1]["loss"] != pytest.approx(without[-1]["loss"], rel=1e-4)

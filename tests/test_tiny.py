@@ -130,7 +130,7 @@ def test_meta_training_on_a_planted_corpus(themes):
     t5, index = themes
     training, method, _, _ = train.parse(["--steps", "3", "--support", "8", "--query", "8"])
     state = supmer.init_state(
-        supmer.init_prompt(t5, 20, 0), supmer.init_regularizer(t5.config.d_model), method
+        supmer.init_prompt(t5, 20, 0), method
     )
     held_out = [
         meta_task(index, 0, 0, i, variant=variant, split="validation", stream=3)

@@ -270,7 +270,7 @@ def test_a_run_without_a_regularizer_is_resumed_as_well(small_world, method):
     """
     def begin():
         run = make_run(small_world, f"plain-{method}", method=method)
-        run.method = replace(run.method, regularizer=False)
+        run.method = replace(run.method, regularizer="none")
         return run
     first = begin()
     first.step()
