@@ -455,11 +455,9 @@ def files(tmp_path, monkeypatch):
     server.files, server.asked, server.cut = {}, [], None
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/"
-    monkeypatch.setattr(tasks, "SOURCES", {
-        "original/QQP/": (url + "datasets.tar", url + "QQP-clean.zip"),
-        "original/": (url + "datasets.tar",), "superglue/CB/": (url + "CB.zip",),
-        "domain/kitchen/test": (url + "kitchen/test",)})
-    monkeypatch.setattr(tasks, "CHECKSUMS", {})
+    for name, task in TASKS.items():
+        urls = tuple(url + place.rpartition("/")[2] for place in task.urls)
+        monkeypatch.setitem(TASKS, name, task._replace(urls=urls, sha256=("", "")))
     yield server
     server.shutdown()
     server.server_close()
@@ -481,13 +479,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        """A file (/owner/name/resolve/revision/file) or the list of revisions."""
+        """A file (/owner/name/resolve/revision/file), or a revision's commit, or its files."""
         hub, path = self.server, urllib.parse.unquote(self.path).split("?")[0]
-        if path.startswith("/api/models/") and path.endswith("/refs"):
-            found = [*hub.repos[path.removeprefix("/api/models/").removesuffix("/refs")]]
-            refs = [{"name": name, "ref": name, "targetCommit": "0" * 40} for name in found]
-            return self.send(200, json.dumps({
-                "branches": refs[:1], "pullRequests": refs[1:], "converts": [], "tags": []}))
+        if path.startswith("/api/models/"):
+            return self.answer_api(path.removeprefix("/api/models/"))
         repo, _, rest = path[1:].partition("/resolve/")
         for revision, (commit, files) in hub.repos.get(repo, {}).items():
             for name in (revision, commit):
@@ -501,6 +496,18 @@ class Hub(http.server.BaseHTTPRequestHandler):
                         "ETag", f'"{hashlib.sha256(files[file]).hexdigest()}"'))
         self.send(404, "", ("X-Error-Code", "RevisionNotFound" if repo in hub.repos
                             else "RepoNotFound"))
+
+    def answer_api(self, path):
+        """OWNER/NAME/revision/REVISION -> its commit; OWNER/NAME/tree/COMMIT -> its files."""
+        owner, name, kind, wanted = path.split("/", 3)
+        revisions = self.server.repos.get(f"{owner}/{name}", {})
+        for revision, (commit, files) in revisions.items():
+            if wanted in (revision, commit):
+                tree = [{"type": "file", "path": file, "size": len(content), "oid": commit}
+                        for file, content in files.items()]
+                about = {"id": f"{owner}/{name}", "sha": commit, "siblings": []}
+                return self.send(200, json.dumps(tree if kind == "tree" else about))
+        self.send(404, "", ("X-Error-Code", "RevisionNotFound" if revisions else "RepoNotFound"))
 
     def send(self, status, body, *headers):
         """Answer; the body may break off."""
@@ -808,9 +815,9 @@ def context(t5, choices):
 
 def small_group(monkeypatch, *names):
     """Let planted's files stand for these tasks of the real names; the others are not to be had."""
-    monkeypatch.setattr(tasks, "SOURCES", {})
-    for name in names:
-        monkeypatch.setitem(tasks.TASKS, name, TASKS["planted"])
+    for name, task in TASKS.items():
+        stands_in = TASKS["planted"] if name in names else task._replace(urls=())
+        monkeypatch.setitem(tasks.TASKS, name, stands_in)
 
 
 # ---------------------------------------------------------------------------- train.py: a whole run

@@ -54,7 +54,7 @@ from prompts import load_prompt
 from studies import PRETRAINED, STUDIES, compared_folder, draw, import_pyplot, pretrained_run
 from supmer import Method, REGULARIZERS, cosine, measure, score
 from t5 import load_t5, model_fingerprint, read_config, weight_files
-from tasks import (GROUPS, LabeledTask, ROWS, TASKS, few_shot, load_test, load_texts, load_train, locate)
+from tasks import (FORMATS, GROUPS, LabeledTask, TASKS, few_shot, load_test, load_texts, load_train, locate)
 
 
 @dataclass(frozen=True)
@@ -403,8 +403,8 @@ def plans(settings):
         for name in GROUPS.get(group, (group,)):
             try:
                 if group != "dg" or name == "airlines":
-                    locate(TASKS[name].train, folder)
-                locate(TASKS[name].test, folder)
+                    locate(TASKS[name], "train", folder)
+                locate(TASKS[name], "test", folder)
                 targets[name] = TASKS[name]
             except InputError as error:
                 if group not in GROUPS or name == "airlines":
@@ -868,7 +868,7 @@ def check_tasks(settings, given):
     offline = [name for name in TASKS if TASKS[name].train.startswith("tasks/")]
     unknown = set(settings.task) - TASKS.keys() - GROUPS.keys()
     data, template, words = settings.data, settings.template, own_words(settings)
-    own, formats = bool(template or settings.words), [*filter(None, ROWS)]
+    own, formats = bool(template or settings.words), [*filter(None, FORMATS)]
     for wrong, why in (
             (unknown, f"no task {', '.join(unknown)}. Without a network: {', '.join(offline)}; "
              "fetched, or from --data: "

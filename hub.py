@@ -1,60 +1,31 @@
-"""What is fetched: models, corpora, data sets, the authors' prompts."""
+"""What is fetched: models and corpora of the Hugging Face hub, data sets, the authors' prompts.
 
-import io
+The hub's client keeps its own cache ($HF_HOME), resumes, and under HF_HUB_OFFLINE=1 asks nobody.
+"""
+
 import os
-import shutil
+import sys
 import tarfile
 import zipfile
+from contextlib import contextmanager
 from http.client import HTTPException
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
-from urllib.request import urlopen
 
-from huggingface_hub import HfApi, _CACHED_NO_EXIST, hf_hub_download, logging, try_to_load_from_cache
-from huggingface_hub.errors import (EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError,
-    RepositoryNotFoundError, RevisionNotFoundError)
-from tqdm import tqdm
+import torch
+from huggingface_hub import hf_hub_download, logging, snapshot_download
+from huggingface_hub.errors import (DryRunError, EntryNotFoundError, HFValidationError,
+                                    HTTPError)
 
-import common
-from common import DAMAGE, Header, InputError, TINY, atomic_write, sweep
-from t5 import INDEX, SINGLE, check_file, read_config, shard_names
+from common import InputError, TINY, first_line, reading
+from t5 import INDEX, SINGLE, read_config
 
+if "HF_HUB_VERBOSITY" not in os.environ:    # the client warns at each retry; we raise at the last
+    logging.set_verbosity_error()
 
-def archive_member(path, file):
-    """A task's file out of a tar or zip, as bytes. Nothing is unpacked: no name in an archive can
-    make anything be written. InputError for damage, and for names that lead outside.
-    original/SST-2/dev.tsv of members original/GLUE-SST-2/dev.tsv, original/SST-2/dev.tsv -> the
-    latter; the other one (QQP-clean for QQP) only if it is alone."""
-    *_, folder, name = file.split("/")
-    try:
-        zipped = path.suffix == ".zip"
-        with zipfile.ZipFile(path) if zipped else tarfile.open(path, tarinfo=Header) as archive:
-            names = archive.namelist() if zipped else archive.getnames()
-            for member in names:
-                if ".." in member.split("/") or member.startswith("/"):
-                    raise InputError(f"{path} has {member!r}, which leads outside: do not use it")
-            found = [(parts[-2] != folder, member) for member in names
-                     if (parts := ("", *member.split("/")))[-1] == name and folder in parts[-2]]
-            if not found:
-                raise InputError(f"{path} has no {folder}/{name}: fetch it again")
-            member = min(found)[1]
-            if not (zipped or archive.getmember(member).isfile()):
-                raise InputError(f"{path}: {member} is a link, a folder or a device: do not use it")
-            with (archive.open if zipped else archive.extractfile)(member) as part:
-                content = part.read(LARGEST + 1)
-            if len(content) > LARGEST:
-                raise InputError(f"{path}: {member} is too large for a task: do not use it")
-            return content
-    except (*DAMAGE, OSError, RuntimeError, UnicodeError) as error:
-        reason = _reason(error).rstrip(":")
-        raise InputError(f"{path} is damaged or incomplete ({reason}): delete it, fetch it again"
-                         ) from None
-
-
-# --------------------------------------------------------------------------- what is fetched
-# Short name -> hub id, @ the commit that was main's when it was looked up in what others cite. The
-# v1.1 and LM-adapted ones are not pinned; two of them are known to have safetensors in a pull
-# request only, for the others the hub is asked.
+# Short name -> hub id, @ the commit that others cite. The v1.1 and LM-adapted models are not
+# pinned; two of them are known to have safetensors in a pull request only.
+SIZES = ("small", "base", "large", "xl", "xxl")
 MODELS = {
     "t5-small": "google-t5/t5-small@df1b051c49625cf57a3d0d8d3863ed4d13564fe4",
     "t5-base": "google-t5/t5-base@a9723ea7f1b39c1eae772870f3b547bf6ef7e6c1",
@@ -65,13 +36,14 @@ MODELS = {
     "flan-t5-large": "google/flan-t5-large@0613663d0d48ea86ba8cb3d7a44f0f65dc596a2a",
     "flan-t5-xl": "google/flan-t5-xl@7d6315df2c2fb742f0f5b556879d730926ca9001",
     "flan-t5-xxl": "google/flan-t5-xxl@ae7c9136adc7555eeccc78cdd960dfd60fb346ce",
-    **{f"t5-v1_1-{size}": f"google/t5-v1_1-{size}" for size in "small base large xl xxl".split()},
-    **{f"t5-{size}-lm-adapt": f"google/t5-{size}-lm-adapt"
-       for size in "small base large xl xxl".split()},
+    **{f"t5-v1_1-{size}": f"google/t5-v1_1-{size}" for size in SIZES},
+    **{f"t5-{size}-lm-adapt": f"google/t5-{size}-lm-adapt" for size in SIZES},
     "t5-v1_1-base": "google/t5-v1_1-base@refs/pr/1",
     "t5-base-lm-adapt": "google/t5-base-lm-adapt@refs/pr/2",
 }
 OFFICIAL_ROWS = 32128               # embeddings of every official T5: 32,100 pieces, padded
+WHOLE = ["config.json", "tokenizer.json", SINGLE]       # what a model consists of
+SHARDS = [INDEX, "model-*-of-*.safetensors"]            # in place of SINGLE
 
 
 class Corpus(NamedTuple):
@@ -95,50 +67,11 @@ RELEASED_URL = ("https://raw.githubusercontent.com/beepkh/SUPMER/"
                 "adaddb3144183a823247fdba80102b0c9185e871/pretrain_prompt/")
 
 
-class Download(NamedTuple):
-    """A file of a hub repository."""
-    file: str
-    bytes: int
-    cached: bool
-    source: dict        # repo_id, revision
-
-
-def model_folder(name):
-    """A model's folder: "tiny" (embedded), a folder, or one of MODELS or OWNER/NAME[@REVISION] of
-    the hub, whose needed files are fetched into the hub's own cache ($HF_HOME)."""
-    if is_local(name):
-        return TINY if name == "tiny" else Path(name)
-    return [_fetch(part.file, **part.source) for part in model_downloads(name)][0].parent
-
+# ------------------------------------------------------------------------------ the hub
 
 def is_local(name):
-    """Whether a model is a folder. InputError if "tiny" is meant and not there."""
-    if name == "tiny" and not TINY.is_dir():
-        raise InputError(f"{TINY} is missing: `python tiny.py` builds the embedded model")
+    """Whether a model is a folder."""
     return name == "tiny" or Path(name).is_dir()
-
-
-def model_downloads(name):
-    """The files of a hub model that are wanted -> [Download], config.json first, which is fetched.
-
-    All of one commit: either model.safetensors or its shards and their index, and the tokenizer's.
-    """
-    source = hub_source(name)
-    config = _fetch("config.json", **source)
-    commit = source | {"revision": config.parent.name}
-    weights = _look_up(SINGLE, commit) or _look_up(INDEX, commit)
-    if not weights:
-        raise InputError(_no_safetensors(source))
-    files = shard_names(_fetch(INDEX, **commit)) if weights.file == INDEX else []
-    shards = [_look_up(file, commit) for file in files]
-    if None in shards:
-        raise InputError(f"{source['repo_id']} lacks {files[shards.index(None)]}, which its index "
-                         "names: try another @REVISION")
-    tokenizer = _look_up("tokenizer.json", commit)
-    if not tokenizer and read_config(config.parent).vocab_size == OFFICIAL_ROWS:
-        tokenizer = _look_up("tokenizer.json", hub_source("t5-base"))       # see tokenizer_file
-    config = Download("config.json", config.stat().st_size, True, commit)
-    return [config, weights, *shards, *filter(None, [tokenizer])]
 
 
 def hub_source(name):
@@ -146,39 +79,55 @@ def hub_source(name):
     source = dict(zip(("repo_id", "revision"), MODELS.get(name, name).split("@", 1)))
     if "/" not in source["repo_id"]:
         raise InputError(f"no model {name!r}: give tiny, {', '.join(MODELS)}, OWNER/NAME[@REVISION]"
-                         " of the hub, or a folder with config.json, model.safetensors (or its "
-                         "shards and index) and tokenizer.json")
+                         " of the hub, or a folder")
     return source
 
 
-def _look_up(file, source):
-    """A Download, or None where the hub (the cache, when offline) has no such file."""
-    if try_to_load_from_cache(filename=file, **source) is _CACHED_NO_EXIST:
-        return None                         # the hub said so before: it need not be asked again
-    found = _hub(file, source, dry_run=True)
-    return found and Download(file, found.file_size, found.is_cached, source)
-
-
-def _no_safetensors(source):
-    """The first revision, of a repository without safetensors, that has them -> an error's text."""
-    name = source["repo_id"]
+@contextmanager
+def asking(source, files, option):
+    """Turn whatever the hub's client raises inside the block into one InputError."""
     try:
-        refs = HfApi().list_repo_refs(name, include_pull_requests=True)
-        where = next((f"--model {name}@{revision}" for revision in (
-            *(branch.name for branch in refs.branches), *(pull.ref for pull in refs.pull_requests))
-            if any(HfApi().file_exists(name, file, revision=revision) for file in (SINGLE, INDEX))),
-            "another model, or convert it")
-    except FETCH_ERRORS as error:
-        return (f"{name} has no safetensors in the cache, and the hub cannot be asked "
-                f"({_reason(error)}): check the network, or give a folder that has them")
-    return (f"{name} has no safetensors at {source.get('revision', 'main')}, and no other weights "
-            f"are read: take {where}")
+        yield
+    except (OSError, EntryNotFoundError, HFValidationError, HTTPError) as error:
+        where = "@".join(filter(None, (source["repo_id"], source.get("revision"))))
+        raise InputError(f"{files} of {where} was not fetched ({type(error).__name__}: "
+                         f"{first_line(error)}): check name, revision and network, or put the "
+                         f"files into a folder and give --{option} FOLDER") from None
+
+
+def fetch_file(file, source, option="model"):
+    """One file of a hub repository -> its path in the hub's cache."""
+    with asking(source, file, option):
+        return Path(hf_hub_download(filename=file, **source))
+
+
+def model_folder(name):
+    """The folder of a model: "tiny" (embedded), a folder, or one of MODELS or OWNER/NAME[@REVISION]
+    of the hub, of which the single file of weights is fetched or else its shards.
+    Raises InputError if the model cannot be fetched or has no safetensors."""
+    if is_local(name):
+        return TINY if name == "tiny" else Path(name)
+    source = hub_source(name)
+    with asking(source, "the model", "model"):
+        folder = Path(snapshot_download(**source, allow_patterns=WHOLE))
+        if not (folder / SINGLE).is_file():
+            commit = source | {"revision": folder.name}
+            snapshot_download(**commit, allow_patterns=SHARDS)
+    if not any((folder / file).is_file() for file in (SINGLE, INDEX)):
+        repo, revision = source["repo_id"], source.get("revision", "main")
+        raise InputError(
+            f"{repo} has no safetensors at {revision}, and no other weights are read: look among "
+            f"its pull requests (--model {repo}@refs/pr/N), or convert it: from transformers import"
+            f" T5ForConditionalGeneration as T5; T5.from_pretrained({repo!r}, revision="
+            f"{revision!r}).save_pretrained('FOLDER')")
+    return folder
 
 
 def model_config(name):
     """The T5Config of a model; of one on the hub only config.json is fetched."""
-    return read_config(model_folder(name) if is_local(name) else
-                       _fetch("config.json", **hub_source(name)).parent)
+    if is_local(name):
+        return read_config(model_folder(name))
+    return read_config(fetch_file("config.json", hub_source(name)).parent)
 
 
 def tokenizer_file(folder):
@@ -188,11 +137,27 @@ def tokenizer_file(folder):
         return path
     if read_config(folder).vocab_size != OFFICIAL_ROWS:
         raise InputError(f"{path} is missing: put the model's tokenizer.json there")
-    try:
-        return _fetch("tokenizer.json", **hub_source("t5-base"))
-    except InputError as error:
-        raise InputError(f"{path} is missing, put t5-base's there, which serves every official T5: "
-                         f"{error}") from None
+    return fetch_file("tokenizer.json", hub_source("t5-base"))
+
+
+def fetch_list(name):
+    """What a model's download consists of -> lines to print; none for a folder."""
+    if is_local(name):
+        return []
+    source = hub_source(name)
+    with asking(source, "the model", "model"):
+        try:
+            files = snapshot_download(**source, allow_patterns=WHOLE + SHARDS, dry_run=True)
+        except DryRunError:
+            return [f"download: the hub does not answer for {name}: its cache must have it"]
+    if any(file.filename == SINGLE for file in files):
+        files = [file for file in files if file.filename in WHOLE]
+    commits = {file.commit_hash for file in files}
+    pinned = "" if source.get("revision") in commits else ", not pinned"
+    size = sum(file.file_size for file in files if file.will_download) / 1e6
+    names = sorted(file.filename + " (cached)" * file.is_cached for file in files)
+    return [f"download: {size:,.0f} MB of {source['repo_id']} at {', '.join(commits)}{pinned}: "
+            f"{', '.join(names)}"]
 
 
 def corpus_count(name, max_bytes):
@@ -200,121 +165,60 @@ def corpus_count(name, max_bytes):
     return min(CORPORA[name].files, -(-max_bytes // CORPORA[name].text))
 
 
-def fetch_corpus(name, max_bytes):
-    """Fetch as many files of one of CORPORA as hold max_bytes of text -> paths, for documents()."""
-    corpus = CORPORA[name]
-    return [_fetch(corpus.file.format(number), **corpus.source)
-            for number in range(corpus_count(name, max_bytes))]
-if "HF_HUB_VERBOSITY" not in os.environ:    # it tells of each of its tries, we of their failure
-    logging.set_verbosity_error()
+def corpus_paths(training):
+    """The corpus option's files and folders. Of CORPORA as many files are fetched as hold
+    training.bytes of text."""
+    paths = []
+    for name in training.corpus:
+        if name in CORPORA:
+            corpus, count = CORPORA[name], corpus_count(name, training.bytes)
+            paths += [fetch_file(corpus.file.format(number), corpus.source, "corpus")
+                      for number in range(count)]
+        else:
+            paths.append(TINY / "corpus.jsonl.gz" if name == "embedded" else Path(name))
+    return paths
 
 
-# What the hub's client raises: no network (OSError or its HTTP library's own), a name or revision
-# that is not there or not allowed, no room on the disk.
-LARGEST = 1 << 27          # bytes of a member of an archive
-FETCH_ERRORS = (OSError, EntryNotFoundError, HFValidationError, HTTPError)
-REASONS = {LocalEntryNotFoundError: "the hub was not reached, and it is not in the cache",
-           RepositoryNotFoundError: "the hub has no such repository, or it is private",
-           RevisionNotFoundError: "the repository has no such revision"}
+# ------------------------------------------------------------------------ other servers
 
-
-def _fetch(file, **source):
-    """A file of the hub -> its path in the cache. There nothing is left that is not what its name
-    says (a web page under its name), nor the part that a killed download leaves."""
-    path = Path(_hub(file, source))
-    blob = path.resolve()
-    for part in blob.parent.glob(f"{blob.name}.*.incomplete"):
-        part.unlink(missing_ok=True)
-    try:
-        check_file(path)
-    except InputError as error:
-        for wrong in {path, blob}:
-            wrong.unlink()
-        raise InputError(f"{error} (it was taken out of the hub's cache)") from None
-    return path
-
-
-def _reason(error):
-    first_line = str(error).strip().split("\n")[0]
-    return next((REASONS[kind] for kind in REASONS if isinstance(error, kind)), first_line)
-
-
-def _hub(file, source, **how):
-    """hf_hub_download's answer; None where a dry run finds no such file. InputError for all else
-    that its client raises: no network, a name or revision that is none, no room on the disk."""
-    try:
-        return hf_hub_download(filename=file, **source, **how)
-    except FETCH_ERRORS as error:
-        if how and isinstance(error, EntryNotFoundError):
-            return None
-        where = "@".join(filter(None, (source["repo_id"], source.get("revision"))))
-        option = "corpus" if "repo_type" in source else "model"
-        raise InputError(f"{file} of {where} was not fetched ({_reason(error)}): check name, "
-                         "revision and network, or put its files into a folder and give "
-                         f"--{option} FOLDER") from None
-
-
-def download(url):
-    """What an address has, as bytes, with a bar. InputError if it is not had whole."""
-    content = io.BytesIO()
-    try:
-        with urlopen(url, timeout=60) as answer:
-            total = int(answer.headers.get("Content-Length") or 0)
-            with tqdm.wrapattr(answer, "read", total or None, desc=url.rpartition("/")[2],
-                               disable=None) as body:
-                shutil.copyfileobj(body, content)
-    except (OSError, HTTPException) as error:
-        raise InputError(f"{url}: {error}") from None
-    if content.tell() < total:
-        raise InputError(f"{url} stopped at {content.tell():,} of {total:,} bytes")
-    return content.getvalue()
-
-
-def keep(path, content):
-    """Write what was downloaded, whole or not at all -> path."""
+def download(url, path, sha256=""):
+    """Fetch a plain URL to a file, with a bar -> its path. sha256: how its checksum begins."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent)
-    atomic_write(path, lambda file: file.write(content))
+    with reading(url, "a file that can be fetched", HTTPException, remedy="check the network"):
+        torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
     return path
+
+
+def archive_member(path, file, largest=1 << 27):
+    """A task's file out of a .tar or .zip, as bytes. Nothing is unpacked. Raises InputError for
+    damage, and for names that lead outside.
+    CB/val.jsonl of members CB-old/val.jsonl, CB/val.jsonl -> the latter; the former if alone."""
+    *_, folder, name = file.split("/")
+    zipped = path.suffix == ".zip"
+    with reading(path, f"a whole archive with {folder}/{name}", remedy="delete it, fetch it again"):
+        with zipfile.ZipFile(path) if zipped else tarfile.open(path, "r:") as archive:
+            members = archive.namelist() if zipped else archive.getnames()
+            if any(".." in member.split("/") or member.startswith("/") for member in members):
+                raise ValueError("a member's name leads outside")
+            found = [member for member in members if PurePosixPath(member).name == name and
+                     folder in PurePosixPath(member).parent.name]
+            member = min(found, key=len, default=f"{folder}/{name}")
+            with archive.open(member) if zipped else archive.extractfile(member) as part:
+                content = part.read(largest + 1)
+        if len(content) > largest:
+            raise ValueError(f"{member} is too large for a task")
+    return content
 
 
 def released_folder(config):
     """Where the authors' meta-trained prompt for a T5 of this shape is, fetched if it is not there.
-    InputError for another shape than t5-base's and flan-t5-xl's."""
+    Raises InputError for another shape than t5-base's and flan-t5-xl's."""
     name = RELEASED.get((config.d_model, config.d_ff))
     if not name:
         raise InputError("the authors released prompts for t5-base and flan-t5-xl only: take one "
                          "of these models, or --prompt RUN|random|vocab")
     folder = Path("cache") / "released"
-    for path in (folder / f"{kind}_{name}.pt" for kind in ("prompt", "gradient_edit")):
-        if not path.exists():
-            try:
-                keep(path, download(RELEASED_URL + path.name))
-            except InputError as error:
-                raise InputError(f"{error}: check the network, or put {path.name} from the folder "
-                                 f"pretrain_prompt of github.com/beepkh/SUPMER into {folder}"
-                                 ) from None
+    for file in (f"prompt_{name}.pt", f"gradient_edit_{name}.pt"):
+        if not (folder / file).exists():
+            download(RELEASED_URL + file, folder / file)
     return folder
-
-
-# ---------------------------------------------------------------------------- what it learns from
-
-def corpus_paths(training):
-    """The corpus option's files and folders; what is on the hub is fetched."""
-    return [path for name in training.corpus for path in (
-        fetch_corpus(name, training.bytes) if name in CORPORA else
-        [common.TINY / "corpus.jsonl.gz" if name == "embedded" else Path(name)])]
-
-
-def fetch_list(name):
-    """What will be fetched for a model -> lines to print; none for a folder."""
-    if is_local(name):
-        return []
-    parts = model_downloads(name)
-    source = parts[0].source
-    pinned = "" if source["revision"] in MODELS.get(name, name) else ", not pinned"
-    size = sum(part.bytes for part in parts if not part.cached) / 1e6
-    return [f"download: {size:,.0f} MB of {source['repo_id']} at {source['revision']}{pinned}: " +
-            ", ".join(part.file + f" of {part.source['repo_id']}" * (
-                part.source["repo_id"] != source["repo_id"]) + " (cached)" * part.cached
-                for part in parts)]

@@ -102,11 +102,11 @@ class Download(Killable):
 
     def begin(self):
         hubs.model_folder(ANY)
-        tasks.locate("domain/kitchen/test", "none")
+        tasks.locate(tasks.TASKS["kitchen"], "test", "none")
 
     def result(self):
-        return contents(Path("hub"), "config.json", ".safetensors", ".incomplete"), contents(
-            Path("cache"), "test", ".tmp")
+        return contents(Path("hub"), "config.json", ".safetensors"), contents(
+            Path("cache"), "test")
 
 
 def survives(program, kills, rng):
@@ -171,9 +171,8 @@ def killable(place):
         patch.setattr(constants, "HF_HUB_CACHE", "hub")
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
                       url + "/{repo_id}/resolve/{revision}/{filename}")
-        patch.setattr(tasks, "SOURCES", {"domain/kitchen/test": (
-            f"http://127.0.0.1:{files.server_port}/test",)})
-        patch.setattr(tasks, "CHECKSUMS", {})
+        patch.setitem(tasks.TASKS, "kitchen", tasks.TASKS["kitchen"]._replace(
+            urls=(f"http://127.0.0.1:{files.server_port}/test",)))
         patch.setattr(corpus_module, "CHUNK", 256)           # so that a small store is saved in parts, too
         patch.setitem(tasks.TASKS, "planted", PLANTED)
         write_place(place)

@@ -2,16 +2,21 @@
 
 import ast
 import baselines
+import common
 import data
 import eval as evaluation
 import exercises
 import json
 import kmeans as km
+import numpy as np
+import pytest
 import re
+import runpy
 import supmer
 import t5 as T
 import tasks
 import train
+from data import VARIANTS
 from dataclasses import fields
 from pathlib import Path
 from supmer import Method
@@ -132,3 +137,33 @@ def test_papers_figures_in_readme():
     rows = [re.split(r" *\| *", line)[1:4] for line in table.splitlines()[2:]]
     assert rows == [[name, *(str(paper[method][name][0]) for method in ("supmer", "pt"))]
                     for group in ("all", "dg") for name in tasks.GROUPS[group]]
+
+
+@pytest.mark.skipif(not (common.TINY / "model.safetensors").is_file(),
+                    reason="tiny/ has not been built: python tiny.py")
+def test_each_module_shows_its_concept(capsys):
+    """Run alone: the second-order gradient is its finite difference and the first-order one is not;
+    blanks are filled with words, likeliest first; a task of each variant is text, source -> target;
+    inertia falls."""
+    shown = {}
+    for name in ("supmer.py", "t5.py", "data.py", "kmeans.py"):
+        runpy.run_path(str(HERE / name), run_name="__main__")
+        shown[name] = capsys.readouterr().out
+    table = np.array([line.split() for line in shown["supmer.py"].splitlines()[2:]], dtype=float)
+    second, difference, first = table.T
+    assert len(table) == 3 and np.allclose(second, difference, rtol=0, atol=1e-7)
+    assert (abs(first - difference) > 1e-3).all()
+    for line in shown["t5.py"].splitlines():
+        *words, _ = re.split(r" 0\.\d\d ?", line.partition("<extra_id_0>. ")[2])
+        shares = list(map(float, re.findall(r"0\.\d\d", line)))
+        assert len(words) == 5 and all(map(str.isalpha, words))
+        assert shares == sorted(shares, reverse=True) and shares[0] > 0.2
+    assert shown["t5.py"].count("\n") == 2
+    assert all(f"{variant}, anchors of cluster" in shown["data.py"] for variant in VARIANTS)
+    assert [shown["data.py"].count(part) for part in (
+        "<extra_id_0>", "</s> -> ", "  support: ", "  query: ")] == [20, 20, 15, 5]
+    assert "[centroid " in shown["data.py"]
+    assert README.read_text() == refilled(README.read_text(), shown["data.py"]), REFILL
+    inertia = [float(line.rpartition(" ")[2]) for line in shown["kmeans.py"].splitlines()]
+    assert len(inertia) > 3 and all(b < a for a, b in zip(inertia, inertia[1:]))
+    assert inertia[-1] == pytest.approx(2, abs=0.05)      # of two unit normals around each centre

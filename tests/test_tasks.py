@@ -54,8 +54,8 @@ def test_labeled_files_literally(tmp_path):
     (b"sentence\tlabel\nok\tpositive\n", "line 2"),
     (b"sentence\tlabel\nok\t1\textra\n", "line 2"), (b"sentence\tlabel\nok\n", "line 2"),
     (b"sentence\tlabel\n \t1\n", "line 2"),
-    (b"sentence\tlabel\ncaf\xe9\t1\n", "must be UTF-8"),
-    ("sentence\tlabel\nok\t1\n".encode("utf-16"), "must be UTF-8"),
+    (b"sentence\tlabel\ncaf\xe9\t1\n", "table in UTF-8"),
+    ("sentence\tlabel\nok\t1\n".encode("utf-16"), "table in UTF-8"),
 ])
 def test_bad_labeled_rows_are_refused_with_file_and_line(tmp_path, content, says):
     """A wrong header, label, number of columns, a blank text, other encodings: an InputError of one
