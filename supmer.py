@@ -81,7 +81,7 @@ class Method:
         "example: memory and speed, not the result (ours)")
     keep_graphs: int = knob(
         0, "micro-batches of a support set whose graphs are kept for the Hessian, not made again: "
-        "memory and speed, not the result (ours); see keep_gib", zero=True)
+        "memory and speed, not the result (ours)", zero=True)
 
 
 # -------------------------------------------------------------------------------- the definition

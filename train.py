@@ -43,7 +43,7 @@ from baselines import (ABLATIONS, METHODS, PLAIN, UNIFIED, examples_per_step, mi
 from common import (InputError, LONGEST, SOLO, atomic_write, bar, check_knob, join_ranks, knob, knob_parser,
     option, pick_device, read_log, read_run, run_script)
 from data import TaskIndex, VARIANTS, meta_task
-from estimate import graphs_that_fit, model_shape, prepare
+from estimate import prepare
 from hub import corpus_paths
 from prompts import export_peft, prompt_metadata, save_prompt
 from studies import plot
@@ -81,8 +81,6 @@ class Training:
                          zero=True)
     validation_tasks: int = knob(20, "fixed held-out tasks of each variant (ours)")
     save_seconds: float = knob(60.0, "seconds between saved states (ours)", zero=True)
-    keep_gib: float = knob(0.0, "GiB in each process to keep graphs in for the Hessian (ours)",
-                           zero=True)
     dtype: str = knob("float32", "of the frozen T5: float32 or bfloat16 (theta and phi: float32)")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
 
@@ -441,8 +439,6 @@ def main(argv):
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, min(60 * control.max_minutes, 1e9))
     device = pick_device(training.device)
-    if not folder:                      # a resumed run keeps as many graphs as its run.json says
-        method = graphs_that_fit(model_shape(training.model), training, method)
     ranks = join_ranks(device)
     if control.dry_run or training.model != "tiny" and not (folder or ranks.rank):
         prepare(training, method, device, control)
@@ -547,8 +543,6 @@ def parse(argv):
     training, method = settings({name: value for name, (value, _) in tiny.items()} | preset | given)
     for name, without, vain in (
             ("inner_rate", f"--relative-step {method.relative_step}", method.relative_step > 0),
-            ("keep_graphs", "--keep-gib", training.keep_gib > 0),
-            ("keep_gib", "--first-order", method.first_order),
             ("labeled_share", "no --labeled", not training.labeled),
             ("labeled_clusters", "no --labeled", not training.labeled)):
         if vain and name in given:

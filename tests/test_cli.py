@@ -6,9 +6,11 @@ import eval as evaluation
 import os
 import pytest
 import re
+import torch
 import train
 from common import InputError
 from dataclasses import fields
+from types import SimpleNamespace
 from supmer import Method
 from conftest import SMALL
 
@@ -27,8 +29,6 @@ def test_one_process_at_a_time(place):
 
 @pytest.mark.parametrize("script, argv, says", [
     (train, ["--inner-rate", "0.5"], "--inner-rate has no effect with --relative-step 0.03"),
-    (train, ["--keep-gib", "1", "--keep-graphs", "2"], "--keep-graphs has no effect with --keep-"),
-    (train, ["--keep-gib", "1", "--first-order"], "--keep-gib has no effect with --first-order"),
     (train, ["--labeled-share", "1"], "--labeled-share has no effect with no --labeled"),
     (train, ["--labeled-clusters", "3"], "--labeled-clusters has no effect with no --labeled"),
     (train, ["--plot", "a", "--steps", "3"], "--plot are of a run that is there"),
@@ -62,3 +62,13 @@ def test_help_tells_defaults_and_sources(script, capsys):
         assert type(values[0]) not in (int, float) or re.search(
             r"Table|section|Alg|Fig|4\.1|C\.1|MetaPT|ours|released|of the prompt|0: (on|one|never)",
             entry.metadata["help"]), entry.name
+
+
+def test_a_gpu_that_is_named_is_the_current_one(monkeypatch):
+    """--device cuda:1: what names no GPU goes there as well."""
+    current = []
+    monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(
+        device=torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert common.pick_device("cuda:1") == torch.device("cuda:1") and common.pick_device("cpu")
+    assert current == [torch.device("cuda:1")]

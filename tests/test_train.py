@@ -205,21 +205,6 @@ def test_labeled_sets_are_mixed_in(small_world, tmp_path, monkeypatch, capsys):
     assert (made["processes"], made["threads"]) == (1, torch.get_num_threads())
 
 
-def test_a_resumed_run_keeps_as_many_graphs(small_world, monkeypatch):
-    """--keep-gib is turned into a number of graphs once: what run.json holds is gone on with."""
-    folder, options = small_world
-    monkeypatch.chdir(folder)
-    assert train.main([*options, "--steps", "1", "--keep-gib", "0.1", "--run", "graphs"]) == 0
-    kept = common.read_run(folder / "graphs")
-    assert kept["method"]["keep_graphs"] > 0
-    train.write_run(folder / "graphs", kept | {"finished": False})
-    monkeypatch.setattr(estimate, "graphs_that_fit", lambda *_: pytest.fail("counted again"))
-    seen, run = [], train.Run
-    monkeypatch.setattr(train, "Run", lambda *a: (seen.append(a[2]), run(*a))[1])
-    assert train.main(["--resume", "graphs"]) == 0
-    assert seen[0].keep_graphs == kept["method"]["keep_graphs"]
-
-
 def test_a_log_becomes_a_picture(small_world, monkeypatch, capsys):
     """--plot draws what is there, of a run that is still at work as well: its last line is torn."""
     pytest.importorskip("matplotlib")
@@ -472,3 +457,29 @@ def test_damaged_states_are_refused(small_world):
     (run.folder / "run.json").write_text("{}")
     with pytest.raises(InputError, match="holds no run"):
         common.read_run(run.folder)
+
+
+def test_max_minutes_ends_a_run_that_can_go_on(small_world, monkeypatch, capsys):
+    """--max-minutes stops after the step in which the time is over, with status 0 and the command
+    to go on; going on gives the run that was never stopped. Over before the first step it is a
+    Ctrl-C."""
+    folder, defaults = small_world
+    monkeypatch.chdir(folder)
+    assert train.main([*defaults, "--run", "whole"]) == 0
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*defaults, "--run", "none", "--max-minutes", "1e-9"])
+    step = train.meta_step
+
+    def slow(*arguments):                                   # the time is over within this one
+        signal.setitimer(signal.ITIMER_REAL, 1e-6)
+        time.sleep(0.01)
+        return step(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "meta_step", slow)
+        assert train.main([*defaults, "--run", "short", "--max-minutes", "9"]) == 0
+    said = capsys.readouterr().out
+    assert "stopped after step 1, nothing is lost" in said and "--resume short" in said
+    assert train.main(["--resume", "short", "--max-minutes", "9"]) == 0
+    assert log_without_times(folder / "short") == log_without_times(folder / "whole")
+    with pytest.raises(InputError, match="--max-minutes 0.0: it must be more than 0"):
+        train.main([*defaults, "--max-minutes", "0"])
