@@ -1,12 +1,12 @@
 """Tests of prompts."""
 
-import baselines
 import copy
-import eval as evaluation
-import hub as hubs
 import json
 import math
 import pickle
+
+import eval as evaluation
+import hub as hubs
 import prompts
 import pytest
 import supmer
@@ -15,42 +15,52 @@ import torch
 import torch.nn.functional as F
 import train
 from common import InputError
-from pathlib import Path
+from conftest import (Evil, SMALL, V11, affine_start, logits, peft, relative, released_files,
+                      run_with_prompt, save_model, small_config, small_t5, transformers)
 from safetensors.torch import save_file
 from t5 import load_t5
-from conftest import (Evil, SMALL, V11, affine_start, logits, peft, relative, released_files, run_with_prompt,
-    save_model, small_config, small_examples, small_t5, transformers, tune)
 
 
-def test_prompt_files_of_others_are_refused(tmp_path):
-    """load_prompt wants theta and phi of one width, finite, of a known form: each other file is
-    named with what it holds.
-    """
+def refused(path, d, says):
+    """load_prompt refuses it in one line that names it."""
+    with pytest.raises(InputError, match=says) as caught:
+        prompts.load_prompt(path, d)
+    assert path.name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_ours_are_read_and_others_refused(tmp_path):
+    """theta, phi and the metadata come back; another width, an unknown or lacking form, a phi of
+    another form, NaN, too many vectors and damage are refused."""
     path, phi = tmp_path / "prompt.safetensors", affine_start(8)
     prompts.save_prompt(path, torch.ones(3, 8), phi, {"model": "m"})
-    theta, read, about = prompts.load_prompt(path, 8)
-    assert (
-        torch.equal(theta, torch.ones(3, 8))
-        and torch.equal(read["A"], torch.eye(8))
-        and about["model"] == "m"
-    )
-    with pytest.raises(InputError, match="for a T5 of width 16"):
-        prompts.load_prompt(path, 16)
-    save_file({"theta": torch.ones(3, 8)}, path)
-    with pytest.raises(InputError, match="its regularizer is None"):
-        prompts.load_prompt(path, 8)
-    save_file({"theta": torch.ones(3, 8)}, path, {"regularizer": "affine"})
-    with pytest.raises(InputError, match="no prompt and regularizer"):
-        prompts.load_prompt(path, 8)
-    prompts.save_prompt(path, torch.full((3, 8), torch.nan), phi, {})
-    with pytest.raises(InputError, match="not finite"):
-        prompts.load_prompt(path, 8)
+    theta, read, about = prompts.load_prompt(tmp_path, 8)
+    assert torch.equal(theta, torch.ones(3, 8)) and read.keys() == phi.keys()
+    assert all(torch.equal(read[name], phi[name]) for name in phi)
+    assert about == prompts.prompt_metadata(path) == {"model": "m", "regularizer": "affine"}
+    refused(path, 16, "not a prompt for a T5 of width 16 .it holds")
+    for tensors, metadata, says in (
+            ({"theta": torch.ones(3, 8)}, {"regularizer": "affine"}, "it holds"),
+            ({"theta": torch.ones(3, 8)}, {"regularizer": "other"}, "is 'other', not one of affine"),
+            ({"theta": torch.ones(3, 8)}, {}, "regularizer"),
+            ({"theta": torch.ones(3, 8) * math.nan}, {"regularizer": "none"}, "not finite"),
+            ({"theta": torch.ones(10_001, 8)}, {"regularizer": "none"}, "10,001 vectors"),
+            ({"theta": torch.ones(3, 8)}, {"regularizer": "none", "model": "m\nfine"}, "line break"),
+            ({"x": torch.ones(3, 8)}, {"regularizer": "none"}, "theta")):
+        save_file(tensors, path, metadata)
+        refused(path, 8, says)
     path.write_bytes(b"<html>404</html>")
-    with pytest.raises(InputError, match="cannot be read as a prompt"):
-        prompts.load_prompt(path, 8)
+    refused(path, 8, "is not a prompt's safetensors")
 
 
-# --------------------------------------------------------- prompts of others: the authors', PEFT's
+def test_prompts_without_psi_are_read(tmp_path):
+    """Also those of an earlier version, which call it "" in place of none; others' half floats."""
+    for form in ("none", ""):
+        save_file({"theta": torch.ones(3, 8).half()}, tmp_path / "a", {"regularizer": form})
+        theta, phi, about = prompts.load_prompt(tmp_path / "a", 8)
+        assert theta.dtype == torch.float32 and phi is None and about["regularizer"] == "none"
+
+
+# ------------------------------------------------------------------- the authors' files
 
 def test_released_regularizer_by_hand():
     """Width 2, rank 2: gate sigmoid(1 * relu(24 * (1 + 3) / 4) - 24) = 1/2; h is relu(relu(g)
@@ -79,66 +89,52 @@ def test_released_prompts_are_read(name, d, tmp_path):
     """Both sizes of the authors' files, buffers ignored by name; psi is finite."""
     theta, phi = released_files(tmp_path, name, d)
     read, read_phi, about = prompts.load_prompt(tmp_path, d)
-    assert torch.equal(read, theta) and about["regularizer"] == "released"
+    assert torch.equal(read, theta) and about == {"model": name, "regularizer": "released"}
     assert read_phi.keys() == phi.keys() and all(torch.equal(read_phi[n], phi[n]) for n in phi)
     psi = supmer.REGULARIZERS["released"].psi(read_phi, theta / 1e6, theta.mean(0))
     assert psi.isfinite().all() and not torch.allclose(psi, theta / 1e6)
 
 
-def test_tuning_with_the_authors_files(place, monkeypatch):
-    """`eval.py --prompt released` fetches both files, once, and tunes as with a folder that has
-    them: from their theta, through their form of psi, which no other model's shape gets."""
+def test_the_authors_files_are_fetched_once(place, monkeypatch):
+    """`eval.py --prompt released` fetches both and starts from their theta, through their psi; no
+    other model's shape gets them."""
     theta, phi = released_files(place / "theirs", "t5base", 16)
     monkeypatch.setitem(hubs.RELEASED, (16, 32), "t5base")
     monkeypatch.setattr(hubs, "RELEASED_URL", (place / "theirs").as_uri() + "/")
-    evaluation.main([*SMALL, "--prompt-length", "100", "--prompt", "released", "theirs"])
-    assert {path.name for path in (place / "cache/released").glob("[!.]*")} == {
-        path.name for path in (place / "theirs").iterdir()}
-    tuning = json.loads(Path("runs/eval/small-planted.json").read_text())["results"][0]["tuning"]
-    curves = {name: [record["validations"] for record in tuning[name]] for name in tuning}
-    assert curves["released"] == curves["theirs"]
-    monkeypatch.setattr(hubs, "RELEASED_URL", "file:///nowhere/")       # they are there already
     settings, _ = evaluation.parse([*SMALL, "--prompt-length", "100", "--prompt", "released"])
-    prompt = evaluation.open_candidate("released", small_config(), settings)
-    g, H = theta.flip(0) / 1e4, theta[0]
-    assert torch.equal(prompt.starts[0](small_t5())["theta"], theta)
-    assert torch.equal(prompt.psi(g, H), prompts.regularize_released(phi, g, H))
-    with_psi, without = (tune(small_t5(), theta, psi, (small_examples(8),) * 2, 10, 0.3,
-                                         settings)[0] for psi in (prompt.psi, None))
-    assert with_psi[-1]["loss"] != pytest.approx(without[-1]["loss"], rel=1e-4)
+    for _ in range(2):
+        prompt = evaluation.open_candidate("released", small_config(), settings)
+        assert torch.equal(prompt.starts[0](small_t5())["theta"], theta)
+        g, pooled = theta.flip(0) / 1e4, theta[0]
+        assert torch.equal(prompt.psi(g, pooled), prompts.regularize_released(phi, g, pooled))
+        monkeypatch.setattr(hubs, "RELEASED_URL", "file:///nowhere/")   # they are there already
     monkeypatch.delitem(hubs.RELEASED, (16, 32))
     with pytest.raises(InputError, match="for t5-base and flan-t5-xl only"):
         evaluation.open_candidate("released", small_config(), settings)
 
 
-def test_damaged_released_prompts(tmp_path):
-    """A T5 of another width, a file that is missing, cut, a web page, of something else, of another
-    form or a pickle with code: refused by name, and nothing is executed."""
+def test_released_files_of_another_kind(tmp_path):
+    """A T5 of another width, a file that is missing or cut, a pickle with code, another form, a
+    tensor without data: refused, and nothing is executed."""
     released_files(tmp_path, "t5base", 768)
     prompt, edit = tmp_path / "prompt_t5base.pt", tmp_path / "gradient_edit_t5base.pt"
-    with pytest.raises(InputError, match="for t5-base and flan-t5-xl, of widths 768 and 2048, not"):
-        prompts.load_prompt(tmp_path, 512)
-    with pytest.raises(InputError, match="prompt_flant5xl.pt cannot be read.*pretrain_prompt"):
-        prompts.load_prompt(tmp_path, 2048)
-    whole = prompt.read_bytes()
-    evil = pickle.dumps(Evil(tmp_path / "executed"))
-    for content in (whole[:-100], whole[:3], b"", b"<html>no</html>", evil):
+    refused(tmp_path, 512, "of widths 768 and 2048")
+    refused(tmp_path, 2048, "prompt_flant5xl.pt is missing")
+    whole, phi = prompt.read_bytes(), torch.load(edit, weights_only=True)
+    for content in (whole[:-100], b"<html>no</html>", pickle.dumps(Evil(tmp_path / "executed"))):
         prompt.write_bytes(content)
-        with pytest.raises(InputError, match="prompt_t5base.pt cannot be read") as caught:
+        with pytest.raises(InputError, match="prompt_t5base.pt is not a file of github.com"):
             prompts.load_prompt(tmp_path, 768)
-        assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
-    torch.save({"a": 1}, prompt)
-    with pytest.raises(InputError, match="does not hold a tensor and a dict of tensors"):
-        prompts.load_prompt(tmp_path, 768)
+    for value in ({"a": 1}, torch.ones(100, 768, device="meta"), torch.eye(768).to_sparse()):
+        torch.save(value, prompt)
+        refused(tmp_path, 768, "is not a prompt for a T5 of width 768")
     prompt.write_bytes(whole)
-    phi = torch.load(edit, weights_only=True)
-    for changed in ({n: x for n, x in phi.items() if "linear_1" not in n},
-                    phi | {"mlp.linear_2.bias": torch.zeros(2)}, phi | {"extra": torch.zeros(2)}):
-        torch.save(changed, edit)
-        with pytest.raises(InputError, match="no prompt and regularizer for a T5 of width 768"):
-            prompts.load_prompt(tmp_path, 768)
+    torch.save(phi | {"extra": torch.zeros(2)}, edit)
+    refused(tmp_path, 768, "is not a prompt for a T5 of width 768")
 
+
+# ---------------------------------------------------------------------------------- PEFT
 
 def test_export_for_peft_and_back(tmp_path, capsys):
     """train.py --export-peft RUN DIR writes the two files of PEFT's format, once; load_prompt reads
@@ -148,6 +144,8 @@ def test_export_for_peft_and_back(tmp_path, capsys):
     out = tmp_path / "adapter"
     assert train.main(["--export-peft", str(tmp_path / "run"), str(out)]) == 0
     assert f"5 vectors for peft.PeftModel.from_pretrained on {model}" in capsys.readouterr().out
+    with pytest.raises(InputError, match="exists: name another folder"):
+        train.main(["--export-peft", str(tmp_path / "run"), str(out)])
     values = json.loads((out / "adapter_config.json").read_text())
     assert (values["num_virtual_tokens"], values["num_transformer_submodules"]) == (5, 1)
     read, phi, about = prompts.load_prompt(out, V11.d_model)
@@ -155,27 +153,11 @@ def test_export_for_peft_and_back(tmp_path, capsys):
     file = out / "adapter_model.safetensors"
     save_file({"prompt_embeddings": torch.cat([theta, -theta])}, file)
     assert torch.equal(prompts.load_prompt(out, V11.d_model)[0], theta)
-    for changed, says in (({"x": theta}, "must hold 5 vectors"), ({}, "must hold 5 vectors"),
-                          ({"prompt_embeddings": theta[:4]}, "must hold 5 vectors"),
-                          ({"prompt_embeddings": theta * math.nan}, "not finite"),
-                          ({"prompt_embeddings": theta.repeat(1, 2)}, "no prompt and regularizer")):
-        save_file(changed, file)
-        with pytest.raises(InputError, match=says):
-            prompts.load_prompt(out, V11.d_model)
-    file.unlink()
-    with pytest.raises(InputError, match="adapter_model.safetensors cannot be read"):
-        prompts.load_prompt(out, V11.d_model)
-    for key, value in (("peft_type", "LORA"), ("task_type", "CAUSAL_LM"),
-                       ("num_virtual_tokens", "5")):
-        (out / "adapter_config.json").write_text(json.dumps(values | {key: value}))
-        with pytest.raises(InputError, match="PROMPT_TUNING for SEQ_2_SEQ_LM is what can be read"):
-            prompts.load_prompt(out, V11.d_model)
-    for text in ("{", "[]", "{}", "7"):
-        (out / "adapter_config.json").write_text(text)
-        with pytest.raises(InputError, match="adapter_config.json cannot be read"):
-            prompts.load_prompt(out, V11.d_model)
-    with pytest.raises(InputError, match="exists: name another folder"):
-        train.main(["--export-peft", str(tmp_path / "run"), str(out)])
+    for tensors in ({"prompt_embeddings": theta, "x": theta + 0}, {"prompt_embeddings": theta[:4]}):
+        save_file(tensors, file)
+        refused(out, V11.d_model, "must hold 5 vectors")
+    (out / "adapter_config.json").write_text(json.dumps(values | {"peft_type": "LORA"}))
+    refused(out, V11.d_model, "it is LORA for SEQ_2_SEQ_LM, not PROMPT_TUNING")
 
 
 @pytest.mark.skipif(peft is None, reason="peft is not installed: pip install peft")
