@@ -428,7 +428,7 @@ if __name__ == "__main__":
     try:
         t5, tokenizer = load_t5(tiny), Tokenizer.from_file(str(tiny / "tokenizer.json"))
     except Exception as error:      # the tokenizers package raises nothing more precise
-        print(f"error: {error}; python tiny.py makes {tiny}", file=sys.stderr)
+        print(f"error: {error}; python tiny/build.py makes {tiny}", file=sys.stderr)
         sys.exit(2)
     for text in ("I loved this film. It was <extra_id_0>.", "It is boring. It was <extra_id_0>."):
         ids = torch.tensor([tokenizer.encode(text).ids])                       # (1, S)

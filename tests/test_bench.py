@@ -60,7 +60,7 @@ def test_a_contender_that_dies_loses_no_others_figures():
 
 @pytest.mark.parametrize("argv, says", [
     (["--threads", "0"], "1 or more"), (["--threads", "100000"], "at most"),
-    (["--json", "no/such/file"], "no such folder"), (["--json", "tiny.py/file"], "no such folder"),
+    (["--json", "no/such/file"], "no such folder"), (["--json", "train.py/file"], "no such folder"),
     (["--json", "tiny"], "name another"), (["--json", ""], "name another")])
 def test_benchs_mistakes(argv, says, monkeypatch):
     """Told in one line before anything is measured."""

@@ -122,7 +122,7 @@ def test_troubleshooting_quotes_what_is_said():
 def test_readme_gives_options_that_exist():
     """Every --option of a command in README is one of train.py, eval.py or the other scripts."""
     code = "".join((HERE / name).read_text() for name in ("train.py", "eval.py", "bench.py",
-                                                         "tiny.py"))
+                                                         "tiny/build.py"))
     known = {entry.name for cls in (train.Training, Method, evaluation.Settings)
              for entry in fields(cls)} | {"nproc_per_node", "no_exact_cosine",
                                           "no_words_only"}
