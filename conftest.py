@@ -961,22 +961,6 @@ def corpus():
         return [json.loads(line) for line in file]
 
 
-# ------------------------------------------------------------ README.md and figures/ are the code's
-
-README, REFILL = HERE / "README.md", "python test_supmer.py writes these parts of README.md anew"
-
-
-def refilled(readme, tasks=None):
-    """README.md with what is made of the project: line counts, the algorithm and, if it is given,
-    what data.py prints."""
-    def block(readme, heading, text):
-        return re.sub(rf"(## {heading}\n.*?\n```\n).*?(```)", lambda m: m[1] + text + m[2], readme,
-                      count=1, flags=re.DOTALL)
-    readme = re.sub(r"^\| `(\w+\.py)` \| [\d,]+ \|", lambda m: "| `{}` | {:,} |".format(
-        m[1], len((HERE / m[1]).read_text().splitlines())), readme, flags=re.MULTILINE)
-    algorithm = next(p for p in supmer.__doc__.split("\n\n") if p.startswith("    "))
-    readme = block(readme, "The algorithm", textwrap.dedent(algorithm) + "\n")
-    return block(readme, "One meta task of each kind", tasks) if tasks else readme
 MISFITS = [None, True, -1, 0, 3, 2 ** 40, 10 ** 30, 1e300, math.nan, "", "x\ny\x1b[2J", "\ud800",
            [], {}, [1], {"a": 1}, [[[]]], "long " * 999]
 
