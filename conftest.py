@@ -28,7 +28,6 @@ import sys
 import t5 as T
 import tarfile
 import tasks
-import textwrap
 import threading
 import torch
 import traceback
