@@ -13,6 +13,7 @@ Nothing here is about SUPMER. Start reading at supmer.py.
 import argparse
 import csv
 import fcntl
+import glob
 import hashlib
 import json
 import lzma
@@ -104,23 +105,24 @@ def whole_file(path):
         temporary.unlink(missing_ok=True)
 
 
-def remove_torn(folder):
-    """Remove the temporary files that a killed process left in a folder. Hold its lock."""
-    for torn in folder.glob(".*.tmp"):
+def remove_torn(folder, name=""):
+    """Remove the temporary files that a killed process left in a folder, or those of one file.
+    Hold the lock."""
+    for torn in folder.glob(f".{glob.escape(name)}*.tmp"):
         torn.unlink(missing_ok=True)
 
 
 @contextmanager
-def one_process(folder, busy=None):
-    """Hold the lock of a folder. While another process holds it: InputError, or wait if busy() is
-    given, which is called once."""
+def one_process(path, busy=None):
+    """Hold the lock of a folder or file. While another process holds it: InputError, or wait if
+    busy() is given, which is called once."""
     from filelock import FileLock, Timeout
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
         if busy is None:
-            raise InputError(f"another process works on {folder}: wait for it, or stop it"
+            raise InputError(f"another process works on {path}: wait for it, or stop it"
                              ) from None
         busy()
         lock.acquire()

@@ -12,6 +12,7 @@ import hashlib
 import http.server
 import huggingface_hub
 import io
+import jobs
 import json
 import math
 import numpy as np
@@ -780,21 +781,17 @@ def write_run(folder, model="small", finished=True, ended=1.0, P=3, d=16, name="
     )
 
 
-def tuning_record(path):
-    """The tuning part of a JSON file as bytes, without its times."""
-    return json.dumps(
-        without_times(first_result(path)["tuning"])
-    ).encode()
+def rows_of(path, **wanted):
+    """The rows of an evaluation's JSON file with these values, without what a clock said."""
+    rows = json.loads(Path(path).read_text())["rows"]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows
+            if all(row.get(key) == value for key, value in wanted.items())]
 
 
-def first_result(path):
-    return json.loads(Path(path).read_text())["results"][0]
-
-
-def without_times(record):
-    if isinstance(record, dict):
-        return {key: without_times(value) for key, value in record.items() if key != "time"}
-    return [without_times(value) for value in record] if isinstance(record, list) else record
+def accuracies(path, **wanted):
+    """The accuracies of the rows of a JSON file that are tests of what was tuned."""
+    wanted = {"split": "test", "kind": "tuned", **wanted}
+    return [row["accuracy"] for row in rows_of(path, **wanted)]
 
 
 # ------------------------------------------------------------ the test set is not seen while tuning
@@ -802,11 +799,11 @@ def without_times(record):
 
 @contextlib.contextmanager
 def context(t5, choices):
-    """What evaluation.main() gives its functions, in this process, nothing kept from before."""
-    shutil.rmtree(evaluation.TUNED, ignore_errors=True)
-    with evaluation.workers(t5, "small", torch.float32, ["cpu"], 1) as work:
-        yield evaluation.Context(choices, data.load_tokenizer("small", t5.config), work, 1,
-                                 {"model": "this"}, 1.0, math.inf)
+    """A Context in this process, with no results from before."""
+    shutil.rmtree(jobs.TUNED, ignore_errors=True)
+    with jobs.workers(t5, None, ["cpu"], 1) as work:
+        yield evaluation.Context(choices, data.load_tokenizer("small", t5.config), work,
+                                 {"model": "this"}, 1.0)
 
 
 # --------------------------------------------------------------- groups, own tasks, labels, studies

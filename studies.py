@@ -1,16 +1,144 @@
-"""The paper's tables and figures as commands; pictures."""
+"""The paper's tables and figures: as commands, the runs that they need, tables and pictures.
 
-import math
+    python studies.py               # lists the studies: python eval.py --study NAME
+"""
+
+import json
 import shlex
+import signal
 import statistics
-import time
+import subprocess
+import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from baselines import ABLATIONS, METHODS
-from common import InputError, atomic_write, read_log, read_run
+from common import InputError, read_json, reading, whole_file
 
+# What a name of --prompt has train.py make.
+PRETRAINED = {**{name: "--method" for name in METHODS}, **dict.fromkeys(ABLATIONS, "--ablation")}
+STUDIES = {     # the Settings of eval.py
+    "steps": {"task": ("cb", "mrpc"), "plot": True},                                    # Fig. 3
+    "shots": {"task": ("sst5", "subj"), "shots": (4, 8, 16, 32, 64), "plot": True},     # Fig. 4
+    "dg": {"task": ("dg",), "plot": True},                                              # Table 2
+    "spread": {"task": ("mrpc", "cb", "subj"), "prompt": ("random", "vocab"), "plot": True,
+               "seeds": tuple(range(10, 110, 10)), "same_examples": True},              # Fig. 1a
+    "comparison": {"prompt": ("zero-shot", "few-shot", "random", "vocab", "prefix-tuning",
+                              "p-tuning-v2", "ft", "supmer", "ppt", "unified-ppt", "metapt")},
+    "ablation": {"prompt": ("supmer", *ABLATIONS)},     # Table 4, and first-order
+    "evidence": {"task": ("evidence",), "rates": (0.03, 0.3), "epochs": 60, "words_only": True,
+                 "dtype": "bfloat16",                   # docs/results.md
+                 "prompt": ("random", "vocab", "ppt", "supmer", "metapt", "first-order",
+                            "no-curriculum", "no-mgr", "no-ta")}}
+TRAIN = Path(__file__).with_name("train.py")
+STUDY_RUN = ("--bytes", "10000000", "--examples", "23040", "--validate-every", "30",
+             "--validation-tasks", "13")        # what a comparison pre-trains on the embedded T5
+
+
+# ---------------------------------------------------------------------------- runs that are needed
+
+def pretrained_run(name, settings):
+    """The folder of a method's or ablation's run under runs/compared, which train.py makes or
+    resumes. All of a model's have the same numbers but for the method's own.
+
+    Ctrl-C, and the time that is left until SIGALRM, are passed on. Raises KeyboardInterrupt if the
+    run was stopped, InputError if train.py refuses."""
+    folder = Path("runs/compared") / f"{Path(settings.model).name}-{name}"
+    if is_finished(folder):
+        return folder
+    argv = ["--resume", str(folder)] if folder.exists() else [
+        "--model", settings.model, PRETRAINED[name], name, "--run", str(folder),
+        *(STUDY_RUN if settings.model == "tiny" else ()),
+        *(("--labeled", settings.labeled) if name == "metapt" else ())]
+    seconds, _ = signal.getitimer(signal.ITIMER_REAL)
+    if seconds:
+        argv += ["--max-minutes", f"{max(seconds / 60, 0.01):.2f}"]
+    print(f"{name} comes first: {shlex.join(['python', 'train.py', *argv])}", flush=True)
+    process = subprocess.Popen([sys.executable, str(TRAIN), *argv])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        process.wait()                  # it saves its last step
+        raise
+    if status == 2:
+        raise InputError("train.py refused, see its message above")
+    if not is_finished(folder):
+        raise KeyboardInterrupt
+    return folder
+
+
+def is_finished(folder):
+    """Whether a folder holds a finished run."""
+    path = folder / "run.json"
+    if not path.exists():
+        return False
+    run = read_json(path)
+    with reading(path, "a run's record", remedy="move the folder away"):
+        return bool(run["finished"])
+
+
+# -------------------------------------------------------------------------------- rows -> tables
+
+BACKBONES = {("t5-base", 768, 12): "t5-base", ("flan-t5-xl", 2048, 24): "flan-t5-xl"}
+
+
+def figure(values):
+    """Mean and sample standard deviation: [60, 70, 80] -> 70.0 ± 10.0, [60] -> 60.0."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def table(written, settings, config):
+    """A call's results as a Markdown table, the paper's figures under ours."""
+    tests = [row for row in written["rows"] if row["split"] == "test"]
+    columns = [*dict.fromkeys((row["target"], row["shots"]) for row in tests)]
+    done = {*columns, *((row["task"], row["shots"]) for row in tests)}
+    tested = len(columns)
+    columns += [(name, shots) for shots in settings.shots for name in written["not_run"]
+                if (name, shots) not in done]
+    found = defaultdict(list)                   # (prompt, kind, target, shots): [%]
+    for row in tests:
+        found[row["prompt"], row["kind"], row["target"], row["shots"]].append(row["accuracy"])
+    lines = []                                  # (title, a text and a number for each column)
+    for prompt in (*settings.prompt, "no prompt", "most frequent label"):
+        for kind, title in (("tuned", prompt), ("untuned", f"{prompt}, untuned")):
+            cells = [found.get((prompt, kind, *column)) for column in columns]
+            if any(cells) or kind == "tuned" and prompt in settings.prompt:
+                lines.append((title if prompt in settings.prompt else prompt,
+                              [figure(x) if x else "not run" for x in cells],
+                              [x and statistics.mean(x) for x in cells]))
+    lines += paper_lines(columns, settings, config)
+    several = len(settings.shots) > 1
+    heads = [f"{target}, {shots} shots" if several else target for target, shots in columns]
+    if tested > 1 and not several:              # the mean over what was run here
+        heads.append(f"mean of {tested}")
+        for _, cells, means in lines:
+            whole = None not in means[:tested]
+            cells.append(f"{statistics.mean(means[:tested]):.1f}" if whole else "")
+    texts = [["accuracy in %", *heads], ["---"] * (len(heads) + 1),
+             *([title, *cells] for title, cells, _ in lines)]
+    return "\n".join("| " + " | ".join(text) + " |" for text in texts)
+
+
+def paper_lines(columns, settings, config):
+    """The paper's lines of a table. Under its own backbone all of its methods; under another one
+    T5-base's PT and SUPMER, and the title says so."""
+    ours = BACKBONES.get((Path(settings.model).name, config.d_model, config.num_layers))
+    paper, lines = read_json(Path(__file__).with_name("results") / "paper_tables.json"), []
+    for method, figures in paper[ours or "t5-base"].items():
+        pairs = [figures.get(target) if shots == 16 else None for target, shots in columns]
+        if any(pairs) and (ours or method in ("pt", "supmer")):
+            cells = ["{} ± {}".format(*pair).replace(" ± None", "") if pair else ""
+                     for pair in pairs]
+            lines.append((f"the paper's {ours or 'T5-base, another model'}: {method}", cells,
+                          [pair and pair[0] for pair in pairs]))
+    return lines
+
+
+# -------------------------------------------------------------------------------------- pictures
 
 def import_pyplot():
     """matplotlib.pyplot, without a screen. InputError if it is not installed."""
@@ -32,116 +160,86 @@ def plot(folder):
     """Draw a run's log, finished or not, as log.png beside it -> the picture's path.
 
     Dots are steps, or tasks' lambdas; a line is the mean of 19 steps."""
-    pyplot, path = import_pyplot(), folder / "log.png"
-    read_run(folder)
+    pyplot, path = import_pyplot(), folder / "log.jsonl"
     picture, axes = pyplot.subplots(1, len(PANELS), figsize=(17, 3.2), layout="constrained")
-    try:
-        lines = [entry | entry.get("validation", {}) for _, entry in read_log(folder)]
+    with reading(path, "the log of a run", remedy="give a folder that train.py made"):
+        text = path.read_text(encoding="utf-8")
+        whole, _, _ = text.rpartition("\n")             # a last line may be on its way
+        entries = [json.loads(line) for line in whole.splitlines()]
+        entries = [entry | entry.get("validation", {}) for entry in entries]
         for axis, (title, names) in zip(axes, PANELS.items()):
-            _draw_panel(axis, title, names, lines)
-    except (TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{folder / 'log.jsonl'} is not the log of a run ({error!r}): give one "
-                         "that train.py wrote") from None
-    atomic_write(path, lambda file: picture.savefig(file, format="png", dpi=90))
-    pyplot.close(picture)
-    return path
+            draw_panel(axis, title, names, entries)
+    return save_picture(picture, folder / "log.png", dpi=90)
 
 
-def _draw_panel(axis, title, names, lines):
-    """One of PANELS: the log's lines {name: value} as dots, and their mean."""
+def draw_panel(axis, title, names, entries):
+    """One of PANELS: the log's entries {name: value} as dots, and their mean."""
     near, size, faint = (1, 5, 1.0) if title == "validation" else (10, 3, 0.3)
     for color, name in zip(("C0", "C1"), names):                    # PPT has its loss alone
-        x, y = (np.array([line[key] for line in lines if name in line], dtype=float)
+        x, y = (np.array([entry[key] for entry in entries if name in entry], dtype=float)
                 for key in ("step", name))
         axis.plot(x, y, ".", markersize=size, alpha=faint, color=color)
         means = [np.mean(y[max(0, i + 1 - near):i + near]) for i in range(len(y))]
         axis.plot(x, means, color=color, label=name)
     if not names:
-        mixed = np.array([(x["b"], lam) for x in lines if x.get("b") for lam in x["lambda"]], float)
-        axis.plot(*mixed.reshape(-1, 2).T, ".", markersize=3, alpha=0.5, label="a task")
-        axis.plot(b := np.linspace(0, 1), b / (1 + b), label="mean, b / (1 + b)")
+        mixed = [(entry["b"], lam) for entry in entries if entry.get("b")
+                 for lam in entry["lambda"]]
+        axis.plot(*np.array(mixed, float).reshape(-1, 2).T, ".", markersize=3, alpha=0.5,
+                  label="a task")
+        b = np.linspace(0, 1)
+        axis.plot(b, b / (1 + b), label="mean, b / (1 + b)")
     axis.set_title(title)
     axis.set_xlabel("meta step" if names else "b (Eq. 10)")
     axis.legend()
 
-PRETRAINED = {**{name: "--method" for name in METHODS}, **dict.fromkeys(ABLATIONS, "--ablation")}
-STUDIES = {     # the paper's figures, and Table 2
-    "steps": {"task": ("cb", "mrpc"), "plot": True},
-    "shots": {"task": ("sst5", "subj"), "shots": (4, 8, 16, 32, 64), "plot": True},
-    "dg": {"task": ("dg",), "plot": True},
-    "spread": {"task": ("mrpc", "cb", "subj"), "prompt": ("random", "vocab"), "plot": True,
-               "seeds": tuple(range(10, 110, 10)), "same_examples": True},
-    "comparison": {"prompt": ("zero-shot", "few-shot", "random", "vocab", "prefix-tuning",
-                              "p-tuning-v2", "ft", "supmer", "ppt", "unified-ppt", "metapt")},
-    "ablation": {"prompt": ("supmer", *ABLATIONS)},
-    "evidence": {"task": ("evidence",), "rates": (0.03, 0.3), "epochs": 60, "words_only": True,
-                 "dtype": "bfloat16",
-                 "prompt": ("random", "vocab", "ppt", "supmer", "metapt", "first-order",
-                            "no-curriculum", "no-mgr", "no-ta")}}
-STUDY_RUN = ("--bytes", "10000000", "--examples", "23040", "--validate-every", "30",
-             "--validation-tasks", "13")        # what a comparison pre-trains on the embedded T5
 
-COMPARED = Path("runs/compared")
-
-
-def compared_folder(name, model):
-    """Where train.py's run of a method or ablation on a model is, or will be."""
-    return COMPARED / f"{Path(model).name}-{name}"
-
-
-def pretrained_run(name, settings, ends):
-    """The folder under runs/compared of a method's or ablation's run, which train.py makes, or goes
-    on with, until a time.monotonic(). KeyboardInterrupt if it was stopped, InputError if it cannot
-    be. All of a model's have the same numbers but for the method's own."""
-    folder = compared_folder(name, settings.model)
-    begun = folder.exists()
-    if not (begun and read_run(folder)["finished"]):
-        argv = ["--resume", str(folder)] if begun else [
-            "--model", settings.model, PRETRAINED[name], name, "--run", str(folder),
-            *(STUDY_RUN if settings.model == "tiny" else ()),
-            *(["--labeled", settings.labeled] if name == "metapt" else [])]
-        if ends < math.inf:
-            argv += ["--max-minutes", f"{max(0.01, (ends - time.monotonic()) / 60):.2f}"]
-        print(f"{name} comes first: {shlex.join(['python', 'train.py', *argv])}")
-        import train
-        train.main(argv)
-        if not read_run(folder)["finished"]:
-            raise KeyboardInterrupt
-    return str(folder)
-
-
-def draw(written, settings, path):
-    """A study as a PNG: lines over steps (Fig. 3) or shots (Fig. 4), else each seed's accuracy. Of
-    what a stop left undone there is nothing in it."""
-    pyplot, panels, steps = import_pyplot(), {}, settings.study == "steps"
-    for result in written["results"]:
-        for target, test in result["test"].items():
-            panels.setdefault(target, []).append((result, test["prompts"]))
-    picture, axes = pyplot.subplots(1, len(panels), squeeze=False, sharey=len(panels) > 2,
-                                    figsize=(max(4 * len(panels), 5), 4), layout="constrained")
-    for axis, (target, found) in zip(axes[0], panels.items()):
-        names = [name for name in settings.prompt if name in found[0][1]]
+def draw(rows, settings, path):
+    """The rows of a study as a PNG: lines over steps (Fig. 3) or shots (Fig. 4), else each seed's
+    accuracy."""
+    along = "step" if settings.study == "steps" else "shots"
+    lines = along == "step" or len(settings.shots) > 1
+    found = defaultdict(lambda: defaultdict(list))      # (target, prompt): {step or shots: [%]}
+    for row in rows:
+        if row["split"] == "test" and row["kind"] in ("tuned", "step")[:2 if along == "step" else 1]:
+            found[row["target"], row["prompt"]][row[along]].append(row["accuracy"])
+    targets = [*dict.fromkeys(target for target, _ in found)]
+    picture, axes = import_pyplot().subplots(
+        1, len(targets), squeeze=False, sharey=len(targets) > 2,
+        figsize=(max(4 * len(targets), 5), 4), layout="constrained")
+    for axis, target in zip(axes[0], targets):
+        names = [name for name in settings.prompt if (target, name) in found]
         for place, name in enumerate(names):
-            ours = [(result, test[name]) for result, test in found if name in test]
-            if steps:
-                x = [one["step"] for one in ours[0][0]["tuning"][name][0]["validations"][0]]
-                y = list(zip(*ours[0][1]["steps"]))
-            elif len(found) > 1:
-                x, y = [result["shots"] for result, _ in ours], [one["tuned"] for _, one in ours]
-                axis.set_xscale("log", base=2)
-                axis.set_xticks(x, x)
+            points = sorted(found[target, name].items())
+            if lines:
+                x, y = zip(*points)
+                spread = [statistics.stdev(one) if len(one) > 1 else 0 for one in y]
+                axis.errorbar(x, [statistics.mean(one) for one in y], spread, label=name,
+                              marker="o", markersize=3, capsize=2)
+                axis.legend()
             else:
-                y = ours[0][1]["tuned"]
+                (_, y), = points
                 axis.boxplot([y], positions=[place], widths=0.5, showfliers=False)
                 axis.plot([place] * len(y), y, "o", alpha=0.6)
-                axis.set_xticks(range(len(names)), names, rotation=20)
-                continue
-            spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in y]
-            axis.errorbar(x, [statistics.mean(values) for values in y], spread, label=name,
-                          marker="o", markersize=3, capsize=2)
-            axis.set_xlabel("tuning steps" if steps else "samples per label")
-            axis.legend()
+        if not lines:
+            axis.set_xticks(range(len(names)), names, rotation=20)
+        elif along == "shots":
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(settings.shots, settings.shots)
+        axis.set_xlabel("" if not lines else "tuning steps" if along == "step" else
+                        "samples per label")
         axis.set_title(target)
     axes[0][0].set_ylabel(f"test accuracy in %, {len(settings.seeds)} seeds, {settings.model}")
-    atomic_write(path, lambda file: picture.savefig(file, format="png", dpi=120))
-    pyplot.close(picture)
+    save_picture(picture, path, dpi=120)
+
+
+def save_picture(picture, path, dpi):
+    """Write a figure as a PNG, and close it -> path."""
+    with whole_file(path) as file:
+        picture.savefig(file, format="png", dpi=dpi)
+    import_pyplot().close(picture)
+    return path
+
+
+if __name__ == "__main__":
+    for name, chosen in STUDIES.items():
+        print(f"python eval.py --study {name:11} {chosen}")

@@ -13,6 +13,7 @@ import data
 import doctest
 import eval as evaluation
 import inspect
+import jobs
 import json
 import kmeans as km
 import math
@@ -27,6 +28,7 @@ import tasks
 import time
 import torch
 import torch.nn.functional as F
+from candidates import open_candidate
 from collections import Counter
 from common import InputError
 from corpus import documents, split_sentences
@@ -40,9 +42,9 @@ from tasks import TASKS, load_test
 from tokenizers import pre_tokenizers
 from types import SimpleNamespace
 from conftest import (BOTH, GOLDEN_RUN, SENTINEL, SMALL, SUPMER_DATA, TEMPLATE_WORDS, V10, V11, WORDS, batch,
-    affine_start, by_hand, context, eval_settings, first_result, formula, held_out_documents, logits, make_run, model, needs_data, needs_sklearn,
+    accuracies, affine_start, by_hand, context, eval_settings, formula, held_out_documents, logits, make_run, model, needs_data, needs_sklearn,
     needs_transformers, parsed, posed, random_examples, random_t5, random_task, relative, sklearn, small_examples, small_state, small_t5, transformers, tune,
-    tuning_record, without_times, write_model, write_rows)
+    rows_of, write_model, write_rows)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -1825,42 +1827,29 @@ def test_analysis_of_equations_9_and_15(world):
     assert half == pytest.approx(2, rel=0.02)
 
 
-# ----------------------------------------------------------------------------------- worked by hand
-
+# ------------------------------------------------------------------ the protocol: worked by hand
 
 def test_tuning_step_by_hand():
     """Three tuning steps equal AdamW, written out here, on the clipped psi(g) of each batch, with
     psi's H from that batch and a rate that falls linearly; the gradient here is autograd's, example
-    by example.
-    """
+    by example."""
     t5, generator = small_t5(torch.float64), torch.Generator().manual_seed(2)
     start = torch.randn(3, 16, generator=generator, dtype=torch.float64)
-    phi = {
-        key: value + 0.3 * torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        for key, value in affine_start(16, torch.float64).items()
-    }
+    phi = {key: value + 0.3 * torch.randn(value.shape, generator=generator, dtype=torch.float64)
+           for key, value in affine_start(16, torch.float64).items()}
     train, rate, steps = small_examples(6), 0.2, 3
-    curve, thetas = tune(
-        t5,
-        start,
-        partial(supmer.regularize, phi),
-        (train, small_examples(4, 9)),
-        10,
-        rate,
-        eval_settings(epochs=1, batch=2, validate_every=1),
-    )
+    curve, thetas = tune(t5, start, partial(supmer.regularize, phi), (train, small_examples(4, 9)),
+                         10, rate, eval_settings(epochs=1, batch=2, validate_every=1))
     theta, m, v, clipped = start.clone(), 0.0, 0.0, 0
     for step in range(steps):
-        rows = evaluation.batch_rows(6, step, 10, 2)
         leaf, losses, states = theta.clone().requires_grad_(), [], []
-        for row in rows:
-            batch = data.collate(train, [row])
-            H, mask = supmer.encode_with_prompt(t5, leaf, batch)
+        for row in evaluation.batch_rows(6, step, 10, 2):
+            H, mask = supmer.encode_with_prompt(t5, leaf, data.collate(train, [row]))
             y = T.decode(t5, torch.tensor([[0, train.words[0][0]]]), H, mask)[0, 1]
             log_p = torch.log_softmax(T.next_token_logits(t5, y), -1)
             losses.append(-log_p[train.words[int(train.labels[row])][1]])
             states.append(H[0].mean(0))
-        (g,) = torch.autograd.grad(sum(losses) / 2, leaf)
+        g, = torch.autograd.grad(sum(losses) / 2, leaf)
         psi = supmer.regularize(phi, g, (sum(states) / 2).detach())
         clipped += float(psi.norm()) > 1
         psi = psi * min(1.0, 1.0 / (float(psi.norm()) + 1e-6))
@@ -1869,105 +1858,56 @@ def test_tuning_step_by_hand():
         theta = theta - rate * (1 - step / steps) * unbiased / (square.sqrt() + 1e-8)
     assert [entry["step"] for entry in curve] == [0, 1, 2, 3] and torch.equal(thetas[0], start)
     assert torch.allclose(thetas[3], theta, rtol=1e-9, atol=1e-9) and not torch.equal(theta, start)
+    moved = float((thetas[3] - start).norm() / start.norm())
+    assert curve[3]["moved"] == pytest.approx(moved) and -1 <= curve[3]["psi_cosine"] < 1
+    unit = tune(t5, start, None, (train, train), 10, 0.4, eval_settings(), 0.5)
+    assert torch.equal(unit[1], tune(t5, start, None, (train, train), 10, 0.2, eval_settings())[1])
 
 
 def test_clipping_acts(monkeypatch):
     """A long gradient reaches AdamW with norm 1."""
-    seen = []
-    original = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(
-        torch.nn.utils,
-        "clip_grad_norm_",
-        lambda parameters, limit: (
-            seen.append(limit),
-            original(parameters, limit),
-            seen.append(float([*parameters][0].grad.norm())),
-        ),
-    )
-    g = torch.ones(3, 16)
-    monkeypatch.setattr(
-        evaluation,
-        "tuning_gradient",
-        lambda *_: ({"theta": 50 * g}, None),
-    )
-    tune(
-        small_t5(),
-        torch.zeros(3, 16),
-        None,
-        (small_examples(4), small_examples(4)),
-        10,
-        0.1,
-        eval_settings(),
-    )
-    assert seen[0::2] == [1.0] * 2 and all(abs(norm - 1) < 1e-5 for norm in seen[1::2])
+    seen, original = [], torch.optim.AdamW.step
+
+    def step(self):
+        seen.append(float(self.param_groups[0]["params"][0].grad.norm()))
+        return original(self)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    gradient = {"theta": 50 * torch.ones(3, 16)}, None
+    monkeypatch.setattr(evaluation, "tuning_gradient", lambda *_: gradient)
+    sample = small_examples(4), small_examples(4)
+    tune(small_t5(), torch.zeros(3, 16), None, sample, 10, 0.1, eval_settings())
+    assert seen == pytest.approx([1, 1], abs=1e-5)
 
 
-def scripted(monkeypatch, values):
-    """Let validations return these (correct, loss) pairs in turn."""
-    values = iter(values)
-    monkeypatch.setattr(
-        evaluation,
-        "measure",
-        lambda scores, labels: dict(zip(("correct", "loss", "word_loss"), [*next(values), 99.0])),
-    )
-
-
-@pytest.mark.parametrize(
-    "values, chosen",
-    [
-        (
-            [(2, 1.0), (3, 1.0), (3, 0.5), (3, 0.5), (1, 0.1)],
-            4,
-        ),  # accuracy, then loss, then the earlier step
-        ([(3, 1.0), (3, 1.0), (2, 0.1), (3, 1.0), (3, 1.0)], 0),  # step 0 counts, and wins ties
-        ([(0, 1.0), (1, 9.0), (1, 9.0), (2, 9.0), (2, 8.0)], 8),
-    ],
-)
+@pytest.mark.parametrize("values, chosen", [
+    ([(2, 1.0), (3, 1.0), (3, 0.5), (3, 0.5), (1, 0.1)], 4),    # accuracy, loss, the earlier step
+    ([(3, 1.0), (3, 1.0), (2, 0.1), (3, 1.0), (3, 1.0)], 0),    # step 0 counts, and wins ties
+    ([(0, 1.0), (1, 9.0), (1, 9.0), (2, 9.0), (2, 8.0)], 8)])
 def test_step_is_chosen_by_hand(monkeypatch, values, chosen):
     """Of the validations at steps 0, 2, 4, 6, 8 the one of highest accuracy is chosen; ties go to
-    the lower loss, then to the earlier step. Each one's prompt is the one that was measured.
-    """
-    measured = []
-    original = evaluation.score
-    monkeypatch.setattr(
-        evaluation,
-        "score",
-        lambda t5, theta, examples, method: (
-            measured.append(theta.clone()),
-            original(t5, theta, examples, method),
-        )[1],
-    )
-    scripted(monkeypatch, values)
-    sample = small_examples(4), small_examples(4, 1)
-    curve, thetas = tune(
-        small_t5(),
-        torch.ones(3, 16),
-        None,
-        sample,
-        10,
-        0.1,
-        eval_settings(epochs=8, validate_every=2),
-    )
+    the lower loss, then to the earlier step. What is kept is the prompt that was measured."""
+    measured, original, values_left = [], evaluation.score, iter(values)
+    monkeypatch.setattr(evaluation, "score", lambda t5, theta, *rest: (
+        measured.append(theta.clone()), original(t5, theta, *rest))[1])
+    monkeypatch.setattr(evaluation, "measure", lambda scores, labels: dict(
+        zip(("correct", "loss", "word_loss"), [*next(values_left), 99.0])))
+    start = partial(baselines.given_prompt, theta=torch.ones(3, 16))
+    tensors, about = evaluation.tune_job(
+        small_t5(), "learned", start, None, (small_examples(4), small_examples(4, 1)), 10, 0.1,
+        evaluation.Tuning(8, 4, 2, False), 1.0, False, {})
+    curve = about["validations"]
     assert [entry["step"] for entry in curve] == [0, 2, 4, 6, 8]
-    assert min(curve, key=evaluation.rank)["step"] == chosen
-    assert torch.equal(thetas, torch.stack(measured))
     assert [entry["accuracy"] for entry in curve] == [25 * correct for correct, _ in values]
+    assert torch.equal(tensors["theta"], measured[chosen // 2])
+    assert min(curve, key=evaluation.preference)["step"] == chosen
 
 
 def test_rate_is_chosen_by_hand():
     """Between rates: accuracy, loss, earlier step, and only then the smaller rate."""
-
-    def entry(accuracy, loss, step, rate):
-        return {"accuracy": accuracy, "loss": loss, "step": step, "rate": rate}
-
-    order = [
-        entry(90.0, 2.0, 50, 0.3),
-        entry(80.0, 1.0, 20, 0.3),
-        entry(80.0, 1.5, 10, 0.2),
-        entry(80.0, 1.5, 10, 0.3),
-        entry(80.0, 1.5, 20, 0.1),
-    ]
-    assert sorted(reversed(order), key=evaluation.rank) == order
+    order = [dict(zip(("accuracy", "loss", "step", "rate"), values)) for values in (
+        (90.0, 2.0, 50, 0.3), (80.0, 1.0, 20, 0.3), (80.0, 1.5, 10, 0.2), (80.0, 1.5, 10, 0.3),
+        (80.0, 1.5, 20, 0.1))]
+    assert sorted(reversed(order), key=evaluation.preference) == order
 
 
 def test_standard_deviation_is_the_samples():
@@ -1976,181 +1916,152 @@ def test_standard_deviation_is_the_samples():
     assert evaluation.figure([60.0]) == "60.0"
 
 
-# -------------------------------------------------------------------------- properties, determinism
-
+# ------------------------------------------------------- the protocol: properties, determinism
 
 def test_batches_are_a_pure_function():
     """Each epoch holds every row once, in batches of at most `size`; the same arguments give the
-    same rows, another epoch or seed others.
-    """
-    epochs = [
-        [evaluation.batch_rows(70, 3 * epoch + k, 10, 32) for k in range(3)] for epoch in range(2)
-    ]
+    same rows, another epoch or seed others."""
+    epochs = [[evaluation.batch_rows(70, 3 * epoch + k, 10, 32) for k in range(3)]
+              for epoch in range(2)]
     for epoch in epochs:
-        assert [len(rows) for rows in epoch] == [32, 32, 6] and sorted(sum(epoch, [])) == list(
-            range(70)
-        )
+        assert [len(rows) for rows in epoch] == [32, 32, 6]
+        assert sorted(sum(epoch, [])) == list(range(70))
     assert epochs[0] != epochs[1] and epochs[0][1] == evaluation.batch_rows(70, 1, 10, 32)
     assert evaluation.batch_rows(70, 1, 20, 32) != epochs[0][1]
 
 
 def test_tuning_repeats_exactly():
     """The same start, sample, seed and rate give the same curve and the same prompt, bit for bit;
-    start is unchanged; another seed gives another curve.
-    """
+    start is unchanged; another seed gives another curve."""
     start, sample = torch.ones(3, 16), (small_examples(10), small_examples(6, 1))
-    first, again, other = (
-        tune(small_t5(), start, None, sample, seed, 0.1, eval_settings())
-        for seed in (10, 10, 20)
-    )
-    assert (
-        first[0] == again[0]
-        and torch.equal(first[1], again[1])
-        and torch.equal(start, torch.ones(3, 16))
-    )
-    assert first[0] != other[0]
+    first, again, other = (tune(small_t5(), start, None, sample, seed, 0.1, eval_settings())
+                           for seed in (10, 10, 20))
+    assert first[0] == again[0] and torch.equal(first[1], again[1])
+    assert torch.equal(start, torch.ones(3, 16)) and first[0] != other[0]
 
 
 def test_identity_regularizer_is_plain_tuning():
     """A learned start whose psi is the identity is tuned exactly as the same start without psi;
-    another psi is not.
-    """
+    another psi is not."""
     t5, start = small_t5(torch.float64), torch.ones(3, 16, dtype=torch.float64)
     sample = small_examples(10), small_examples(6, 1)
     phi = affine_start(16, torch.float64)
-    turned = {**phi, "A": phi["A"].flip(0)}
     plain, identity, other = (
-        tune(t5, start, p, sample, 10, 0.1, eval_settings())[0]
-        for p in (None, partial(supmer.regularize, phi), partial(supmer.regularize, turned))
-    )
-
-    def losses(curve):
-        return np.array([entry["loss"] for entry in curve])
-
-    assert np.allclose(losses(plain), losses(identity), rtol=1e-8) and not np.allclose(
-        losses(plain), losses(other), rtol=1e-4
-    )
+        np.array([entry["loss"] for entry in tune(t5, start, psi, sample, 10, 0.1,
+                                                  eval_settings())[0]])
+        for psi in (None, partial(supmer.regularize, phi),
+                    partial(supmer.regularize, {**phi, "A": phi["A"].flip(0)})))
+    assert np.allclose(plain, identity, rtol=1e-8) and not np.allclose(plain, other, rtol=1e-4)
 
 
-def test_untuned_prompts(place):
+def test_untuned_prompts():
     """random has the embedding table's deviation and vocab rows of the table; both differ from seed
-    to seed and repeat.
-    """
-    t5 = small_t5()
-    choices = eval_settings(prompt_length=2000, seeds=(10, 20))
-    table = t5.weights["shared.weight"]
+    to seed and repeat."""
+    t5, choices = small_t5(), eval_settings(prompt_length=2000, seeds=(10, 20))
+    table, found = t5.weights["shared.weight"], {}
     for name in ("random", "vocab"):
-        first, second = (start(t5)["theta"] for start in
-                         evaluation.open_candidate(name, t5.config, choices).starts)
-        assert (
-            first.shape == (2000, 16)
-            and first.dtype == torch.float32
-            and not torch.equal(first, second)
-        )
-        assert torch.equal(first, evaluation.open_candidate(
-            name, t5.config, choices).starts[0](t5)["theta"])
-        if name == "random":
-            assert (
-                abs(float(first.std() / table.std()) - 1) < 0.02 and abs(float(first.mean())) < 0.02
-            )
-        else:
-            assert ((first[:, None] - table).abs().sum(-1) == 0).any(1).all()
+        first, second, again, _ = (
+            start(t5)["theta"] for _ in range(2)
+            for start in open_candidate(name, t5.config, choices).starts)
+        assert first.shape == (2000, 16) and first.dtype == torch.float32
+        assert torch.equal(first, again) and not torch.equal(first, second)
+        found[name] = first
+    assert float(found["random"].std() / table.std()) == pytest.approx(1, abs=0.02)
+    assert abs(float(found["random"].mean())) < 0.02
+    assert ((found["vocab"][:, None] - table).abs().sum(-1) == 0).any(1).all()
 
 
 def test_learns_a_planted_task():
     """16 examples per label of a planted task (which of two classes of words is in the sentence)
     teach a prompt of a frozen RANDOM T5 to classify new sentences; the untuned prompt is near
-    chance.
-    """
-    t5 = small_t5(seed=3)
+    chance."""
+    t5, new = small_t5(seed=3), small_examples(200, 2)
     start = baselines.normal_prompt(t5, 10, 8)["theta"]
-    sample, new = (small_examples(32), small_examples(32, 1)), small_examples(200, 2)
-    curve, thetas = tune(
-        t5, start, None, sample, 10, 0.1, eval_settings(epochs=80, batch=32, words_only=True)
-    )
-    best = curve.index(min(curve, key=evaluation.rank))
-
-    def accuracy(theta):
-        return (
-            supmer.measure(supmer.score(t5, theta, new, supmer.Method()), new.labels)["correct"]
-            / 200
-        )
-
+    curve, thetas = tune(t5, start, None, (small_examples(32), small_examples(32, 1)), 10, 0.1,
+                         eval_settings(epochs=80, batch=32, words_only=True))
+    best = curve.index(min(curve, key=evaluation.preference))
+    before, after = (supmer.measure(supmer.score(t5, theta, new, Method()), new.labels)["correct"]
+                     / 200 for theta in (start, thetas[best]))
     # 0.77 to 0.89 with the order of batches, or a last bit; 0.7 is chance and 5 standard errors
-    assert accuracy(start) < 0.6 and accuracy(thetas[best]) > 0.7 and best > 0
+    assert before < 0.6 and after > 0.7 and best > 0
 
 
-def planted_plan():
-    return evaluation.Plan("planted", TASKS["planted"], {"planted": TASKS["planted"]}, "data")
-
+# --------------------------------------------------------------- the protocol: the sealed test set
 
 def test_tuning_needs_no_test_file(place):
-    """With the test file absent the tuning record is the same, byte for byte, as with it."""
+    """With the test file absent the tuning rows and what is kept are the same, bit by bit."""
     t5, choices = small_t5(), eval_settings(shots=(4,), seeds=(10,), rates=(0.1,))
-    prompt = evaluation.open_candidate("vocab", t5.config, choices)
-
-    def record():
+    plan = evaluation.Plan("planted", 4, TASKS["planted"], {}, "data")
+    found = []
+    for _ in range(2):
         with context(t5, choices) as c:
-            samples = evaluation.draw_samples(c, planted_plan(), 4)
-            records, kept = evaluation.tune_task(c, planted_plan(), prompt, samples, 4)
-        return json.dumps(without_times(records)), kept[0]["tuned"]["theta"].numpy().tobytes()
-
-    present = record()
-    os.remove("data/planted/test.csv")
-    assert record() == present
+            samples = evaluation.draw_samples(choices, plan)
+            rows = evaluation.tune_candidate(c, plan, open_candidate("vocab", t5.config, choices),
+                                             samples)
+            best, = (row for row in rows if row["kind"] == "tuned")
+            kept = evaluation.kept_of(best)[best["step"]]["theta"].tolist()
+        found.append(([{**row, "seconds": 0} for row in rows], kept))
+        Path("data/planted/test.csv").unlink(missing_ok=True)
+    assert found[0] == found[1]
 
 
 def test_test_labels_do_not_reach_tuning(place, monkeypatch):
-    """With every label of the test file turned round, the tuning record of a whole evaluation is
-    byte-identical, while the test accuracies become 100 % minus what they were; and load_test is
-    called after the last tuning run.
-    """
-    order, files = [], ("one.json", "two.json")
-    for name in ("tune", "load_test"):
-        original = getattr(evaluation, name)
-        monkeypatch.setattr(
-            evaluation,
-            name,
-            lambda *a, _name=name, _original=original: (order.append(_name), _original(*a))[1],
-        )
-    evaluation.main([*SMALL, "--prompt", "vocab", "random", "--out", "one.json"])
-    assert order == ["tune"] * 8 + ["load_test"]
-    write_rows(place / "data/planted/test.csv", 40, 2, flip=True)
-    shutil.rmtree(evaluation.TUNED)
-    evaluation.main([*SMALL, "--prompt", "vocab", "random", "--out", "two.json"])
-    assert order == (["tune"] * 8 + ["load_test"]) * 2
-    assert tuning_record("one.json") == tuning_record("two.json")
-    one, two = (first_result(name)["test"]["planted"]["prompts"] for name in files)
-    for name in ("vocab", "random"):
-        assert np.allclose(np.array(one[name]["tuned"]) + two[name]["tuned"], 100)
+    """With every label of the test file turned round, the tuning rows of a whole evaluation are the
+    same, while the test accuracies become 100 % minus what they were. No file of the name is opened
+    before the last tuning run has ended."""
+    order, original, opened = [], evaluation.tune, open
+    monkeypatch.setattr(evaluation, "tune", lambda *a: (order.append("tune"), original(*a))[1])
+
+    def note(file, *rest, **how):
+        if str(file).endswith("test.csv"):
+            order.append("test file")
+        return opened(file, *rest, **how)
+    monkeypatch.setattr("builtins.open", note)
+    monkeypatch.setattr("io.open", note)            # of pathlib
+    for name, flip in (("one.json", False), ("two.json", True)):
+        write_rows(place / "data/planted/test.csv", 40, 2, flip)
+        shutil.rmtree(jobs.TUNED, ignore_errors=True)
+        order.clear()
+        evaluation.main([*SMALL, "--prompt", "vocab", "random", "--out", name])
+        assert order[:8] == ["tune"] * 8 and set(order[8:]) == {"test file"}
+    validations = [rows_of(name, split="validation") for name in ("one.json", "two.json")]
+    assert validations[0] == validations[1]
+    for prompt in ("vocab", "random"):
+        one, two = (accuracies(name, prompt=prompt) for name in ("one.json", "two.json"))
+        assert np.add(one, two) == pytest.approx([100, 100])
 
 
 def test_sampled_texts_are_not_tested(place, monkeypatch, capsys):
     """A test file that is the training file and one row more (a domain's pool): each seed is tested
-    on the rows that it has not sampled, and how many were left out is said."""
+    on the rows that it has not sampled, and how many were left out is printed."""
     train = Path("data/planted/train.csv").read_text()
     Path("data/planted/test.csv").write_text(train + "1,good film\n")
     t5, choices = small_t5(), eval_settings(shots=(4,), seeds=(10, 20), rates=(0.1,))
-    prompt = evaluation.open_candidate("vocab", t5.config, choices)
-    with context(t5, choices) as c:
-        samples = evaluation.draw_samples(c, planted_plan(), 4)
-        records, kept = evaluation.tune_task(c, planted_plan(), prompt, samples, 4)
-        # predict the label of every row that a seed has sampled wrongly, the others rightly
+    plan = evaluation.Plan("planted", 4, TASKS["planted"], {"planted": TASKS["planted"]}, "data")
+    samples = evaluation.draw_samples(choices, plan)
+    sampled = [[row.fields for row in sample.train + sample.held_out] for sample in samples]
+    by_path = {}
+
+    def right_but_for_the_sample(path):
+        """Predict the label of every row that the seed has sampled wrongly, the others rightly."""
         rows = load_test(TASKS["planted"], "data")
-        sampled = [[row.fields for row in sample.train + sample.held_out] for sample in samples]
-        wrong = [[row.fields in texts for row in rows] for texts in sampled]
-        answers, found = [[], *(answer for answer in wrong for _ in "ut")], {}
-        def scores(jobs, title):                # no prompt; untuned, tuned
-            for job, answer in zip(jobs, answers, strict=True):
-                right = torch.tensor([row.label ^ bool(answer and answer[i])
-                                      for i, row in enumerate(rows)])
-                found[job.path] = {"scores": F.one_hot(right, 2).float()}, {}
-        monkeypatch.setattr(evaluation, "read_result", found.__getitem__)
-        test = evaluation.test_task(c._replace(work=scores), "planted", TASKS["planted"], "data",
-                                    [(prompt, records, kept)], samples)
-    assert [len(texts) for texts in sampled] == [16, 16] == test["left_out"]
-    assert test["prompts"]["vocab"]["tuned"] == [100, 100] and test["no_prompt"] == 100
-    assert test["prompts"]["vocab"]["untuned"] == [100, 100]
+        seed = by_path[path]
+        texts = sampled[choices.seeds.index(seed)] if seed else ()
+        labels = torch.tensor([row.label ^ (row.fields in texts) for row in rows])
+        return {"scores": F.one_hot(labels, 2).float()}, {}
+    with context(t5, choices) as c:
+        candidate = open_candidate("vocab", t5.config, choices)
+        tuned = evaluation.tune_candidate(c, plan, candidate, samples)
+        chosen = {("vocab", row["seed"]): row for row in tuned if row["kind"] == "tuned"}
+        asked = evaluation.test_jobs(c, plan, "planted", load_test(TASKS["planted"], "data"),
+                                         [candidate], chosen, samples)
+        by_path |= {job.path: row["seed"] for row, job in asked}
+        monkeypatch.setattr(evaluation, "test_jobs", lambda *_: asked)
+        monkeypatch.setattr(evaluation, "read_result", right_but_for_the_sample)
+        rows = evaluation.evaluate_target(c, plan, "planted", [candidate], chosen, samples)
+    assert [len(texts) for texts in sampled] == [16, 16]
+    scored = [row for row in rows if row["prompt"] == "vocab"]
+    assert [row["accuracy"] for row in scored] == [100] * 4
     assert "[16, 16] test rows, by seed, are left out" in capsys.readouterr().out
 
 

@@ -4,6 +4,7 @@ import baselines
 import data
 import estimate
 import eval as evaluation
+import jobs
 import json
 import math
 import numpy as np
@@ -24,9 +25,9 @@ from pathlib import Path
 from supmer import Method
 from t5 import load_t5
 from tasks import TASKS, load_test, task_examples
-from conftest import (FILLER, NEGATIVE, PIECES, POSITIVE, SMALL, V11, begin, eval_settings,
-    first_result, make_run, peak_of, random_task, relative, small_config,
-    small_examples, small_group, small_state, small_t5, tuning_record, write_run)
+from conftest import (FILLER, NEGATIVE, PIECES, POSITIVE, SMALL, V11, accuracies, begin, eval_settings,
+    make_run, peak_of, random_task, relative, small_config,
+    rows_of, small_examples, small_state, small_t5, write_run)
 
 
 # ------------------------------------------------------- baselines.py: what SUPMER is compared with
@@ -80,7 +81,7 @@ def test_each_method_learns_what_no_word_alone_tells(name, rate):
     settings = eval_settings(epochs=80, batch=32, words_only=True, validate_every=10)
     for record, kept in evaluation.tune(t5, name, begin(name), None, sample, 10, rate, settings):
         curve.append(record)
-        if min(curve, key=evaluation.rank) is record:
+        if min(curve, key=evaluation.preference) is record:
             best = {key: x.clone() for key, x in kept.items()}
     untuned = baselines.BASELINES[name].fold(t5, begin(name)(t5))
     assert accuracy_of(t5, name, untuned, new) < 0.65 < 0.68 < accuracy_of(t5, name, best, new)
@@ -430,37 +431,34 @@ EVERY = ("zero-shot", "few-shot", "vocab", "prefix-tuning", "p-tuning-v2", "ft")
 
 
 def test_every_method_in_one_table(place, monkeypatch, capsys):
-    """One command: a row for each method with its number of parameters; zero-shot and few-shot tune
-    nothing and open no more than the others; the effect of the demonstrations' order is told; done
-    again, nothing is tuned or scored anew; a kept state gives the table's predictions."""
+    """One command: a row for each method; zero-shot and few-shot tune nothing; the effect of the
+    demonstrations' order is in the rows; done again, nothing is tuned or scored anew; a kept state
+    gives the predictions."""
     monkeypatch.setitem(baselines.INSTRUCTIONS, "planted", "the film was good ?")
-    argv = [*SMALL, "--prompt", *EVERY, "--predictions"]
+    argv, path = [*SMALL, "--prompt", *EVERY, "--predictions"], "runs/eval/small-planted.json"
     evaluation.main(argv)
-    printed, result = capsys.readouterr().out, first_result("runs/eval/small-planted.json")
-    test = result["test"]["planted"]["prompts"]
-    assert list(test) == list(EVERY)
+    printed = capsys.readouterr().out
     for name in EVERY:
-        assert f"| {name} | {evaluation.figure(test[name]['tuned'])} |" in printed
-    assert result["tuning"]["zero-shot"] == result["tuning"]["few-shot"] == []
-    assert [name for name in EVERY if "untuned" in test[name]] == ["vocab"]
-    orders = test["few-shot"]["orders"]
-    assert len(orders) == baselines.ORDERS and test["few-shot"]["tuned"][0] == orders[0]
-    assert f"few-shot: the first seed's demonstrations in {baselines.ORDERS} orders: " in printed
-    assert "ft: 0.00 GiB in each process" in printed and "1 process(es)" in printed
+        assert f"| {name} | {evaluation.figure(accuracies(path, prompt=name))} |" in printed
+    assert {row["prompt"] for row in rows_of(path, split="validation")} == set(EVERY[2:])
+    assert {row["prompt"] for row in rows_of(path, split="test", kind="untuned")} == {
+        "vocab", "no prompt", "most frequent label"}
+    orders = rows_of(path, prompt="few-shot", kind="order")
+    assert len(orders) == baselines.ORDERS - 1 and {row["seed"] for row in orders} == {10}
+    assert "ft: 0.00 GiB in each process" in printed
     t5, tokenizer = load_t5(Path("small")), data.load_tokenizer("small", small_config())
     examples = task_examples(tokenizer, TASKS["planted"], load_test(TASKS["planted"], "data"))
     for name in EVERY[2:]:
-        for i, record in enumerate(result["tuning"][name]):
-            tensors, about = evaluation.read_result(record["file"])
+        tests = rows_of(path, prompt=name, split="test", kind="tuned")
+        for row, test in zip(rows_of(path, prompt=name, split="validation", kind="tuned"), tests):
+            tensors, about = jobs.read_result(row["file"])
             found = supmer.score(*baselines.BASELINES[name].model(t5, tensors), examples,
                                  supmer.Method()).argmax(-1)
-            assert about["baseline"] == name
-            assert found.tolist() == test[name]["predictions"][i]
+            assert about["baseline"] == name and found.tolist() == test["predictions"]
     for name in ("tune", "score"):
         monkeypatch.setattr(evaluation, name, lambda *_: pytest.fail("done again"))
     evaluation.main(argv)
-    assert tuning_record("runs/eval/small-planted.json") == tuning_record(
-        "runs/eval/small-planted.1.json")
+    assert rows_of(path) == rows_of("runs/eval/small-planted.1.json")
 
 
 def test_unified_prompts_are_tuned_as_multiple_choice(place, monkeypatch):
@@ -477,83 +475,3 @@ def test_unified_prompts_are_tuned_as_multiple_choice(place, monkeypatch):
     assert [[PIECES[word[1]] for word in one.words] for one in (plain, unified)] == [*names]
     assert all(6 in ids and 7 in ids for ids in unified.ids)        # its words are options there
     assert not any(6 in ids for ids in plain.ids)
-
-
-def test_a_study_makes_the_runs_that_are_missing(place, monkeypatch, capsys):
-    """A method of the comparison is trained when it is its turn, all with the same numbers, or gone
-    on with, whatever other runs there are; what cannot be is "not run" in the table, for the reason
-    told; when one is stopped, those before it are tested and the others are not run."""
-    write_run("runs/by-hand", name="ppt")
-    write_run("runs/compared/small-ppt", name="ppt", finished=False)
-    called = []
-
-    def made(argv):
-        called.append(argv)
-        if "metapt" in argv:
-            raise InputError("no labeled data here")
-        if "--resume" in argv:
-            shutil.rmtree("runs/compared/small-ppt")
-            write_run("runs/compared/small-ppt", name="ppt")
-        else:
-            write_run("runs/compared/small-supmer", finished=False)
-    monkeypatch.setattr(train, "main", made)
-    study = [word for word in SMALL if word not in ("--rates", "0.1", "0.3")]
-    study += ["--study", "comparison", "--rates", "0.1", "--prompt"]
-    evaluation.main([*study, "ppt", "metapt", "vocab", "--max-minutes", "5"])
-    left = [float(argv[-1]) for argv in called]
-    assert 4 < left[1] <= left[0] <= 5
-    assert [argv[:-2] for argv in called] == [["--resume", "runs/compared/small-ppt"], [
-        "--model", "small", "--method", "metapt", "--run", "runs/compared/small-metapt",
-        "--labeled", ""]]
-    written = json.loads(Path("runs/eval/small-comparison.json").read_text())
-    assert written["prompts"]["metapt"] == {"not_run": "no labeled data here"}
-    assert "| metapt | not run |" in capsys.readouterr().out
-    assert written["prompts"]["ppt"]["file"] == "runs/compared/small-ppt"
-    evaluation.main([*study, "vocab", "supmer", "random"])          # supmer is stopped at once
-    printed = capsys.readouterr().out
-    assert "| supmer | not run |" in printed and "| random | not run |" in printed
-    assert re.search(r"\| vocab \| \d+", printed) and "the same command goes on" in printed
-    with pytest.raises(InputError, match="no labeled data"):        # by its name alone: an error
-        evaluation.main([*SMALL, "--prompt", "metapt", "--labeled", "small"])
-
-
-def test_what_time_did_not_allow_is_not_run(place, monkeypatch, capsys):
-    """Stopped in the second task, the table shows the first, and "not run" for the second."""
-    small_group(monkeypatch, "sst2", "mr")
-    original = evaluation.load_train
-
-    def stop(task, *rest):
-        if stop.calls == 1:
-            raise KeyboardInterrupt
-        stop.calls += 1
-        return original(task, *rest)
-    stop.calls = 0
-    monkeypatch.setattr(evaluation, "load_train", stop)
-    short = [*SMALL, "--prompt", "vocab", "--seeds", "10", "--rates", "0.1", "--task", "sst2", "mr"]
-    evaluation.main(short)
-    printed = capsys.readouterr().out
-    row = next(line for line in printed.splitlines() if line.startswith("| vocab |"))
-    assert row.count("not run") == 1 and "the same command goes on" in printed
-
-
-def test_only_a_stop_tests_what_is_tuned(place, monkeypatch):
-    """An error while the second prompt is tuned ends the call at once, no result is written; a
-    Ctrl-C there leaves the first prompt's test."""
-    small_group(monkeypatch, "sst2")
-    original, out = evaluation.tune_task, Path("out.json")
-    short = [*SMALL, "--prompt", "vocab", "random", "--seeds", "10", "--rates", "0.1", "--task",
-             "sst2", "--out", str(out)]
-    for error in (InputError("refused"), KeyboardInterrupt()):
-        def second_fails(context, plan, candidate, *rest):
-            if candidate.name == "random":
-                raise error
-            return original(context, plan, candidate, *rest)
-        monkeypatch.setattr(evaluation, "tune_task", second_fails)
-        if isinstance(error, InputError):
-            with pytest.raises(InputError, match="refused"):
-                evaluation.main(short)
-            assert not out.exists()
-        else:
-            evaluation.main(short)
-            result, = json.loads(out.read_text())["results"]
-            assert [*result["test"]["sst2"]["prompts"]] == ["vocab"]

@@ -13,6 +13,7 @@ import math
 import numpy as np
 import os
 import pickle
+import predict
 import prompts
 import pytest
 import re
@@ -205,7 +206,7 @@ def of_runs(folder, small_world):
     values = {"task": TASKS["movie"]._replace(words=("A", "B"))._asdict(), "baseline": "learned",
               "model": "m", "model_sha256": T.model_fingerprint(settings.model)}
     save_file({"theta": torch.ones(3, 16)}, path, {"result": json.dumps(values)})
-    path, call, contents, whole = tries(path, lambda: evaluation.predict(settings), n=10)
+    path, call, contents, whole = tries(path, lambda: predict.predict(settings), n=10)
     for text in variants({name: values[name] for name in ("task", "baseline")}):
         save_file({"theta": torch.ones(3, 16)}, path, {"result": text.decode()})
         contents.append(path.read_bytes())

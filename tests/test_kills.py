@@ -23,9 +23,9 @@ import train
 from data import load_tokenizer
 from pathlib import Path
 from t5 import load_t5
-from conftest import (ANY, COMMIT, Files, Hub, PLANTED, SMALL, V11, contents, ended, first_result, forked,
-    hub_files, log_without_times, run_with_prompt, save_model, small_config,
-    without_times, write_place, write_small_world)
+from conftest import (ANY, COMMIT, Files, Hub, PLANTED, SMALL, V11, contents, ended, forked,
+    hub_files, log_without_times, rows_of, run_with_prompt, save_model, small_config,
+    write_place, write_small_world)
 
 
 class Killable:
@@ -81,9 +81,7 @@ class Evaluation(Killable):
                          str(self.place / "small"), "--prompt", "vocab", "--out", "out.json"])
 
     def result(self):
-        found = first_result("out.json")
-        return (without_times(found["tuning"]), found["test"], contents(Path(), ".tmp"),
-                Path("out.md").read_bytes())
+        return rows_of("out.json"), contents(Path(), ".tmp"), Path("out.md").read_bytes()
 
 
 class Export(Killable):

@@ -14,6 +14,7 @@ import t5 as T
 import torch
 import torch.nn.functional as F
 import train
+from candidates import open_candidate
 from common import InputError
 from conftest import (Evil, SMALL, V11, affine_start, logits, peft, relative, released_files,
                       run_with_prompt, save_model, small_config, small_t5, transformers)
@@ -103,14 +104,14 @@ def test_the_authors_files_are_fetched_once(place, monkeypatch):
     monkeypatch.setattr(hubs, "RELEASED_URL", (place / "theirs").as_uri() + "/")
     settings, _ = evaluation.parse([*SMALL, "--prompt-length", "100", "--prompt", "released"])
     for _ in range(2):
-        prompt = evaluation.open_candidate("released", small_config(), settings)
+        prompt = open_candidate("released", small_config(), settings)
         assert torch.equal(prompt.starts[0](small_t5())["theta"], theta)
         g, pooled = theta.flip(0) / 1e4, theta[0]
         assert torch.equal(prompt.psi(g, pooled), prompts.regularize_released(phi, g, pooled))
         monkeypatch.setattr(hubs, "RELEASED_URL", "file:///nowhere/")   # they are there already
     monkeypatch.delitem(hubs.RELEASED, (16, 32))
     with pytest.raises(InputError, match="for t5-base and flan-t5-xl only"):
-        evaluation.open_candidate("released", small_config(), settings)
+        open_candidate("released", small_config(), settings)
 
 
 def test_released_files_of_another_kind(tmp_path):
