@@ -60,23 +60,25 @@ ENTAILMENT = '" {hypothesis} " ? <X> , " {premise} "'
 SAME = "Do {a} and {b} have the same meaning? <X> ."
 
 
-def original(folder, test="test.csv", *urls, evidence=True, **how):
+def original(folder, sizes, *sha256, test="test.csv", urls=(), evidence=True, **how):
     """A data set of LM-BFF's archive."""
     return LabeledTask(f"original/{folder}/train{test[-4:]}", f"original/{folder}/{test}",
-                       urls=(LMBFF, *urls), groups=("all", "evidence")[:1 + evidence], **how)
+                       sizes=sizes, sha256=sha256 or ("", ""), urls=(LMBFF, *urls),
+                       groups=("all", "evidence") if evidence else ("all",), **how)
 
 
-def superglue(folder, template, words, **how):
+def superglue(folder, sizes, *sha256, **how):
     """A data set of SuperGLUE's."""
-    return LabeledTask(f"superglue/{folder}/train.jsonl", f"superglue/{folder}/val.jsonl", template,
-                       words, 256, groups=("all",), urls=(f"{SUPERGLUE}{folder}.zip",), **how)
+    return LabeledTask(f"superglue/{folder}/train.jsonl", f"superglue/{folder}/val.jsonl",
+                       sizes=sizes, sha256=sha256 or ("", ""), urls=(f"{SUPERGLUE}{folder}.zip",),
+                       max_tokens=256, groups=("all",), **how)
 
 
-def domain(folder, *urls, sha256=("", ""), groups=("dg",)):
-    """A domain of the sentiment transfer. Its `test` is the whole pool."""
-    return LabeledTask(f"domain/{folder}/train", f"domain/{folder}/test", max_tokens=256,
-                       sizes=(0, 2000), groups=groups, urls=tuple(PERL + url for url in urls),
-                       sha256=sha256)
+def domain(folder, *sha256, urls=(), file="", groups=("dg",)):
+    """A domain of the sentiment transfer, whose `test` is the whole pool."""
+    return LabeledTask(f"domain/{folder}/{file or 'train'}", f"domain/{folder}/{file or 'test'}",
+                       max_tokens=256, sizes=(0, 2000), sha256=sha256 or ("", ""),
+                       urls=tuple(PERL + url for url in urls), groups=groups)
 
 
 # Templates and words as the authors released them; test sets as the paper's (of GLUE: dev; of
@@ -85,66 +87,47 @@ TASKS = {
     **{name: LabeledTask(f"tasks/{name}/train.csv", f"tasks/{name}/test.csv",
                          groups=("offline", "evidence"))
        for name in ("movie", "amazon", "nyt", "tweets")},
-    "sst2": original(
-        "SST-2", "dev.tsv", sizes=(6920, 872), columns=("label", "sentence"),
-        sha256=("0e2eb9cad237f8bc597742bdc136d338", "628b5f860a1584f172b9c7b032331553")),
-    "sst5": original(
-        "sst-5", sizes=(8544, 2210), words=("terrible", "bad", "okay", "good", "great"),
-        evidence=False,
-        sha256=("8801a7029ccdf549a2900d0ce7662cc4", "3efa2c4190831c212fe618e3a35567df")),
-    "mr": original(
-        "mr", sizes=(8662, 2000),
-        sha256=("c1e2cc34d7d271f274c0e8ef24241716", "11884f83ada1fbec5ece0190e06598e5")),
-    "cr": original(
-        "cr", sizes=(1774, 2000), max_tokens=256, incomplete="kept",
-        sha256=("0eb8e119ee76f8cca33cfee9fee1ed88", "7fab6959f8ce0d761bdbb0fef247d8a8")),
-    "subj": original(
-        "subj", sizes=(8000, 2000), template="{text} This is <X> .", max_tokens=256,
-        words=("subjective", "objective"),
-        sha256=("d281041f21d4d0336d9cd336a5490dd4", "33ce3835e915977e590e6b27b5051402")),
-    "trec": original(
-        "trec", sizes=(5452, 500), template="{text} <X> :",
-        words=("description", "entity", "expression", "human", "location", "number")),
-    "cb": superglue(
-        "CB", ENTAILMENT, ("yes", "no", "maybe"), sizes=(250, 56), bare="hypothesis",
-        labels=("entailment", "contradiction", "neutral"),
-        sha256=("32017480d3a10508646e3efd64502c63", "c6125587e9601560cb16ea223c33964c")),
-    "rte": original(
-        "RTE", "dev.tsv", GLUE + "RTE.zip", sizes=(2490, 277), template=ENTAILMENT,
-        words=("yes", "no"), labels=("entailment", "not_entailment"), bare="hypothesis",
-        columns=("label", "sentence2", "sentence1"), max_tokens=256, evidence=False,
-        sha256=("41e3a9b063433392343fad9e962cf2f5", "80230dfa1347282e7b532b06a1004a76")),
-    "qnli": original(
-        "QNLI", "dev.tsv", GLUE + "QNLIv2.zip", sizes=(104743, 5463), words=("Yes", "No"),
-        template="{sentence} . Question: {question} ? Answer: <X> .",
-        labels=("entailment", "not_entailment"), evidence=False),
-    "wic": superglue(
-        "WiC", '" {sentence1} " / " {sentence2} " Similar sense of "{word}"? <X> .', ("No", "Yes"),
-        sizes=(5428, 638), labels=("False", "True")),
-    "mrpc": original(
-        "MRPC", "dev.tsv", sizes=(3668, 408), template=SAME, words=("No", "Yes"),
-        columns=("Quality", "#1 String", "#2 String"),
-        sha256=("69abcedee3cf738c6ce58d772e43e1b7", "9e8f284788040f7c9ecde2e1b3c07237")),
-    "qqp": original(
-        "QQP", "dev.tsv", GLUE + "QQP-clean.zip", sizes=(363846, 40430), template=SAME,
-        words=("No", "Yes"), columns=("is_duplicate", "question1", "question2"),
-        incomplete="left", evidence=False),
-    "airlines": domain(
-        "airline", "03fb83d677be7a51d0a83973024b2624c2b39f77/data/airline/train",
-        "3f4995487e820bff574232d27ac5c95c91e3aae1/5-fold_data/airline/test",
-        groups=("dg", "evidence"),
-        sha256=("b08470f5d334d3b90e2e0773bb7f8546", "d85588256f052153598b2f731c028df5")),
-    "books": domain(
-        "books", "3f4995487e820bff574232d27ac5c95c91e3aae1/5-fold_data/books/test",
-        sha256=("", "e139c133cae66c6cf38c33cc40554f02")),
-    "dvd": domain("dvd", "95db6bc374e80ae575f3faa9d4f84a8cea682e5e/dvd/test"),
-    "electronics": domain(
-        "electronics", "7e97408fa9eaa25bed2d2d3f16b7a76b3534962c/data/electronics/test",
-        sha256=("", "adf96b0275ac369e74894c1c7584878b")),
-    "kitchen": domain("kitchen", "7e97408fa9eaa25bed2d2d3f16b7a76b3534962c/data/kitchen/test"),
-    "restaurants": LabeledTask(
-        "domain/restaurants/yelp_labelled.txt", "domain/restaurants/yelp_labelled.txt",
-        max_tokens=256, sizes=(0, 2000), groups=("dg",)),
+    "sst2": original("SST-2", (6920, 872), "0e2eb9cad237f8bc", "628b5f860a1584f1", test="dev.tsv",
+                     columns=("label", "sentence")),
+    "sst5": original("sst-5", (8544, 2210), "8801a7029ccdf549", "3efa2c4190831c21", evidence=False,
+                     words=("terrible", "bad", "okay", "good", "great")),
+    "mr": original("mr", (8662, 2000), "c1e2cc34d7d271f2", "11884f83ada1fbec"),
+    "cr": original("cr", (1774, 2000), "0eb8e119ee76f8cc", "7fab6959f8ce0d76", max_tokens=256,
+                   incomplete="kept"),
+    "subj": original("subj", (8000, 2000), "d281041f21d4d033", "33ce3835e915977e", max_tokens=256,
+                     template="{text} This is <X> .", words=("subjective", "objective")),
+    "trec": original("trec", (5452, 500), template="{text} <X> :",
+                     words=("description", "entity", "expression", "human", "location", "number")),
+    "cb": superglue("CB", (250, 56), "32017480d3a10508", "c6125587e9601560", template=ENTAILMENT,
+                    words=("yes", "no", "maybe"), bare="hypothesis",
+                    labels=("entailment", "contradiction", "neutral")),
+    "rte": original("RTE", (2490, 277), "41e3a9b063433392", "80230dfa1347282e", test="dev.tsv",
+                    urls=(GLUE + "RTE.zip",), evidence=False, template=ENTAILMENT, max_tokens=256,
+                    words=("yes", "no"), labels=("entailment", "not_entailment"),
+                    columns=("label", "sentence2", "sentence1"), bare="hypothesis"),
+    "qnli": original("QNLI", (104743, 5463), test="dev.tsv", urls=(GLUE + "QNLIv2.zip",),
+                     evidence=False, template="{sentence} . Question: {question} ? Answer: <X> .",
+                     words=("Yes", "No"), labels=("entailment", "not_entailment")),
+    "wic": superglue("WiC", (5428, 638), words=("No", "Yes"), labels=("False", "True"), template=
+                     '" {sentence1} " / " {sentence2} " Similar sense of "{word}"? <X> .'),
+    "mrpc": original("MRPC", (3668, 408), "69abcedee3cf738c", "9e8f284788040f7c", test="dev.tsv",
+                     template=SAME, words=("No", "Yes"),
+                     columns=("Quality", "#1 String", "#2 String")),
+    "qqp": original("QQP", (363846, 40430), test="dev.tsv", urls=(GLUE + "QQP-clean.zip",),
+                    evidence=False, template=SAME, words=("No", "Yes"), incomplete="left",
+                    columns=("is_duplicate", "question1", "question2")),
+    "airlines": domain("airline", "b08470f5d334d3b9", "d85588256f052153", urls=(
+        "03fb83d677be7a51d0a83973024b2624c2b39f77/data/airline/train",
+        "3f4995487e820bff574232d27ac5c95c91e3aae1/5-fold_data/airline/test"),
+        groups=("dg", "evidence")),
+    "books": domain("books", "", "e139c133cae66c6c", urls=(
+        "3f4995487e820bff574232d27ac5c95c91e3aae1/5-fold_data/books/test",)),
+    "dvd": domain("dvd", urls=("95db6bc374e80ae575f3faa9d4f84a8cea682e5e/dvd/test",)),
+    "electronics": domain("electronics", "", "adf96b0275ac369e", urls=(
+        "7e97408fa9eaa25bed2d2d3f16b7a76b3534962c/data/electronics/test",)),
+    "kitchen": domain("kitchen", urls=(
+        "7e97408fa9eaa25bed2d2d3f16b7a76b3534962c/data/kitchen/test",)),
+    "restaurants": domain("restaurants", file="yelp_labelled.txt"),
 }
 GROUPS = {group: tuple(name for name, task in TASKS.items() if group in task.groups)
           for group in ("all", "dg", "offline", "evidence")}
