@@ -5,26 +5,22 @@
     examples = task_examples(tokenizer, TASKS["sst2"], train)
 """
 
-import csv
 import hashlib
-import io
-import json
-import pickle
-import pickletools
 import re
 import string
-from itertools import chain
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from common import InputError, SOLO, TINY, reading, whole_file
+from common import InputError, SOLO, TINY, whole_file
 from corpus import _build, hash_share
 from data import (Examples, MAX_TOKENS, Task, _balanced, _shuffled, _usable, compile_template,
                   decoder_targets, fill_template, template_fields, tokenize)
 from hub import archive_member, download
+from tables import FORMATS, read_table        # noqa: F401 (eval.py)
 
 
 # --------------------------------------------------------------------------- the tasks
@@ -48,6 +44,8 @@ class LabeledTask(NamedTuple):
     incomplete: str = "refused"         # rows without a text: refused, kept (but a last one), left
     bare: str = ""              # the field that loses its final punctuation
     groups: tuple[str, ...] = ()        # all: Table 1, dg: Table 2, offline: inside tiny/, evidence
+    header: str = "known"       # see own_task, read_table
+    encoding: str = "utf-8-sig"
     urls: tuple[str, ...] = ()          # of the files, or of archives with them; tried in turn
     sha256: tuple[str, str] = ("", "")  # how those of train and test begin, where they are known
 
@@ -146,25 +144,71 @@ def load_test(task, folder=TINY, say=lambda line: None):
     return read_rows(locate(task, "test", folder), task, task.sizes[1], say)
 
 
+def own_task(path, template, words="", *, test=None, label_column="label", header="either",
+             max_tokens=256, encoding="utf-8-sig", say=print):
+    """A user's labeled file -> LabeledTask, of which what was read and one source a label is said.
+
+    template: each {column} is a column of the file. words: "spam=junk,ham=fine", a word for each
+    label; or "junk,fine" if these are the labels, or for labels that are numbers, in rising order;
+    or "": the labels are the words, or two or five numbers, SENTIMENT. header: "yes", "no", or
+    "either", where a first row that lacks a column is a row. test: the file to test on.
+    Raises InputError, with the labels and a --words to copy, if labels and words do not match.
+    """
+    columns = (label_column, *template_fields(template))
+    task = LabeledTask(str(path), str(test or path), template, (), max_tokens, columns=columns,
+                       incomplete="left", header=header, encoding=encoding)
+    counts = Counter(values[0] for _, values in read_table(path, columns, header, encoding)
+                     if values and all(map(str.strip, values)))
+    matched = match_words(path, counts, words)
+    task = task._replace(words=tuple(matched.values()), labels=tuple(matched))
+    shown = {row.label: row.fields for row in reversed(read_rows(path, task, say=say))}
+    for k, (label, word) in enumerate(matched.items()):
+        source = template if k in shown else "-"
+        for name, text in shown.get(k, {}).items():
+            source = source.replace(f"{{{name}}}", text[:80])
+        say(f"{path}: {counts[label]:,} rows of label {label} -> {word}: {source}")
+    return task
+
+
+def match_words(path, counts, words):
+    """{label: how often a file has it} and own_task's words -> {label: word}, in label order."""
+    numbers = all(re.fullmatch(r"[+-]?\d+(\.\d*)?", label) for label in counts)
+    labels = sorted(counts, key=float if numbers else None)
+    given = [word.strip() for word in words.split(",")] if words else []
+    if "=" in words:
+        matched = {label: word for label, _, word in (word.partition("=") for word in given)}
+    elif numbers and not given:
+        matched = dict(zip(labels, SENTIMENT.get(len(labels), ())))
+    elif set(labels) <= set(given or labels):
+        matched = {word: word for word in given or labels}
+    else:
+        matched = dict(zip(labels, given)) if numbers and len(labels) == len(given) else {}
+    different = len(set(matched.values()) - {""})
+    if not set(labels) <= set(matched) or different < max(2, len(matched)):
+        found = ", ".join(f"{label} ({counts[label]:,} rows)" for label in labels[:20])
+        raise InputError(f"{path} has the labels {found}; give two or more a word each: "
+                         f"--words {','.join(f'{label}=WORD' for label in labels[:20])}")
+    return matched
+
+
 def read_rows(path, task, size=0, say=lambda line: None):
     """Labeled rows of a file -> [Row]. Raises InputError (file, line) for a row that is not one.
     RTE's `0 TAB A dog ran. TAB It moved. TAB entailment` under its header ->
     Row(0, {"hypothesis": "It moved", "premise": "A dog ran."})"""
-    fields, rows, skipped = template_fields(task.template), [], 0
+    columns, rows, skipped = task.columns or ("label", *template_fields(task.template)), [], 0
     places = {label: k for k, label in enumerate(task.labels or task.words)}
     if not task.labels:
         places |= {str(k): k for k in range(len(task.words))}
-    for where, values in read_table(path, task.columns or ("label", *fields)):
-        label, *texts = values or [""]
-        whole = values is not None and all(text.strip() for text in texts)
+    for where, values in read_table(path, columns, task.header, task.encoding):
+        whole = values is not None and all(map(str.strip, values))
         if not whole and task.incomplete == "left":
             skipped += 1
-        elif label in places and (whole or values and task.incomplete == "kept"):
-            rows.append(make_row(task, places[label], texts))
+        elif values and values[0] in places and (whole or task.incomplete == "kept"):
+            rows.append(make_row(task, places[values[0]], values[1:]))
         else:
-            raise InputError(f"{where}: {values or 'too few or too many columns'}; a row is a label"
-                             f" ({', '.join(places)}) and {', '.join(fields)}, without a header in "
-                             "this order: mend or drop it")
+            raise InputError(f"{where}: {values or 'too few or too many columns'}; a row is "
+                             f"{', '.join(columns)}, its label one of {', '.join(places)}: mend or "
+                             "drop it")
     if task.incomplete == "kept":
         blank = [not any(map(str.strip, row.fields.values())) for row in rows]
         if blank and blank.pop():
@@ -172,20 +216,20 @@ def read_rows(path, task, size=0, say=lambda line: None):
             say(f"{path}: the last row, which has no text, is left out")
         say(f"{path}: {sum(blank)} rows without text are kept")
     if skipped:
-        say(f"{path}: {skipped:,} rows with missing texts are left out")
+        say(f"{path}: {skipped:,} rows without a label or a text are left out")
     if not rows:
-        raise InputError(f"{path} has no rows: fetch it again")
+        raise InputError(f"{path} has no rows of {', '.join(columns)}: fetch or mend it")
     if size not in (0, len(rows)):
         say(f"{path}: {len(rows):,} rows, the paper has {size:,}")
     return rows
 
 
-def load_texts(path, task):
+def load_texts(path, task, header="either", encoding="utf-8-sig"):
     """Rows without labels, to be predicted: the template's texts only -> [Row], all of label 0.
     a line `What a joy.` of a .txt -> Row(0, {"text": "What a joy."})"""
     fields, rows = template_fields(task.template), []
-    for where, texts in read_table(path, fields):
-        if not texts or not all(text.strip() for text in texts):
+    for where, texts in read_table(path, fields, header, encoding):
+        if not texts or not all(map(str.strip, texts)):
             raise InputError(f"{where}: not the texts {', '.join(fields)}: mend or drop it")
         rows.append(make_row(task, 0, texts))
     if not rows:
@@ -199,85 +243,6 @@ def make_row(task, label, texts):
     if task.bare:
         fields[task.bare] = fields[task.bare].rstrip(string.punctuation)
     return Row(label, fields)
-
-
-def read_table(path, columns):
-    """Yield the columns of a file's rows: file and line, [a text of each column]; None if ragged.
-    A .csv `text,label`, `ok,1`; columns ("label", "text") -> ("my.csv, line 2", ["1", "ok"])
-    Raises InputError if the file cannot be read as its name's end says."""
-    path = Path(path)
-    read = FORMATS.get(path.suffix)
-    if not read:
-        raise InputError(f"{path}: give {', '.join(filter(None, FORMATS))}")
-    with reading(path, "a well quoted table in UTF-8", remedy="mend it, or fetch it again"):
-        for line, values in read(path, columns):
-            yield f"{path}, line {line}", values
-
-
-def _csv_rows(path, columns):
-    """Under a header with the columns' names, or without one, in their order."""
-    tabs = path.suffix == ".tsv"
-    quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL     # in GLUE's .tsv a quote is a sign
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file, strict=True, delimiter="\t" if tabs else ",", quoting=quoting)
-        names = next(lines, [])
-        if not set(columns) <= set(names):
-            lines_left = chain([names] if names else [], lines)
-            names = columns
-        else:
-            lines_left = lines
-        places = [names.index(name) for name in columns]
-        for line in lines_left:
-            whole = len(line) == len(names)
-            yield lines.line_num, [line[place] for place in places] if whole else None
-
-
-def _jsonl_rows(path, columns):
-    """A JSON object a line; labels may be true, false and numbers, as Python writes them."""
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                values = [record[name] for name in columns]
-                "".join(map(str, values)).encode()  # half a pair of surrogates is no text
-                whole = all(isinstance(value, str | int) for value in values)
-            except (ValueError, TypeError, KeyError, RecursionError):
-                whole = False
-            yield number, list(map(str, values)) if whole else None
-
-
-def _txt_rows(path, columns):
-    """UCI's text TAB label; without a label a line is a text."""
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            values = line.rstrip("\r\n").rsplit("\t", len(columns) - 1)[::-1]
-            yield number, values if len(values) == len(columns) else None
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, texts and numbers only: nothing that a file names is imported or run."""
-
-    def find_class(self, module, name):
-        """Refuse."""
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, code that is not run here")
-
-
-def _pickle_rows(path, columns):
-    """PERL's (texts, labels)."""
-    content = path.read_bytes()
-    for opcode, argument, _ in pickletools.genops(content):     # no count exceeds the file
-        if opcode.name.endswith("PUT") and (argument or 0) > len(content):
-            raise pickle.UnpicklingError(f"it has no {argument:,} values")
-    texts, labels = PlainUnpickler(io.BytesIO(content)).load()
-    "".join(texts).encode()         # half a pair of surrogates is no text
-    for number, (label, text) in enumerate(zip(labels, texts, strict=True), 1):
-        if type(label) is not int:
-            raise TypeError(f"label {number} is no integer")
-        yield number, [str(label), text]
-
-
-FORMATS = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _jsonl_rows, ".txt": _txt_rows,
-           "": _pickle_rows}
 
 
 # --------------------------------------------------------------------------- sampling and posing
@@ -325,25 +290,17 @@ SENTIMENT = {2: ("terrible", "great"), 5: ("terrible", "bad", "okay", "good", "g
 
 def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, embed=None,
                   progress=lambda stage, done, total: None, ranks=SOLO):
-    """A labeled file, of `label` and `text` as read_table has them -> Store, as build_store's.
-    A sentence of it is a whole text, cut at MAX_TOKENS, and a document; `label` is the place of its
-    word in meta["made_of"]["options"]["words"]. The file's labels are those words, or integers of
-    two or five values, which are SENTIMENT's in rising order."""
+    """A labeled file with the columns `label` and `text` -> Store, as build_store's; labels become
+    words as in own_task. A sentence of it is a whole text, cut at MAX_TOKENS, and a document;
+    `label` is the place of its word in meta["made_of"]["options"]["words"]."""
     path = Path(path)
-    labels = {row[0] for _, row in read_table(path, ("label", "text")) if row and row[0]}
-    numbers = all(re.fullmatch(r"\d+", label) for label in labels)
-    places = sorted(labels, key=int if numbers else None)
-    words = list(SENTIMENT.get(len(labels), ())) if numbers else places
-    if len(words) < 2:
-        raise InputError(f"{path} has the labels {', '.join(sorted(labels)[:9])}: write two "
-                         "label words or more, or numbers of two or five classes of sentiment")
-    task = LabeledTask("", "", words=tuple(words), labels=tuple(places))
+    task = own_task(path, LabeledTask("", "").template)
 
     def read(counts):
         for label, fields in read_rows(path, task):
             counts["bytes"] += len(fields["text"].encode())
             yield hash_share([fields["text"]]), [fields["text"]], label
-    options = {"words": words, "clusters": clusters, "seed": seed}
+    options = {"words": list(task.words), "clusters": clusters, "seed": seed}
     return _build(cache, [path], read, options, tokenizer, t5, model, embed, progress, ranks)
 
 
