@@ -20,7 +20,7 @@ from corpus import _build, hash_share
 from data import (Examples, MAX_TOKENS, Task, _balanced, _shuffled, _usable, compile_template,
                   decoder_targets, fill_template, template_fields, tokenize)
 from hub import archive_member, download
-from tables import FORMATS, read_table        # noqa: F401 (eval.py)
+from tables import read_table
 
 
 # --------------------------------------------------------------------------- the tasks
@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
 class LabeledTask(NamedTuple):
     """A few-shot task: where its rows are, and how the prompted model reads them."""
-    train: str                  # inside the data folder; a name's end tells its format, see FORMATS
+    train: str                  # inside the data folder; its suffix names the format
     test: str
     template: str = "{text} It was <X> ?"
     words: tuple[str, ...] = ("terrible", "great")      # in label order
