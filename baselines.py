@@ -1,18 +1,18 @@
 """Every method that SUPMER is compared with (appendix B, C), on the same T5, data and protocol.
 
-    python baselines.py     # tunable parameters of each method on t5-base
+`python baselines.py` prints how many parameters each method tunes on t5-base.
 
-What they learn from a downstream task's few examples:
+What learns from a downstream task's few examples:
     prompt          P vectors in front of the text, all else frozen     Lester et al. 2021
     prefix-tuning   keys and values in every layer, made by an MLP      Li & Liang 2021
     p-tuning-v2     keys and values in every layer, directly            Liu et al. 2022
     ft              every weight of T5                                  (full fine-tuning)
     zero-shot, few-shot    nothing: instructions, demonstrations in the input
-Where the prompt starts, if not at random: how it is meta-trained or pre-trained on other data,
+Where the prompt starts, if not at random: it is meta-trained or pre-trained on other data,
     ppt, unified-ppt       by the plain loss on the same meta tasks     Gu et al. 2022
     metapt                 by MAML on labeled sentiment data            Huang et al. 2022
     supmer without a part of it: the ablations of Table 4
-each a set of train.py's numbers and, for the first two, another step than supmer.meta_step.
+Each of these is a set of train.py's numbers; the first two also take another step, ppt_step.
 
 Letters: P prompt or prefix tokens, d model width, h heads, k d_kv, m the MLP's width.
 """
@@ -24,67 +24,66 @@ from functools import partial
 from itertools import accumulate, chain, zip_longest
 from typing import Callable, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
-from common import SOLO
+from common import SOLO, InputError, rng
 from data import MASK, WORDS, compile_template, fill_template, template_fields, tokenize
-from tasks import task_examples
-from supmer import (first_derivative, init_prompt, loss_share, micro_batches, prompt_gradient,
-    share_tasks)
-from common import InputError
+from supmer import (descend, first_derivative, init_prompt, loss_share, micro_batches,
+                    prompt_gradient)
 from t5 import T5, T5Config, count_weights, expected_shapes, linear, rms_norm
+from tasks import task_examples
 
 PREFIX_LENGTH = 20          # of both prefix methods; the paper gives none (ours)
-PREFIX_WIDTH = 512          # m, the reparametrizing MLP's hidden width, as Li & Liang's (4.3)
-ORDERS = 4                  # of the demonstrations, to show what their order does
+PREFIX_WIDTH = 512          # m, the reparametrizing MLP's hidden width (Li & Liang, 4.3)
+ORDERS = 4                  # of the demonstrations: accuracy depends on their order
 CONTEXT = 512               # tokens of an input with demonstrations: T5's own (Table 6)
 
 
+# --------------------------------------------------------------------- what a method consists of
+
 def pose(tokenizer, name, task, rows, shown, seed):
-    """How a method puts a task's rows to the model -> [Examples], one; few-shot: one an order.
-    name: the task's, shown: the training sample, both for instructions; this one: the template."""
+    """A task's rows as the model reads them -> [Examples]: in the task's template. Instructions use
+    its name and `shown`, the training sample; few-shot has an Examples for each order of it."""
     return [task_examples(tokenizer, task, rows)]
 
 
 class Baseline(NamedTuple):
-    """A way to use a task's few examples, as functions of parameters {name: tensor}, float32."""
-    start: Callable | None  # (t5, seed, length) -> parameters to begin with; None: they are given
-    model: Callable         # (t5, what is kept) -> T5, theta (P, d): the model to be tuned
-    rates: tuple = ()       # AdamW's, to be chosen from on validation; (): nothing is tuned
-    length: int = 0         # P, where it is not a setting
-    pose: Callable = pose   # how a task's rows are put to the model
-    fold: Callable = lambda t5, parameters: parameters      # -> what is kept when tuning is done
+    """A way to use a task's few examples. Its parameters are {name: float32 tensor}."""
+    start: Callable | None      # (t5, seed, length) -> parameters at the start; None: given ones
+    model: Callable             # (t5, what is kept) -> T5, theta (P, d): the tuned model
+    rates: tuple = ()           # AdamW's, one is chosen on validation; (): nothing is tuned
+    length: int = 0             # P, where it is not a setting
+    pose: Callable = pose       # how the model reads a task's rows
+    fold: Callable = lambda t5, parameters: parameters      # -> what is kept after tuning
 
-
-# ------------------------------------------------------------------------- what all of them share
 
 def without_prompt(t5, kept):
     """The frozen T5 and a soft prompt of no vectors (0, d)."""
-    table = t5.weights["shared.weight"]
-    return t5, table.new_zeros(0, table.shape[1],
-                               dtype=torch.promote_types(table.dtype, torch.float32))
+    none = t5.weights["shared.weight"][:0].detach()
+    return t5, none.to(torch.promote_types(none.dtype, torch.float32))
 
 
 def tuning_gradient(t5, baseline, parameters, examples, method):
     """Gradient of the mean loss over n Examples with respect to every parameter (Eq. 1).
 
-    -> {name: tensor} like parameters, the gate's H (d,). For a prompt that is
-    supmer.prompt_gradient's; no gradient of what is not among the parameters is computed.
+    -> {name: tensor} like parameters, the mean encoder state (d,). For a prompt it equals
+    supmer.prompt_gradient. No gradient of anything else is computed.
     """
     def tuned(parameters):
         return baseline.model(t5, baseline.fold(t5, parameters))
 
-    total, H = {name: torch.zeros_like(x) for name, x in parameters.items()}, 0.0
-    for _, batch, _ in micro_batches(examples, tuned(parameters)[1], method):
-        share, (_, H_part) = first_derivative(lambda parameters: loss_share(
-            *tuned(parameters), batch, None, 0.0, examples.words, len(examples.ids), method),
-            parameters)
-        for name, x in share.items():
+    def share(parameters, batch):
+        return loss_share(*tuned(parameters), batch, None, 0.0, examples.words, n, method)
+
+    n, pooled = len(examples.ids), 0.0
+    total = {name: torch.zeros_like(x) for name, x in parameters.items()}
+    _, theta = tuned(parameters)
+    for _, batch, _ in micro_batches(examples, theta, method):
+        part, (_, pooled_part) = first_derivative(partial(share, batch=batch), parameters)
+        for name, x in part.items():
             total[name] += x
-        H = H + H_part
-    return total, H
+        pooled = pooled + pooled_part
+    return total, pooled
 
 
 # ------------------------------------------------------------ prompt tuning (Lester et al. 2021)
@@ -92,8 +91,8 @@ def tuning_gradient(t5, baseline, parameters, examples, method):
 def normal_prompt(t5, seed, length):
     """PT: theta (P, d), normal with the embedding table's standard deviation. 76,800 numbers at
     t5-base with P = 100."""
-    table = t5.weights["shared.weight"].float().cpu()       # the same to the last bit on a GPU
-    drawn = np.random.default_rng((seed, 0, 0, 12)).standard_normal((length, table.shape[1]))
+    table = t5.weights["shared.weight"].float().cpu()       # on the CPU: equal bits on all devices
+    drawn = rng(seed, 0, 0, "normal prompt").standard_normal((length, table.shape[1]))
     return given_prompt(t5, table.std() * torch.from_numpy(drawn).float())
 
 
@@ -116,24 +115,25 @@ def with_prompt(t5, kept):
 
 def prefix_names(t5):
     """Where t5.self_attention looks for a prefix (2, h, P, k): every block of both stacks."""
-    c = t5.config
-    return [f"{stack}.block.{block}.layer.0.SelfAttention.prefix" for stack, blocks in (
-        ("encoder", c.num_layers), ("decoder", c.num_decoder_layers)) for block in range(blocks)]
+    blocks = {"encoder": t5.config.num_layers, "decoder": t5.config.num_decoder_layers}
+    return [f"{stack}.block.{block}.layer.0.SelfAttention.prefix"
+            for stack, count in blocks.items() for block in range(count)]
 
 
 def p_tuning_v2_start(t5, seed, length):
     """P-Tuning-v2 (Liu et al. 2022): P keys and values of each layer's self-attention, directly.
 
-    They start as each layer's keys and values of rows of the embedding table (near to Li & Liang's
-    start from the model's activations on real words, without running it). Cross-attention gets
-    none. 2 P h k numbers a layer: 737,280 at t5-base with P = 20.
+    They start as each layer's keys and values of rows of the embedding table: near to Li & Liang's
+    activations on real words. Cross-attention gets none. 2 P h k numbers a layer: 737,280 at
+    t5-base with P = 20.
     """
-    c, w, rows, parameters = t5.config, t5.weights, init_prompt(t5, length, seed), {}
+    c, w, parameters = t5.config, t5.weights, {}
+    rows = init_prompt(t5, length, seed)
     for name in prefix_names(t5):
         layer = name.removesuffix(".SelfAttention.prefix")
         x = rms_norm(rows, w[f"{layer}.layer_norm.weight"], c.eps)                      # (P, d)
-        both = [linear(x, w[f"{layer}.SelfAttention.{part}.weight"]) for part in "kv"]
-        both = torch.stack(both).view(2, length, c.num_heads, c.d_kv)               # (2, P, h, k)
+        both = torch.stack([linear(x, w[f"{layer}.SelfAttention.{part}.weight"]) for part in "kv"])
+        both = both.view(2, length, c.num_heads, c.d_kv)                            # (2, P, h, k)
         parameters[name] = both.transpose(1, 2).float().contiguous()                # (2, h, P, k)
     return parameters
 
@@ -144,20 +144,22 @@ def with_prefix(t5, kept):
 
 
 def prefix_tuning_start(t5, seed, length):
-    """Prefix-Tuning (Li & Liang 2021, 4.3): the same keys and values come out of an MLP,
-    tanh(E W1 + b1) W2 + b2, which is tuned in their place and folded away when that is done.
+    """Prefix-Tuning (Li & Liang 2021, 4.3): an MLP makes the same keys and values,
+    tanh(E W1 + b1) W2 + b2. It is tuned in their place and folded away afterwards.
 
-    E (P, d), W1 (d, m), W2 (m, layers 2 h k): 19,320,320 numbers at t5-base with P = 20. W2 is such
-    that keys and values start at the size of P-Tuning-v2's.
+    E (P, d), W1 (d, m), W2 (m, layers 2 h k): 19,320,320 numbers at t5-base with P = 20. W2 makes
+    keys and values start at the size of P-Tuning-v2's.
     """
-    c, rng, m = t5.config, np.random.default_rng((seed, 0, 0, 13)), PREFIX_WIDTH
-    size = torch.stack([x.square().mean((1, 2, 3)).sqrt()
-                        for x in p_tuning_v2_start(t5, seed, length).values()])     # (layers, 2)
+    c, m, generator = t5.config, PREFIX_WIDTH, rng(seed, 0, 0, "prefix")
+    direct = p_tuning_v2_start(t5, seed, length)
+    size = torch.stack([x.square().mean((1, 2, 3)).sqrt() for x in direct.values()])
     size = size.flatten().repeat_interleave(c.num_heads * c.d_kv)                   # (layers 2 h k)
 
     def normal(*shape):
-        return torch.from_numpy(rng.standard_normal(shape)).float().to(size.device)
-    return {"E": normal(length, c.d_model), "W1": normal(c.d_model, m) * c.d_model ** -0.5,
+        return torch.from_numpy(generator.standard_normal(shape)).float().to(size.device)
+
+    return {"E": normal(length, c.d_model),
+            "W1": normal(c.d_model, m) * c.d_model ** -0.5,
             "b1": torch.zeros(m, device=size.device),
             "W2": normal(m, len(size)) * m ** -0.5 * size / 0.63,   # tanh of a normal has RMS 0.63
             "b2": torch.zeros_like(size)}
@@ -176,8 +178,10 @@ def fold_prefix(t5, parameters):
 
 def ft_start(t5, seed, length):
     """FT (C.1): every weight of T5, float32 whatever the frozen one's dtype; a tied head once."""
-    return {name: w.float().clone() for name, w in t5.weights.items()
-            if not (t5.config.tied and name == "lm_head.weight")}
+    parameters = {name: w.float().clone() for name, w in t5.weights.items()}
+    if t5.config.tied:
+        del parameters["lm_head.weight"]
+    return parameters
 
 
 def with_weights(t5, kept):
@@ -197,20 +201,21 @@ def ft_memory(config):
 LETTERS = tuple(string.ascii_uppercase)
 
 
-def as_choice(texts, words):
-    """A template of multiple choice among words; its answers are LETTERS.
+def as_choice(template, words):
+    """A template that asks for one of the words as multiple choice; its answers are LETTERS.
 
-    "{text}", ("terrible", "great") -> "{text} ? A. terrible B. great . Answer: <X>"
+    "{a} <X> . {b}", ("no", "yes") -> "{a} . {b} ? A. no B. yes . Answer: <X>"
     """
+    texts = " . ".join(f"{{{field}}}" for field in template_fields(template))
     options = " ".join(f"{letter}. {word}" for letter, word in zip(LETTERS, words))
     return f"{texts} ? {options} . Answer: <X>"
 
 
 def pose_unified(tokenizer, name, task, rows, shown, seed):
     """pose() as multiple choice among the task's words (Unified-PPT; Gu et al. 2022, 3.3)."""
-    texts = " . ".join(f"{{{field}}}" for field in template_fields(task.template))
-    return pose(tokenizer, name, task._replace(
-        template=as_choice(texts, task.words), words=LETTERS[:len(task.words)]), rows, shown, seed)
+    letters = LETTERS[:len(task.words)]
+    task = task._replace(template=as_choice(task.template, task.words), words=letters)
+    return pose(tokenizer, name, task, rows, shown, seed)
 
 
 INSTRUCTIONS = {
@@ -237,48 +242,54 @@ INSTRUCTIONS = {
 def demonstrations(tokenizer, task, shown, seed):
     """The training sample as solved examples, token ids without </s>, labels taking turns.
     Row(1, {"text": "A fine film."}) -> the ids of `A fine film. It was great ?`"""
-    parts, rng = compile_template(tokenizer, task.template), np.random.default_rng((seed, 0, 0, 15))
-    mask, names, by_label = [tokenizer.token_to_id(MASK)], template_fields(task.template), {}
-    for row in (shown[i] for i in rng.permutation(len(shown))):
-        word = tokenize(tokenizer, [task.words[row.label]])[0]
-        fields = dict(zip(names, tokenize(tokenizer, [row.fields[name] for name in names])))
-        ids, _ = fill_template([word if part == mask else part for part in parts], fields,
-                               task.max_tokens)
+    mask = [tokenizer.token_to_id(MASK)]
+    parts, names = compile_template(tokenizer, task.template), template_fields(task.template)
+    by_label = {}
+    for i in rng(seed, 0, 0, "demonstrations").permutation(len(shown)):
+        row = shown[i]
+        word, *texts = tokenize(tokenizer, [task.words[row.label], *(row.fields[n] for n in names)])
+        solved = [word if part == mask else part for part in parts]
+        ids, _ = fill_template(solved, dict(zip(names, texts)), task.max_tokens)
         by_label.setdefault(row.label, []).append(ids[:-1])
-    return [ids for turn in zip_longest(*by_label.values()) for ids in turn if ids is not None]
+    turns = zip_longest(*by_label.values())
+    return [ids for turn in turns for ids in turn if ids is not None]
 
 
 def pose_instructed(tokenizer, name, task, rows, shown, seed, orders=0):
     """Zero-shot and few-shot inference (B): the instruction, for few-shot as many demonstrations as
-    fit, and the row in its template; in CONTEXT tokens -> [Examples], one, or one an order.
-    All orders show a row the same demonstrations. InputError for a task without an instruction."""
+    fit into CONTEXT tokens, and the row in its template -> [Examples], one for each order.
+
+    All orders show a row the same demonstrations. Raises InputError for a task without instruction.
+    """
     if name not in INSTRUCTIONS:
         raise InputError(f"{name} has no instruction: leave zero-shot and few-shot away")
     instruction, = tokenize(tokenizer, [INSTRUCTIONS[name]])
     examples = task_examples(tokenizer, task, rows)
     solved = demonstrations(tokenizer, task, shown, seed) if orders else []
-    ends = list(accumulate(map(len, solved)))
+    lengths = list(accumulate(map(len, solved)))            # of the first 1, 2, ... demonstrations
     posed = []
-    for order in range(orders or 1):
-        rng, ids = np.random.default_rng((seed, order, 0, 16)), []
-        ranks = rng.permutation(len(solved))
+    for order in range(max(orders, 1)):
+        ranking = rng(seed, order, 0, "order").permutation(len(solved))
+        sources = []
         for row in examples.ids:
-            fits = bisect_right(ends, CONTEXT - len(instruction) - len(row))
-            ids.append([*instruction, *chain(*(solved[i] for i in ranks if i < fits)), *row])
-        posed.append(examples._replace(ids=ids))
+            fits = bisect_right(lengths, CONTEXT - len(instruction) - len(row))
+            before = chain.from_iterable(solved[i] for i in ranking if i < fits)
+            sources.append([*instruction, *before, *row])
+        posed.append(examples._replace(ids=sources))
     return posed
 
 
 PROMPT = Baseline(None, with_prompt, (0.1, 0.2, 0.3))                   # C.1
+PREFIX = Baseline(p_tuning_v2_start, with_prefix, (3e-3, 1e-2, 3e-2), PREFIX_LENGTH)
 ZERO_SHOT = Baseline(lambda t5, seed, length: {}, without_prompt, pose=pose_instructed)
-BASELINES = {
+BASELINES = {       # the prefix methods' rates are ours, the paper gives none
     "learned": PROMPT,                                  # begins with a given_prompt
     "unified": PROMPT._replace(pose=pose_unified),
     "random": PROMPT._replace(start=normal_prompt),
     "vocab": PROMPT._replace(start=vocabulary_prompt),
-    "prefix-tuning": Baseline(prefix_tuning_start, with_prefix, (1e-4, 3e-4, 1e-3), PREFIX_LENGTH,
-                              fold=fold_prefix),        # the paper gives none of these rates (ours)
-    "p-tuning-v2": Baseline(p_tuning_v2_start, with_prefix, (3e-3, 1e-2, 3e-2), PREFIX_LENGTH),
+    "prefix-tuning": PREFIX._replace(start=prefix_tuning_start, rates=(1e-4, 3e-4, 1e-3),
+                                     fold=fold_prefix),
+    "p-tuning-v2": PREFIX,
     "ft": Baseline(ft_start, with_weights, (1e-5, 2e-5, 3e-5)),         # C.1
     "zero-shot": ZERO_SHOT,
     "few-shot": ZERO_SHOT._replace(pose=partial(pose_instructed, orders=ORDERS)),
@@ -290,40 +301,34 @@ BASELINES = {
 def ppt_step(t5, state, pairs, method, seed, ranks=SOLO):
     """PPT (Gu et al. 2022): one step of the plain loss on the tasks that SUPMER would adapt to.
 
-    As supmer.meta_step, of which partners, phi and the seed are not used. The batch is all support
-    and query examples of the n tasks, 256 with the paper's sizes; the rate in step t, from 1 on, is
-    prompt_rate / sqrt(t) ("inverse square root", C.2), without Gu et al.'s weight decay. -> a dict
-    for the log.
+    Called as supmer.meta_step, it ignores partners, phi and seed. The batch is all examples of the
+    tasks, 256 with the paper's sizes. Adam's rate in step t, from 1 on, is prompt_rate / sqrt(t)
+    ("inverse square root", C.2), without Gu et al.'s weight decay.
+    -> a dict for the log. Raises InputError, with the state as it was, if a number is not finite.
     """
-    n = sum(len(task.support.ids) + len(task.query.ids) for task, _ in pairs)
+    def gradient(examples):
+        part, _, loss = prompt_gradient(t5, state.theta, examples, method)
+        return part.cpu(), loss.cpu()
 
-    def gradients(pair):
-        parts = []
-        for examples in (pair[0].support, pair[0].query):
-            gradient, _, loss = prompt_gradient(t5, state.theta, examples, method)
-            parts.append((len(examples.ids) / n, gradient.cpu(), loss.cpu()))
-        return parts
-
+    sets = [examples for task, _ in pairs for examples in (task.support, task.query)]
+    n = sum(len(examples.ids) for examples in sets)
     g, loss = 0.0, 0.0
-    for parts in share_tasks(ranks, gradients, pairs):      # summed in the tasks' order
-        for share, part, part_loss in parts:
-            g, loss = g + share * part, loss + share * part_loss
+    for examples, (part, part_loss) in zip(sets, ranks.map(gradient, sets)):
+        share = len(examples.ids) / n
+        g, loss = g + share * part, loss + share * part_loss
     loss = float(loss)
-    if not (math.isfinite(loss) and bool(g.isfinite().all())):
+    if not (math.isfinite(loss) and g.isfinite().all()):
         raise InputError(f"step {state.step}: the loss is {loss} or its gradient not finite; try a "
                          "smaller prompt_rate")
     state.theta.grad = g.to(state.theta)
     log = {"query_loss": loss, "theta_gradient": float(g.norm())}
-    torch.nn.utils.clip_grad_norm_([state.theta], method.clip)
-    state.theta_adam.param_groups[0]["lr"] = method.prompt_rate / math.sqrt(state.step + 1)
-    state.theta_adam.step()
-    state.theta_adam.zero_grad(set_to_none=True)
+    descend(state.theta_adam, method.prompt_rate / math.sqrt(state.step + 1), method.clip)
     state.step += 1
     return log
 
 
 # Unified-PPT's meta tasks: all of them multiple choice, so that a pair's words become options.
-UNIFIED = {variant: (as_choice("{0} . {1}", WORDS[variant]), LETTERS[:len(WORDS[variant])])
+UNIFIED = {variant: (as_choice("{0} <X> . {1}", WORDS[variant]), LETTERS[:len(WORDS[variant])])
            for variant in ("sp-next", "sp-cluster")}
 
 
@@ -345,8 +350,8 @@ ABLATIONS = {   # Table 4, and the released code's order (ours)
 
 
 def name_of(training, method):
-    """What a train.Training and a Method make: their method, or an ablation, or "variant", SUPMER
-    with other parts left out."""
+    """What a train.Training and a Method make: their method or, of SUPMER, an ablation, or
+    "variant" where more than one part is left out."""
     if training.method != "supmer":
         return training.method
     chosen = vars(training) | vars(method)
@@ -356,25 +361,29 @@ def name_of(training, method):
     return left_out[0] if left_out else "supmer"
 
 
-def examples_per_step(training, method):
-    """Examples that a step of a train.Training and a Method draws: SUPMER and what leaves a part of
-    it out n (support + query), and the partners' query sets where tasks are mixed."""
-    return training.tasks * (training.support + training.query * (1 + mixes(training, method)))
-
-
 def mixes(training, method):
     """Whether a partner task is mixed in."""
     return method.augmentation and training.method not in PLAIN
+
+
+def examples_per_step(training, method):
+    """Examples that a step draws: n (support + query), and the partners' n query if tasks mix."""
+    queries = 2 if mixes(training, method) else 1
+    return training.tasks * (training.support + queries * training.query)
 
 
 def parameters_at(config, length):
     """{method: how many numbers it tunes} on a T5Config, prompts of `length` vectors."""
     made = {name: torch.empty(shape) for name, shape in expected_shapes(config).items()}
     t5 = T5(config, {"lm_head.weight": made["shared.weight"], **made})     # mostly never touched
-    counted = {name: sum(x.numel() for x in one.start(t5, 0, one.length or length).values())
-               for name, one in BASELINES.items()
-               if one.rates and one.start not in (None, ft_start)}
-    return counted | {"ft": count_weights(config)}
+    counts = {}
+    for name, baseline in BASELINES.items():
+        if baseline.start is ft_start:
+            counts[name] = count_weights(config)
+        elif baseline.start and baseline.rates:
+            start = baseline.start(t5, 0, baseline.length or length)
+            counts[name] = sum(x.numel() for x in start.values())
+    return counts
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def memory_needed(config, training, method):
     kept = min(method.keep_graphs, math.ceil(training.support / at_once))
     with torch.device("meta"):
         theta = torch.empty(training.prompt_length, config.d_model)
-        phi = supmer.init_phi(theta, method)
+        phi = supmer.init_state(theta, method).phi
     learned = sum(x.nbytes for x in (theta, *phi.values()))
     program = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + LIBRARIES
     return {"weights": weights, "micro-batch": peak, f"{kept} kept graphs": kept * graph,
@@ -152,7 +152,8 @@ def memory_line(config, training, method, device):
 def print_time(t5, training, method):
     """Print what a run will take, measured on a T5 -> hours."""
     theta, tokens = supmer.init_prompt(t5, training.prompt_length, 0), min(128, training.max_tokens)
-    phi, task = supmer.init_phi(theta, method), full_task(t5.config.d_model, training, method, tokens)
+    phi = supmer.init_state(theta, method).phi
+    task = full_task(t5.config.d_model, training, method, tokens)
     lam = 0.5 if mixes(training, method) else 0.0
     # PPT's step is two gradients: those of a first-order step.
     own = replace(method, first_order=method.first_order or training.method in PLAIN)
@@ -170,8 +171,8 @@ def print_time(t5, training, method):
         files = corpus.corpus_files(hub.corpus_paths(training))
         text = min(text, sum(file.stat().st_size for file in files))
     hours, clustering = seconds * method.steps / 3600, per_token * text / 4 / 3600
-    print(f"time:     {seconds:.1f} s a step, {hours:,.1f} hours for {method.steps:,} steps, measured"
-          f" on this {theta.device.type} with texts of {tokens} tokens\n"
+    print(f"time:     {seconds:.1f} s a step, {hours:,.1f} hours for {method.steps:,} steps, "
+          f"measured on this {theta.device.type} with texts of {tokens} tokens\n"
           f"          {clustering:,.1f} hours before that, to embed and cluster {text / 1e9:.3g} GB"
           " of text once (4 bytes a token); validation is not counted\n"
           f"disk:     {0.8 * text / 1e9:.3g} GB for the corpus's sentences in cache/")

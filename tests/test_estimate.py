@@ -103,7 +103,7 @@ method = supmer.Method(micro_tokens={100 + tokens})
 task = estimate.full_task(768, SimpleNamespace(prompt_length=100), method, {tokens})
 assert len(task.query.ids) == 1""", """
 theta = supmer.init_prompt(theirs, 100, 0)
-phi = supmer.init_phi(theta, method)
+phi = supmer.init_state(theta, method).phi
 supmer.meta_gradient(theirs, theta, phi, task, task, 0.5, 0.5, method)""",
                     MALLOC_MMAP_THRESHOLD_="65536")
     assert grown * MiB == pytest.approx(said, rel=0.15)
