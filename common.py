@@ -391,35 +391,6 @@ LONGEST = 10_000        # vectors of a prompt: a file may claim any number witho
 
 
 
-def read_run(folder):
-    """run.json of a folder -> dict. Raises InputError if train.py did not make the folder."""
-    try:
-        values = read_json(folder / "run.json")
-        values["training"] | values["method"] | values.get("made_of", {}), values["finished"]
-        values.get("model", "") + "", (values["ended"] or 0) + 0
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} holds no run ({error!r}): name a folder that train.py made, "
-                         "such as runs/tiny-1") from None
-    return values
-
-
-
-def read_log(folder):
-    """Yield the lines of a run's log.jsonl as (bytes, {name: value}), but not a last one that a
-    kill tore or that is still on its way. InputError for other damage."""
-    path = folder / "log.jsonl"
-    for number, line in enumerate(path.read_bytes().splitlines(True) if path.exists() else [], 1):
-        if line.endswith(b"\n"):
-            try:
-                entry = json.loads(line)
-                entry["step"] + 0
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: no line of a run's log ({error!r}): drop "
-                                 "it") from None
-            yield line, entry
-
-
-
 def one_line(parser):
     """An ArgumentParser, whose refusals are an InputError, with the valid options for unknown ones,
     in place of its usage."""

@@ -23,6 +23,7 @@ import pytest
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import supmer
 import sys
@@ -30,6 +31,7 @@ import t5 as T
 import tarfile
 import tasks
 import threading
+import time
 import torch
 import traceback
 import train
@@ -823,91 +825,88 @@ HERE = Path(train.__file__).parent
 
 
 def write_small_world(folder):
-    """Into a folder: a random T5 `model` of one piece a word, a corpus of 60 planted documents ->
-    (folder, options).
-    """
-    words = [
-        *(f"T{i}" for i in range(5)),
-        *(f"d{i}" for i in range(60)),
-        *(f"s{i}" for i in range(30)),
-        "end.",
-    ]
+    """Write a random T5 `model` of one piece a word, and a corpus of 60 planted documents ->
+    folder, options of train.py."""
+    words = [*(f"T{i}" for i in range(5)), *(f"d{i}" for i in range(60)),
+             *(f"s{i}" for i in range(30)), "end."]
     model, tokenizer = write_model(folder / "model", words + TEMPLATE_WORDS)
     t5 = random_t5(16, dtype=torch.float32, vocabulary=tokenizer.get_vocab_size())
-    c = t5.config
-    (model / "config.json").write_text(
-        json.dumps(
-            {
-                "d_model": c.d_model,
-                "d_kv": c.d_kv,
-                "d_ff": c.d_ff,
-                "num_layers": c.num_layers,
-                "num_heads": c.num_heads,
-                "vocab_size": c.vocab_size,
-                "feed_forward_proj": "gated-gelu",
-                "tie_word_embeddings": False,
-            }
-        )
-    )
+    names = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size")
+    config = {name: getattr(t5.config, name) for name in names}
+    config |= {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    (model / "config.json").write_text(json.dumps(config))
     save_file(t5.weights, model / "model.safetensors")
     planted_paths(folder, documents=60, length=30)
-    options = [
-        "--model",
-        "model",
-        "--corpus",
-        "corpus.jsonl",
-        "--clusters",
-        "6",
-        "--prompt-length",
-        "4",
-        "--tasks",
-        "2",
-        "--support",
-        "4",
-        "--query",
-        "4",
-        "--validation-tasks",
-        "1",
-        "--validate-every",
-        "2",
-        "--steps",
-        "6",
-        "--relative-step",
-        "0.05",
-        "--device",
-        "cpu",
-        "--yes",                        # on a busy machine it may seem to take hours
-    ]
-    return folder, options
+    options = ("--model model --corpus corpus.jsonl --clusters 6 --prompt-length 4 --tasks 2 "
+               "--support 4 --query 4 --validation-tasks 1 --validate-every 2 --steps 6 "
+               "--relative-step 0.05 --device cpu --yes")   # a busy machine may look like hours
+    return folder, options.split()
 
 
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory):
-    """A small world to train in."""
+    """A small world to train in; its store is made once."""
     return write_small_world(tmp_path_factory.mktemp("train"))
 
 
 def log_without_times(run):
-    return [
-        {key: value for key, value in json.loads(line).items() if key != "time"}
-        for line in (run / "log.jsonl").read_text().splitlines()
-    ]
+    lines = (run / "log.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "time"}
+            for line in lines]
 
 
-def make_run(small_world, name, **changes):
-    """A train.Run in this process, in a new folder."""
+def make_run(small_world, name, ranks=common.SOLO, **changes):
+    """A train.Run in this process, in the folder `name`."""
     folder, options = small_world
     training, method, _, _ = train.parse(options)
-    training = replace(
-        training, model=str(folder / "model"), corpus=(str(folder / "corpus.jsonl"),), **changes
-    )
+    training = replace(training, model=str(folder / "model"),
+                       corpus=(str(folder / "corpus.jsonl"),), **changes)
     with contextlib.chdir(folder):
         t5 = T.load_t5("model")
-        index, _, _ = train.open_indexes(
-            training, method, Path("model"), data.load_tokenizer("model", t5.config), t5
-        )
+        tokenizer = data.load_tokenizer("model", t5.config)
+        sources, made_of = train.open_sources(training, method, Path("model"), tokenizer, t5)
         (folder / name).mkdir(exist_ok=True)
-        return train.Run(folder / name, training, method, t5, index)
+        return train.Run(folder / name, training, method, t5, sources, made_of, ranks)
+
+
+def run_train(folder, *argv):
+    """train.py's script in this process -> exit status, what it wrote to stdout and stderr."""
+    said = io.TextIOWrapper(io.BytesIO(), write_through=True)
+    handlers = {number: signal.getsignal(number)
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    with contextlib.chdir(folder), contextlib.redirect_stdout(said), \
+            contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+        patch.setattr(train, "prepare", lambda *_: None)        # test_estimate's: most of a second
+        with pytest.raises(SystemExit) as ended:
+            common.run_script(train.main, "stopped")
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return ended.value.code, said.buffer.getvalue().decode()
+
+
+def start_train(folder, *argv, before=lambda: None):
+    """Fork a process that runs train.py's script -> its id. It writes what it prints into `said`;
+    a new Python would take seconds to import torch."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        before()
+        status, said = run_train(folder, *argv)
+        Path(folder, "said").write_text(said)
+    finally:
+        os._exit(status)
+
+
+def wait_for_steps(run, steps):
+    """Wait until the run's log has so many steps."""
+    deadline, log = time.monotonic() + 60, run / "log.jsonl"
+    while not (log.exists() and log.read_text().count('"query_loss"') >= steps):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 def released_files(folder, name, d):
@@ -991,7 +990,7 @@ GOLDEN_RUN = [(-0.057357, 4.838695, 1.171528), (0.043455, 4.777033, 1.321654),
               (-0.014996, 4.081985, 1.545177)]
 
 
-# -------------------------------------------- a kill at any moment: python test_supmer.py kills
+# ---------------------------------------------------- a kill at any moment: tests/test_kills.py
 
 def forked(work, before=lambda: None):
     """Begin work() in a process of its own, which has all modules loaded -> its id. It ends with 0,

@@ -65,7 +65,8 @@ class Method:
     curve: float = knob(2.0, "m of the curriculum (Table 6)")
     alpha: float = knob(1.0, "of lambda's Beta distribution (the released code)")
     clip: float = knob(1.0, "largest norm of theta's and of phi's gradient (the released code)")
-    steps: int = knob(100_000, "meta steps; both rates fall linearly to 0 over them (Table 6)")
+    steps: int = knob(100_000, "meta steps; both rates fall linearly to 0 over them (Table 6)",
+                      first=True)
     first_order: bool = knob(False, "drop theta's Hessian term (what the released code computes)")
     augmentation: bool = knob(True, "mix a partner task into the query sets (Alg. 2); without it "
                                     "there is no L_reg, which would close the gate (ours)")

@@ -341,8 +341,8 @@ def test_the_recipes_are_the_papers():
     (["--ablation", "no-psi"], "no-mgr"), (["--method", "pt"], "unified-ppt"),
     (["--method", "metapt"], "give --labeled FOLDER"),
     (["--method", "unified-ppt", "--labeled", "sets"], "leave --labeled away"),
-    (["--examples", "100", "--steps", "3"], "without --steps"),
-    (["--examples", "0"], "more than 0")])
+    (["--examples", "100", "--steps", "3"], "leave --steps away"),
+    (["--examples", "0"], "must be above 0")])
 def test_contradicting_methods_are_refused(argv, says):
     """One line that names what to leave away or the valid names."""
     with pytest.raises(InputError, match=says):

@@ -32,7 +32,7 @@ from corpus import documents
 from data import TaskIndex, load_tokenizer
 from dataclasses import asdict
 from pathlib import Path
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from t5 import load_t5
 from tasks import TASKS
 from types import SimpleNamespace
@@ -172,7 +172,7 @@ def of_prompts(folder, _):
 
 
 def of_runs(folder, small_world):
-    """state.safetensors, run.json, log.jsonl; the files of a store; a tuned prompt."""
+    """state.pt, run.json, log.jsonl; the files of a store; a tuned prompt."""
     run = make_run(small_world, "fuzzed")
     run.step()
     run.save()
@@ -189,8 +189,8 @@ def of_runs(folder, small_world):
     def parsed():
         train.parse(["--resume", str(run.folder)])
         train.check_origin(run.folder, run.made_of)
-    yield tries(run.folder / "state.safetensors", resumed)
-    yield tries(run.folder / "log.jsonl", lambda: list(common.read_log(run.folder)))
+    yield tries(run.folder / "state.pt", resumed)
+    yield tries(run.folder / "log.jsonl", lambda: train.read_log(run.folder))
     for content in (damages, variants):
         yield tries(run.folder / "run.json", parsed, content)
     shutil.copytree(small_world[0] / store.folder, folder / "store")
@@ -348,36 +348,6 @@ def test_a_vocabulary_fits_its_model(tmp_path, change, says):
     path.write_text(json.dumps(values))
     with pytest.raises(InputError, match=says):
         load_tokenizer(tmp_path / "m", SimpleNamespace(vocab_size=16))
-
-
-@pytest.mark.parametrize("name, value", [
-    ("s", math.nan), ("s", 1.5), ("step", -1), ("step", 1.5), ("step", math.inf), ("step", [1, 2]),
-    ("best", math.nan), ("theta", math.nan), ("theta", None), ("adam.theta.exp_avg", math.inf)])
-def test_a_state_is_one_that_a_run_can_have(small_world, name, value):
-    """No NaN or infinity, a whole step, a cosine, one number where one is wanted; else the file is
-    named. A line of the log that is none, or a prompt that is not the run's, is refused as well."""
-    shutil.rmtree(small_world[0] / "stateful", ignore_errors=True)
-    run = make_run(small_world, "stateful")
-    run.step()
-    run.save()
-    path = run.folder / "state.safetensors"
-    tensors = load_file(path)
-    whole = path.read_bytes()
-    like = tensors[name].double()
-    tensors[name] = like.int() if value is None else torch.tensor(value).double() \
-        if type(value) is list else torch.full_like(like, value)
-    save_file(tensors, path)
-    with pytest.raises(InputError, match="state.safetensors cannot be resumed from.*start a new"):
-        make_run(small_world, "stateful")
-    path.write_bytes(whole)
-    for line in (b"{}\n", b"[]\n", b"nonsense\n", b"[" * 9999 + b"\n", b'{"step": "1"}\n'):
-        (run.folder / "log.jsonl").write_bytes(line)
-        with pytest.raises(InputError, match="log.jsonl, line 1: no line of a run's log.*drop it"):
-            list(common.read_log(run.folder))
-    (run.folder / "log.jsonl").write_bytes(b"")
-    prompts.save_prompt(run.folder / "prompt.safetensors", run.state.theta, None, {})
-    with pytest.raises(InputError, match="prompt.safetensors is not this run's"):
-        make_run(small_world, "stateful")
 
 
 def test_memory_is_bounded_whatever_a_file_claims(tmp_path):
