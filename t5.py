@@ -5,33 +5,30 @@
     memory = encode(t5, x, mask)             # (B, S, d)
     y = decode(t5, target_ids, memory, mask) # (B, L, d)
     logits = next_token_logits(t5, y)        # (B, L, V)
+    $ python t5.py      # the model in tiny/ fills two blanks: the five likeliest words; seconds
 
-    python t5.py    # the model in tiny/ fills two blanks: the five likeliest words; seconds
+Both families load: v1.0 (t5-small .. 11b: ReLU, tied head) and v1.1 (LM-adapted, Flan: gated GELU,
+untied head). They differ from the textbook Transformer: an RMS norm without mean or bias before
+each branch; attention scores NOT divided by sqrt(d_kv); no biases; and positions as a learned score
+per bucket of relative distance, one table for all blocks of a stack.
 
-Both families are read: v1.0 (t5-small .. 11b: ReLU, tied head) and v1.1 (LM-adapted, Flan: gated
-GELU, untied head). What differs from the textbook Transformer, each at its place below: an RMS norm
-without mean or bias, before each branch; attention scores NOT divided by sqrt(d_kv); no biases; and
-for positions a learned score per bucket of relative distance, one table for all blocks of a stack.
-
-Numbers: the residual stream has the dtype of the embedded input, float32 or wider; only the matrix
-products run in the weights' dtype. So bfloat16 weights keep a float32 prompt exact, and float64
-passes through untouched. The weights are frozen: nothing here requires grad; gradients are taken
-with respect to the input (torch.func).
+The residual stream has the dtype of the embedded input, float32 or wider; only matrix products run
+in the weights' dtype. The weights are frozen: torch.func differentiates twice in the input.
 
 B batch, S encoder positions, L decoder positions, d d_model, h heads, k d_kv, V vocabulary.
 """
 
+import json
 import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
+from safetensors import safe_open
 
-from common import InputError, fingerprint, read_json
+import onednn
+from common import TINY, InputError, fingerprint, reading
 
 PAD, EOS = 0, 1  # in every T5 vocabulary; the decoder starts with PAD
 
@@ -63,35 +60,7 @@ class T5(NamedTuple):
 
 def linear(x, weight):
     """x (..., in) times weight (out, in), in the weight's dtype -> (..., out). T5 has no biases."""
-    x = x.to(weight.dtype)
-    if ONEDNN and weight.dtype == torch.float32 and weight.is_cpu and weight.numel() > 2 ** 18 \
-            and not weight.requires_grad:
-        return OneDNNLinear.apply(x, weight)
-    return F.linear(x, weight)
-
-
-class OneDNNLinear(torch.autograd.Function):
-    """F.linear with a frozen float32 weight on a CPU, by oneDNN: equal up to rounding.
-    F.linear calls MKL, which is slower on some AMD processors; bench.py prints both rates. There
-    are no packed copies of the weight. Small ones lose more to autograd.Function than they gain."""
-    @staticmethod
-    def forward(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.weight = inputs[1]
-
-    @staticmethod
-    def backward(ctx, g):
-        return OneDNNLinear.apply(g, ctx.weight.T), None
-
-    @staticmethod
-    def jvp(ctx, x_tangent, _):
-        return OneDNNLinear.apply(x_tangent, ctx.weight)
-
-
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return onednn.linear(x.to(weight.dtype), weight)
 
 
 def rms_norm(x, weight, eps):
@@ -102,17 +71,16 @@ def rms_norm(x, weight, eps):
 
 def relative_position_bucket(distance, bidirectional, num_buckets, max_distance):
     """The bucket of each distance key - query: exact when near, logarithmic up to max_distance.
-
     distance: long tensor of any shape. Bidirectional (encoder): half of the buckets for each sign.
     Causal (decoder): keys after the query share bucket 0.
     >>> relative_position_bucket(torch.tensor([-200, -8, -1, 0, 1, 8]), True, 32, 128)
     tensor([15,  8,  1,  0, 17, 24])
     """
+    offset = 0
     if bidirectional:
         num_buckets //= 2
-        offset, distance = (distance > 0).long() * num_buckets, distance.abs()
-    else:
-        offset, distance = 0, (-distance).clamp(min=0)
+        offset = (distance > 0).long() * num_buckets
+    distance = distance.abs() if bidirectional else (-distance).clamp(min=0)
     exact = num_buckets // 2
     # The reference's order of operations, in float32: rounding at the buckets' edges depends on it.
     octaves = torch.log(distance.clamp(min=exact).float() / exact) / math.log(max_distance / exact)
@@ -143,53 +111,61 @@ def attention_weights(scores, bias):
     return torch.softmax(wide + bias.to(wide.dtype), dim=-1).to(scores.dtype)
 
 
-# The branches of a block, which the stacks add to the residual stream. Each norms its input first;
-# name is where its weights are: "encoder.block.3.layer.0".
+# The branches of a block. Each norms its input first; name is such as "encoder.block.3.layer.0".
 
 def self_attention(t5, name, x, bias):
     """Multi-head attention of x (B, S, d) over itself; bias (B or 1, h or 1, S, S) -> (B, S, d).
-    Weights may hold a prefix (2, h, P, k), keys and values before x's own, without position."""
-    w, (B, S, _), h, k = t5.weights, x.shape, t5.config.num_heads, t5.config.d_kv
-    wq, wk, wv, wo = (w[f"{name}.SelfAttention.{part}.weight"] for part in "qkvo")
+    The weights may hold a prefix (2, h, P, k): keys and values before x's own, without position."""
+    w = t5.weights
+    h, k = t5.config.num_heads, t5.config.d_kv
+    B, S, _ = x.shape
     x = rms_norm(x, w[f"{name}.layer_norm.weight"], t5.config.eps)
-    q, key, value = (linear(x, m).view(B, S, h, k).transpose(1, 2)             # (B, h, S, k)
-                     for m in (wq, wk, wv))
-    prefix = w.get(f"{name}.SelfAttention.prefix")
-    if prefix is not None:
-        prefix = prefix.to(q.dtype)[:, None].expand(-1, B, -1, -1, -1)         # (2, B, h, P, k)
-        both = zip(prefix, (key, value))
-        key, value = (torch.cat(pair, dim=2) for pair in both)                 # (B, h, P + S, k)
+    at = f"{name}.SelfAttention"
+    query = linear(x, w[f"{at}.q.weight"]).view(B, S, h, k).transpose(1, 2)    # (B, h, S, k)
+    key = linear(x, w[f"{at}.k.weight"]).view(B, S, h, k).transpose(1, 2)      # (B, h, S, k)
+    value = linear(x, w[f"{at}.v.weight"]).view(B, S, h, k).transpose(1, 2)    # (B, h, S, k)
+    if f"{at}.prefix" in w:
+        prefix = w[f"{at}.prefix"].to(key.dtype)[:, None].expand(-1, B, -1, -1, -1)
+        key = torch.cat([prefix[0], key], dim=2)                               # (B, h, P + S, k)
+        value = torch.cat([prefix[1], value], dim=2)                           # (B, h, P + S, k)
         bias = F.pad(bias, (prefix.shape[3], 0))                               # (.., S, P + S)
-    p = attention_weights(q @ key.mT, bias)                  # (B, h, S, S), NOT scaled by k^-0.5
-    return linear((p @ value).transpose(1, 2).reshape(B, S, h * k), wo)        # (B, S, d)
+    p = attention_weights(query @ key.mT, bias)              # (B, h, S, S), NOT scaled by k^-0.5
+    read = (p @ value).transpose(1, 2).reshape(B, S, h * k)
+    return linear(read, w[f"{at}.o.weight"])                                   # (B, S, d)
 
 
 def cross_attention(t5, name, y, memory, bias):
     """Multi-head attention of y (B, L, d) over memory (B, S, d), absorbed -> (B, L, d).
-    Keys and values are never formed: q (Wk m) = (q Wk) m and p (Wv m) = Wv (p m), so the two
+    Keys and values are never formed: q (Wk m) = (q Wk) m and p (Wv m) = Wv (p m). So the two
     projections move from S encoder positions to L decoder positions: exact, and cheap at L = 2."""
-    w, (B, L, d), h, k = t5.weights, y.shape, t5.config.num_heads, t5.config.d_kv
-    wq, wk, wv, wo = (w[f"{name}.EncDecAttention.{part}.weight"] for part in "qkvo")
-    memory = memory.to(wq.dtype)
-    q = linear(rms_norm(y, w[f"{name}.layer_norm.weight"], t5.config.eps), wq).view(B, L, h, k)
-    q = torch.einsum("blhk,hkd->bhld", q, wk.view(h, k, d))                    # (B, h, L, d)
-    scores = (q.reshape(B, h * L, d) @ memory.mT).view(B, h, L, -1)            # (B, h, L, S)
+    w = t5.weights
+    h, k = t5.config.num_heads, t5.config.d_kv
+    B, L, d = y.shape
+    y = rms_norm(y, w[f"{name}.layer_norm.weight"], t5.config.eps)
+    at = f"{name}.EncDecAttention"
+    wk = w[f"{at}.k.weight"].view(h, k, d)
+    wv = w[f"{at}.v.weight"].view(h, k, d)
+    memory = memory.to(wk.dtype)
+    query = linear(y, w[f"{at}.q.weight"]).view(B, L, h, k)
+    query = torch.einsum("blhk,hkd->bhld", query, wk)                          # (B, h, L, d)
+    scores = (query.reshape(B, h * L, d) @ memory.mT).view(B, h, L, -1)        # (B, h, L, S)
     p = attention_weights(scores, bias)
     read = (p.reshape(B, h * L, -1) @ memory).view(B, h, L, d)                 # (B, h, L, d)
-    read = torch.einsum("bhld,hkd->blhk", read, wv.view(h, k, d))              # (B, L, h, k)
-    return linear(read.reshape(B, L, h * k), wo)                               # (B, L, d)
+    read = torch.einsum("bhld,hkd->blhk", read, wv)                            # (B, L, h, k)
+    return linear(read.reshape(B, L, h * k), w[f"{at}.o.weight"])              # (B, L, d)
 
 
 def feed_forward(t5, name, x):
     """x (B, S, d) -> wo relu(wi x), or wo (gelu(wi_0 x) * wi_1 x) with the tanh form of GELU."""
-    w, x = t5.weights, rms_norm(x, t5.weights[f"{name}.layer_norm.weight"], t5.config.eps)
-    name = f"{name}.DenseReluDense"
+    w = t5.weights
+    x = rms_norm(x, w[f"{name}.layer_norm.weight"], t5.config.eps)
+    at = f"{name}.DenseReluDense"
     if t5.config.gated:
-        inner = F.gelu(linear(x, w[f"{name}.wi_0.weight"]), approximate="tanh")
-        inner = inner * linear(x, w[f"{name}.wi_1.weight"])
+        gate = F.gelu(linear(x, w[f"{at}.wi_0.weight"]), approximate="tanh")
+        inner = gate * linear(x, w[f"{at}.wi_1.weight"])
     else:
-        inner = F.relu(linear(x, w[f"{name}.wi.weight"]))
-    return linear(inner, w[f"{name}.wo.weight"])
+        inner = F.relu(linear(x, w[f"{at}.wi.weight"]))
+    return linear(inner, w[f"{at}.wo.weight"])
 
 
 # ------------------------------------------------------------------------------ the two stacks
@@ -235,45 +211,48 @@ def next_token_logits(t5, y):
 
 # ----------------------------------------------------------------------------- reading weights
 
+# Exporters store the embedding once or more, under any of these names; the head's only when tied.
+ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
+           "lm_head.weight")
+STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"    # unused, v1.0
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONVERT = """; pytorch_model.bin is not read: take a revision of the model with safetensors, such as \
+--model OWNER/NAME@refs/pr/1, or convert it in that folder: python -c "from transformers import \
+T5ForConditionalGeneration as T5; T5.from_pretrained('.').save_pretrained('.')\""""
+
+
 def read_config(folder):
-    """config.json of a folder -> T5Config. What old files omit is as in the first release.
-    Raises InputError for a missing or broken file, another model than T5, impossible sizes."""
+    """config.json of a folder -> T5Config. What a file omits is as in the first release.
+    Raises InputError for a missing or damaged file, another model than T5, and impossible sizes."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise InputError(f"{path} is missing: put the model's config.json there")
-    values = read_json(path)
-    if not isinstance(values, dict) or values.get("model_type", "t5") != "t5":
-        raise InputError(f"{path} does not describe a T5: take a model whose model_type is t5")
-    form = values.get("feed_forward_proj", "relu")
-    if form not in ("relu", "gated-gelu"):
-        raise InputError(f"{path}: feed_forward_proj is {form!r}; take a T5 of relu or gated-gelu")
-
-    def get(key, default=None, kind=int, below=2 ** 20):
-        value = values.get(key, default)
-        if type(value) is not kind or not (value is False or 0 < value < below):
-            raise InputError(f"{path}: {key} is {value!r}, not a sensible {kind.__name__}; take the"
-                             " config.json that belongs to the weights")
-        return value
-
-    layers, tied = get("num_layers", below=1000), get("tie_word_embeddings", True, bool)
-    config = T5Config(
-        get("d_model"), get("d_kv"), get("d_ff"), layers,
-        get("num_decoder_layers", layers, below=1000), get("num_heads"), get("vocab_size"),
-        gated=form == "gated-gelu", tied=tied, scaled=get("scale_decoder_outputs", tied, bool),
-        num_buckets=get("relative_attention_num_buckets", 32),
-        max_distance=get("relative_attention_max_distance", 128),
-        eps=get("layer_norm_epsilon", 1e-6, float, below=1))
-    if config.num_buckets < 4 or config.max_distance <= config.num_buckets // 2:
-        raise InputError(f"{path}: {config.num_buckets} buckets of relative_attention do not fit "
-                         f"{config.max_distance} positions; T5 has 32 and 128")
+    sizes = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size")
+    with reading(path, "the config.json of a T5", remedy="take the one of the weights"):
+        values = json.loads(path.read_bytes())
+        kind, form = values.get("model_type", "t5"), values.get("feed_forward_proj", "relu")
+        if kind != "t5" or form not in ("relu", "gated-gelu"):
+            raise ValueError(f"its model_type is {kind}, its feed_forward_proj {form}")
+        tied = values.get("tie_word_embeddings", True)
+        config = T5Config(
+            **{name: values[name] for name in sizes},
+            num_decoder_layers=values.get("num_decoder_layers", values["num_layers"]),
+            gated=form == "gated-gelu", tied=tied, scaled=values.get("scale_decoder_outputs", tied),
+            num_buckets=values.get("relative_attention_num_buckets", 32),
+            max_distance=values.get("relative_attention_max_distance", 128),
+            eps=values.get("layer_norm_epsilon", 1e-6))
+        for name, value in config._asdict().items():
+            expected = T5Config.__annotations__[name]
+            if type(value) is not expected or expected is not bool and not 0 < value < 2 ** 20:
+                raise ValueError(f"{name} is {value!r}")
+        if not 1 < config.num_buckets // 2 < config.max_distance:
+            raise ValueError(f"{config.num_buckets} buckets for {config.max_distance} positions")
     return config
 
 
 def expected_shapes(config):
     """Every tensor that a checkpoint of this config must hold: official name -> shape."""
     c, inner = config, config.num_heads * config.d_kv
-    attention = {m: (inner, c.d_model) for m in "qkv"} | {"o": (c.d_model, inner)}
-    forward = {m: (c.d_ff, c.d_model) for m in (("wi_0", "wi_1") if c.gated else ("wi",))}
+    attention = dict.fromkeys("qkv", (inner, c.d_model)) | {"o": (c.d_model, inner)}
+    forward = dict.fromkeys(("wi_0", "wi_1") if c.gated else ("wi",), (c.d_ff, c.d_model))
     encoder = {"SelfAttention": attention, "DenseReluDense": forward | {"wo": (c.d_model, c.d_ff)}}
     decoder = {"SelfAttention": attention, "EncDecAttention": attention, **encoder}
     tables = ("shared.weight",) if c.tied else ("shared.weight", "lm_head.weight")
@@ -296,149 +275,72 @@ def count_weights(config):
     return sum(map(math.prod, expected_shapes(config).values()))
 
 
-# Exporters store the embedding once or more, under any of these names; the last one when tied.
-# STRAY: v1.0 files carry a bias that no T5 ever reads.
-ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
-           "lm_head.weight")
-STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-FLOATS = ("F16", "BF16", "F32", "F64")
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def load_t5(folder, dtype=torch.float32, device="cpu"):
-    """Read config.json and the safetensors weights of a folder -> T5 in dtype on device.
-
-    dtype: float32 or bfloat16, float64 for proofs; float16 is refused, T5's feed-forward overflows
-    in it. The files are mapped, and read one after the other: the peak is the model in dtype and
-    one file. Every tensor of the config must be there, finite and with its shape, and every tensor
-    that is there must be used. Raises InputError otherwise.
-    """
-    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise InputError(f"T5 does not run in {dtype}: choose float32 or bfloat16")
-    config, paths, weights = read_config(folder), weight_files(folder), {}
-    named = paths[0] if len(paths) == 1 else folder
-    config, source = _match(named, _files_of_tensors(paths), config)
-    for path in paths:
-        with _open(path) as file:
-            there = set(file.keys())
-            weights |= {name: file.get_tensor(stored).to(device=device, dtype=dtype)
-                        for name, stored in source.items() if stored in there}
-    _complain(named, "has values that are not finite in",
-              [name for name, w in weights.items()          # aminmax makes no copy and keeps NaN
-               if not all(map(math.isfinite, w.aminmax()))])
-    weights.setdefault("lm_head.weight", weights["shared.weight"])             # the tied head
-    return T5(config, weights)
-
-
-def shard_names(index):
-    """The files that a model.safetensors.index.json lists. InputError if it is no such index."""
-    try:
-        names = sorted(set(read_json(Path(index))["weight_map"].values()))
-        if not names or any(Path(name).name != name or name[:1] in ("", ".") for name in names):
-            raise ValueError("its weight_map must name files of its own folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is no index of weights ({error!r}): fetch it again") from None
-    return names
-
-
 def weight_files(folder):
-    """The safetensors files of a model folder: model.safetensors or else the shards of its index.
-    Raises InputError if one is missing."""
-    folder = Path(folder)
-    single, index = folder / SINGLE, folder / INDEX
+    """model.safetensors of a folder, or else the shards of its index -> [path], or InputError."""
+    single, index = Path(folder) / SINGLE, Path(folder) / INDEX
     if single.is_file():
         return [single]
     if index.is_file():
-        paths = [folder / name for name in shard_names(index)]
-        _complain(index, "names files that are not there:",
-                  [path.name for path in paths if not path.is_file()])
-        return paths
-    other = "".join(f"; {path.name} is not read here: take a revision of the model that has "
-                    "safetensors, such as --model OWNER/NAME@refs/pr/1"
-                    for path in sorted(folder.glob("pytorch_model*"))[:1])
-    raise InputError(f"{single} is missing: put the model's safetensors weights there{other}")
-
-
-def check_file(path):
-    """Raise InputError unless a .json or .safetensors file is one, and whole."""
-    if path.suffix == ".json":
-        read_json(path)
-    elif path.suffix == ".safetensors":
-        _open(path)
-
-
-def _open(path):
-    """A safetensors file, mapped into memory. InputError, with what the file is, if it is none."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        with open(path, "rb") as file:
-            start = file.read(7)
-        what = "it is a web page" if start.lstrip()[:1] == b"<" else \
-            "it is Git LFS's pointer to the file" if start == b"version" else str(error)
-        raise InputError(f"{path} cannot be read ({what}): fetch it again") from None
-
-
-def _files_of_tensors(paths):
-    """Every tensor of the files -> {name: the open file that has it}; only headers are read."""
-    found = {}
-    for path in paths:
-        file = _open(path)
-        _complain(path, "repeats tensors of another file:", sorted(found.keys() & file.keys()))
-        found |= dict.fromkeys(file.keys(), file)
-    return found
-
-
-def _match(path, found, config):
-    """Hold {name: open file} against the config -> (config, {official name: name in the files}).
-    All copies of a tied table must be equal. transformers 5 writes tie_word_embeddings true for
-    v1.1 as well (with scale_decoder_outputs false): there a head in the file makes it untied."""
-    if not config.scaled and "lm_head.weight" in found:
-        config = config._replace(tied=False)
-    aliases = ALIASES if config.tied else ALIASES[:3]
-    table, *copies = [name for name in aliases if name in found] or ["shared.weight"]
-    shapes = expected_shapes(config)
-    source = {name: name for name in shapes} | {"shared.weight": table}
-    _complain(path, "lacks", sorted(set(source.values()) - found.keys()))
-    _complain(path, "has tensors that config.json does not call for:",
-              sorted(found.keys() - {*source.values(), *copies, STRAY}))
-    headers = {name: found[stored].get_slice(stored) for name, stored in source.items()}
-    _complain(path, "has tensors of another shape than config.json says:",
-              [f"{name} {list(shape)}, found {headers[name].get_shape()}"
-               for name, shape in shapes.items() if headers[name].get_shape() != list(shape)])
-    _complain(path, "has no floating-point numbers in",
-              [name for name in headers if headers[name].get_dtype() not in FLOATS])
-    _complain(path, f"has copies of {table} that differ from it:",
-              [name for name in copies if not torch.equal(found[table].get_tensor(table),
-                                                          found[name].get_tensor(name))])
-    return config, source
-
-
-def _complain(path, what, names):
-    if names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise InputError(f"{path} {what} {', '.join(names[:5])}{more}; take config.json and weights"
-                         " from one intact model folder")
-
-
-if __name__ == "__main__":
-    import sys
-    from tokenizers import Tokenizer
-    tiny = Path(__file__).with_name("tiny")
-    try:
-        t5, tokenizer = load_t5(tiny), Tokenizer.from_file(str(tiny / "tokenizer.json"))
-    except Exception as error:      # the tokenizers package raises nothing more precise
-        print(f"error: {error}; python tiny/build.py makes {tiny}", file=sys.stderr)
-        sys.exit(2)
-    for text in ("I loved this film. It was <extra_id_0>.", "It is boring. It was <extra_id_0>."):
-        ids = torch.tensor([tokenizer.encode(text).ids])                       # (1, S)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        target = torch.tensor([[PAD, tokenizer.token_to_id("<extra_id_0>")]])
-        y = decode(t5, target, encode(t5, embed_tokens(t5, ids), mask), mask)  # (1, 2, d)
-        p, best = torch.softmax(next_token_logits(t5, y)[0, 1], dim=-1).topk(5)
-        print(text, *(f"{tokenizer.decode([i])} {value:.2f}" for value, i in zip(p, best.tolist())))
+        with reading(index, "an index of weights"):
+            names = json.loads(index.read_bytes())["weight_map"].values()
+            return [index.with_name(name) for name in sorted(set(names))]
+    remedy = CONVERT if any(Path(folder).glob("pytorch_model*")) else ""
+    raise InputError(f"{single} is missing: put the model's safetensors weights there{remedy}")
 
 
 def model_fingerprint(folder):
     """sha256 of a model folder's config.json and weights: what a prompt or a store belongs to."""
     return fingerprint([Path(folder) / "config.json", *weight_files(folder)])
+
+
+def read_tensors(paths):
+    """Yield each (name, tensor) of safetensors files, which are mapped into memory in turn."""
+    for path in paths:
+        with reading(path, "a safetensors file"), safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+
+
+def load_t5(folder, dtype=torch.float32, device="cpu"):
+    """Read config.json and the safetensors weights of a folder -> T5 in dtype on device.
+    dtype: float32 or bfloat16, or float64 for proofs; T5's feed-forward overflows in float16.
+    The peak of memory is the model in dtype and one file. Raises InputError unless the weights are
+    finite and exactly those that config.json implies."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise InputError(f"T5 does not run in {dtype}: choose float32 or bfloat16")
+    config = read_config(folder)
+    # transformers 5 calls v1.1 tied, too, but not scaled. There a head in the file counts.
+    copies = ALIASES if config.tied and config.scaled else ALIASES[:3]
+    weights, wrong = {}, []
+    for name, stored in read_tensors(weight_files(folder)):
+        name = "shared.weight" if name in copies else name
+        weight = stored.to(device=device, dtype=dtype)
+        if not (stored.is_floating_point() and weight.sum().isfinite()):
+            wrong.append(f"{name} holds {stored.dtype} that are not finite numbers")
+        if not torch.equal(weight, weights.setdefault(name, weight)):
+            wrong.append(f"copies of {name} differ")
+    weights.pop(STRAY, None)
+    config = config._replace(tied=config.tied and "lm_head.weight" not in weights)
+    expected = expected_shapes(config)
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    wrong += [f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'absent')}"
+              for name in sorted(expected | found) if expected.get(name) != found.get(name)]
+    if wrong:
+        raise InputError(f"{folder} has {len(wrong)} faults, such as {'; '.join(wrong[:3])}: take "
+                         "config.json and weights from one intact model folder")
+    weights = {name: weights[name] for name in expected}
+    weights.setdefault("lm_head.weight", weights["shared.weight"])             # the tied head
+    return T5(config, weights)
+
+
+if __name__ == "__main__":
+    from tokenizers import Tokenizer
+    t5 = load_t5(TINY)
+    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    target = torch.tensor([[PAD, tokenizer.token_to_id("<extra_id_0>")]])
+    for text in ("I loved this film. It was <extra_id_0>.", "It is boring. It was <extra_id_0>."):
+        ids = torch.tensor([tokenizer.encode(text).ids])                       # (1, S)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        y = decode(t5, target, encode(t5, embed_tokens(t5, ids), mask), mask)  # (1, 2, d)
+        p, best = torch.softmax(next_token_logits(t5, y)[0, 1], dim=-1).topk(5)
+        print(text, *(f"{tokenizer.decode([i])} {value:.2f}" for value, i in zip(p, best.tolist())))

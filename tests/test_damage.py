@@ -43,7 +43,7 @@ from conftest import (Evil, FORMATS, HERE, V10, affine_start, ended, forked, mak
 # ------------------------------------------- damaged inputs: one line, which file, what to do then
 
 REMEDY = re.compile(r"fetch it |[Tt]ake |delete|[Gg]ive |mend|drop|put|start a new run|do not use"
-                    r"|use another|export it again|name a |do not fit|[Tt]ry |must ")
+                    r"|use another|is missing|export it again|name a |do not fit|[Tt]ry |must ")
 
 
 def damages(whole, n, seed=0):
