@@ -648,11 +648,34 @@ STAGES = (0.08, 0.5, 0.42)              # of the steps: anchor tasks easy, harde
 RATE = 0.002                            # thrice as much unlearns what the start knows
 
 
-def make_optimizers(p):
-    """Muon (Jordan 2024: momentum, orthogonalized) for the blocks' matrices but the decoder's self-
-    attention, which has two positions; Adam for all else."""
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan 2024): momentum, orthogonalized by Newton-Schulz iterations in dtype. torch's own
+    always computes in bfloat16, which is slow on a CPU without bfloat16 products."""
+
+    def __init__(self, matrices, dtype):
+        super().__init__(matrices, {"lr": RATE})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        """Move all matrices, in place."""
+        for w in self.param_groups[0]["params"]:
+            moment = self.state[w].setdefault("moment", torch.zeros_like(w))
+            moment.mul_(0.95).add_(w.grad)
+            update = w.grad + 0.95 * moment
+            X = (update / (update.norm() + 1e-12)).to(self.dtype)
+            X = X.T if X.shape[0] > X.shape[1] else X
+            for _ in range(4):                      # all singular values towards 1
+                A = X @ X.T
+                X = 3.4445 * X + (2.0315 * A @ A - 4.775 * A) @ X
+            w.sub_(X if X.shape == w.shape else X.T, alpha=self.param_groups[0]["lr"])
+
+
+def make_optimizers(p, dtype):
+    """Muon for the blocks' matrices but the decoder's self-attention, which has two positions; Adam
+    for all else."""
     matrices = {n for n in p if re.search(r"^encoder.*\.[qkvo]\.|EncDecAttention|Dense", n)}
-    return (torch.optim.Muon([p[n] for n in p if n in matrices], weight_decay=0.0, ns_steps=4),
+    return (Muon([p[n] for n in p if n in matrices], dtype),
             torch.optim.Adam([p[n] for n in p if n not in matrices], betas=(0.9, 0.98)))
 
 
@@ -705,7 +728,7 @@ def train(pool, tokenizer, work, tasks, steps, dtype):
     p = initial_weights(pool, fit_embeddings(pool))
     p = {name: value.requires_grad_() for name, value in p.items()}
     lessons = Lessons(pool, tokenizer, p["shared.weight"].detach().clone())
-    optimizers, state, begin, smooth = make_optimizers(p), work / f"state-{steps}.pt", 0, {}
+    optimizers, state, begin, smooth = make_optimizers(p, dtype), work / f"state-{steps}.pt", 0, {}
     if state.exists():
         with reading(state, "a training's state", remedy="delete it, training starts again"):
             begin, clustered, values, *moments = torch.load(state, weights_only=True)
