@@ -79,6 +79,14 @@ def test_every_module_and_exercise_is_listed():
         assert f"`{name}`" in text or name in (HERE / "docs/extending.md").read_text(), name
 
 
+def test_the_ledger_names_what_exists():
+    """What the last column of the ledger's tables names is in one of the modules."""
+    modules = [importlib.import_module(name) for name in MODULES]
+    rows = [row for row in (HERE / "docs/ledger.md").read_text().splitlines() if row.count("|") == 7]
+    for name in {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[-2])}:
+        assert any(hasattr(module, name) for module in modules), name
+
+
 def test_ci_finds_its_two_commands():
     """.ci/run takes exactly two lines that set up an environment from README.md."""
     lines = (HERE / "README.md").read_text().splitlines()
