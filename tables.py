@@ -64,22 +64,22 @@ def _csv_rows(path, columns, header, encoding):
 
 
 def _dialect(text, columns, header, usual):
-    """How a user's table is written: the first delimiter that gives the columns, the usual one
-    before others; quotes quote if every row then has as many columns as the first."""
+    """How a user's table is written: the delimiter and quoting whose first row gives the columns,
+    and with which most rows are as wide as the first; the usual ones before others."""
+    fits = []
     for delimiter in (usual["delimiter"], *",;|\t"):
-        how = {"delimiter": delimiter, "quoting": csv.QUOTE_MINIMAL}
-        first = next(csv.reader(io.StringIO(text, newline=""), **how), [])
-        if header != "no" and set(columns) <= set(first) or (
-                header != "yes" and len(first) == len(columns)):
-            break
-    else:
-        return usual
-    try:
-        lines = csv.reader(io.StringIO(text, newline=""), strict=True, **how)
-        quoted = {len(line) for line in lines if line} == {len(first)}
-    except csv.Error:
-        quoted = False
-    return how if quoted else usual | {"delimiter": delimiter}
+        for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
+            how = {"delimiter": delimiter, "quoting": quoting}
+            try:
+                lines = csv.reader(io.StringIO(text, newline=""), strict=True, **how)
+                first = next(lines, [])
+                widths = [len(line) for line in lines if line]
+            except csv.Error:
+                continue
+            named = header != "no" and set(columns) <= set(first)
+            if named or header != "yes" and len(first) == len(columns):
+                fits.append((widths.count(len(first)) / max(1, len(widths)), how))
+    return max(fits, key=lambda fit: fit[0], default=(0, usual))[1]
 
 
 def _jsonl_rows(path, columns, header, encoding):

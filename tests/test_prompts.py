@@ -41,8 +41,8 @@ def test_ours_are_read_and_others_refused(tmp_path):
     assert about == prompts.prompt_metadata(path) == {"model": "m", "regularizer": "affine"}
     refused(path, 16, "not a prompt for a T5 of width 16 .it holds")
     ones = torch.ones(3, 8)
-    for theta, form, says in ((ones, "affine", "it holds"), (ones, "other", "is 'other', not one of"),
-                              (ones * math.nan, "none", "not finite"), (ones[0], "none", "it holds"),
+    for theta, form, says in ((ones, "affine", "it holds"), (ones, "other", "not one of"),
+                              (ones * math.nan, "none", "finite"), (ones[0], "none", "holds"),
                               (torch.ones(10_001, 8), "none", "10,001 vectors")):
         save_file({"theta": theta}, path, {"regularizer": form})
         refused(path, 8, says)

@@ -1,19 +1,17 @@
-"""Tests of tasks and tables."""
+"""Tests of tasks."""
 
 import csv
 import hashlib
 import os
-import pickle
 import re
 from collections import Counter
-from pathlib import Path
 
 import data
 import numpy as np
 import pytest
 import tasks
 from common import InputError
-from conftest import (Evil, FORMATS, SUPMER_DATA, by_topic, needs_data, write_model, write_task)
+from conftest import FORMATS, SUPMER_DATA, by_topic, needs_data, write_model, write_task
 from data import MASK
 from tasks import TASKS, Row, load_test, load_train
 from tokenizers import Tokenizer
@@ -32,42 +30,8 @@ def test_each_format_literally(tmp_path, name):
     assert load_train(TASKS[name], tmp_path, said.append) == [Row(*row) for row in read]
     size = TASKS[name].sizes[0]
     wanted = [f"{len(read):,} rows, the paper has {size:,}"] if size else []
-    wanted = {"cr": ["last row", "1 rows without"], "qqp": ["2 rows without"]}.get(name, []) + wanted
-    assert len(said) == len(wanted) and all(b in a for a, b in zip(said, wanted))
-
-
-@pytest.mark.parametrize("name, content, says", [
-    ("sst2", "", "no rows"), ("sst2", "sentence\tlabel\n", "no rows"),
-    ("sst2", "text\tlabel\nok\t1\n", "line 1"), ("sst2", "sentence\tlabel\nok\t1\nok\t2\n", "line 3"),
-    ("sst2", "sentence\tlabel\nok\t1\textra\n", "line 2"), ("sst2", "sentence\tlabel\n \t1\n", "line 2"),
-    ("sst2", b"sentence\tlabel\ncaf\xe9\t1\n", "line 2: byte 0xe9 is not utf-8"),
-    ("mr", '1,"never closed\n0,text\n', "is not a well quoted table"),
-    ("cb", '{"premise": null, "hypothesis": "h", "label": "neutral"}', "line 1"),
-    ("cb", '{"premise": ["p"], "hypothesis": "h", "label": "neutral"}', "line 1"),
-    ("cb", '{"premise": "\\ud800", "hypothesis": "h", "label": "neutral"}', "line 1"),
-    ("cb", "[]", "line 1"), ("cb", "{", "line 1"), ("cb", '{"label": true}', "line 1")])
-def test_bad_rows_are_refused_with_file_and_line(tmp_path, name, content, says):
-    """A wrong header, label, number of columns or type, a blank text, another encoding, an open
-    quote, which would swallow the rest of the file."""
-    write_task(tmp_path, name, content)
-    with pytest.raises(InputError, match=f"{Path(TASKS[name].train).name}.*{says}") as error:
-        load_train(TASKS[name], tmp_path)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("content", [
-    pickle.dumps(Evil()), pickle.dumps((["a", "b"], [0, Evil()])), pickle.dumps((["a"], [0, 1])),
-    pickle.dumps((["a"], ["0"])), pickle.dumps((["a", "b"], [0, 1]))[:-4], b"", b"text\t1\n",
-    pickle.dumps((["a", "b"], [0, 2])), b"\x80\x02r\xff\xff\xff\x7f.",
-    b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"."])
-def test_a_pickle_is_data_or_it_is_refused(tmp_path, monkeypatch, content):
-    """Code in it, a wrong shape or label, damage, a claim of terabytes: one InputError, and nothing
-    is run."""
-    monkeypatch.chdir(tmp_path)
-    write_task(tmp_path, "books", content)
-    with pytest.raises(InputError, match="domain/books/train"):
-        load_train(TASKS["books"], tmp_path)
-    assert not Path("executed").exists()
+    odd = {"cr": ["last row", "1 rows without"], "qqp": ["2 rows without"]}.get(name, [])
+    assert len(said) == len(odd + wanted) and all(b in a for a, b in zip(said, odd + wanted))
 
 
 def test_templates_and_words_literally():
@@ -134,7 +98,7 @@ def test_real_tasks_are_read_whole(name, first, tokenizer):
     assert len(set(map(tuple, examples.words))) == len(task.words)
 
 
-# -------------------------------------------------------------------------- people's tables
+# ---------------------------------------------------------------------------- own tasks
 
 def own(folder, content, template="{text} It was <X> .", words="", name="a.csv", **how):
     """own_task() of a new file -> the task, its rows, what was said."""
@@ -144,30 +108,13 @@ def own(folder, content, template="{text} It was <X> .", words="", name="a.csv",
     return task, [(task.words[row.label], *row.fields.values()) for row in load_train(task)], said
 
 
-@pytest.mark.parametrize("name, content, rows", [
-    ("a.csv", "label,text\n1,good\n0,bad\n", ["good", "bad"]),
-    ("a.CSV", "text;label\ngood, really;1\nbad;0\n", ["good, really", "bad"]),
-    ("a.csv", "text|label\ngood|1\n\n |1\nworse|\nbad|0\n", ["good", "bad"]),
-    ("a.csv", "1,good\n0,bad\n", ["good", "bad"]),
-    ("a.tsv", 'label\ttext\n1\t"He said ""good""."\n0\tbad\n', ['He said "good".', "bad"]),
-    ("a.tsv", 'label\ttext\n1\t"good" film\n0\tbad\n', ['"good" film', "bad"]),
-    ("a.json", '{"text": "good", "label": 1.0}\n{"text": "bad", "label": 0.0}\n', ["good", "bad"]),
-    ("a.txt", "good\t1\nbad\t0", ["good", "bad"]),
-    ("a.csv", "label,text\n1," + "good " * 40_000 + "\n0,bad\n", ["good " * 40_000, "bad"])])
-def test_tables_as_people_have_them(tmp_path, name, content, rows):
-    """Delimiters, quotes doubled as pandas does, quotes that are characters, no header, blank lines
-    and rows without text or label, JSON lines, long texts; numbers are sentiment's words, printed."""
-    task, found, said = own(tmp_path, content, name=name)
-    assert found == [("great", rows[0]), ("terrible", rows[1])]
-    assert [line.count("rows of label") for line in said[-2:]] == [1, 1]
-    assert len(said) == 2 + ("|" in content) and ("left out" in said[0]) == ("|" in content)
-
-
 @pytest.mark.parametrize("labels, words, matched", [
     ("01", "1,0", {"1": "1", "0": "0"}), ("12345", "a,b,c,d,e", dict(zip("12345", "abcde"))),
-    (("-1", "1"), "bad,good", {"-1": "bad", "1": "good"}), (("10", "9"), "a,b", {"9": "a", "10": "b"}),
+    (("-1", "1"), "bad,good", {"-1": "bad", "1": "good"}),
+    (("10", "9"), "a,b", {"9": "a", "10": "b"}),
     (("spam", "ham"), "spam=junk,ham=fine", {"spam": "junk", "ham": "fine"}),
-    (("0.0", "1.0"), "", {"0.0": "terrible", "1.0": "great"}), (("no", "yes"), "", {"no": "no", "yes": "yes"}),
+    (("0.0", "1.0"), "", {"0.0": "terrible", "1.0": "great"}),
+    (("no", "yes"), "", {"no": "no", "yes": "yes"}),
     (("yes",), "no,yes,maybe", {"no": "no", "yes": "yes", "maybe": "maybe"}),
     ("012", "", None), (("spam", "ham"), "junk,fine", None), (("spam", "ham"), "spam=junk", None),
     ("01", "0=good,1=good", None), ("01", "0=good,1", None), (("no",), "", None)])
@@ -288,7 +235,7 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
     for step in range(20):
         split = ("train", "validation")[step % 2]
         task = tasks.labeled_task(index, 0, step, 0, stream=1, split=split)
-        partner = tasks.labeled_task(index, 0, step, 0, stream=2, variant="set", avoid=task.clusters)
+        partner = tasks.labeled_task(index, 0, step, 0, stream=2, avoid=task.clusters)
         assert task.variant == "set" and partner.clusters != task.clusters
         sources = []
         for examples, n in ((task.support, 7), (task.query, 3)):
