@@ -1,16 +1,32 @@
-"""What eval.py compares: a name of --prompt -> where tuning starts, and with which regularizer."""
+"""What eval.py is asked for: --task -> Plans to tune and test; --prompt -> Candidates compared."""
 
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from baselines import BASELINES, given_prompt
-from common import InputError, TINY, read_json, reading
+from baselines import BASELINES, ft_memory, given_prompt
+from common import GIB, InputError, TINY, read_json, reading
 from hub import RELEASED, model_folder, released_folder
 from prompts import load_prompt
 from studies import PRETRAINED, pretrained_run
 from supmer import REGULARIZERS
 from t5 import model_fingerprint
+from tasks import GROUPS, LabeledTask, TASKS, find, locate
+
+
+# What "newest" is without a finished run of one's own.
+FALLBACK = {"tiny": "shipped", "t5-base": "released", "flan-t5-xl": "released"}
+NAMES = ("shipped", "released", *(name for name, one in BASELINES.items() if one.start),
+         *PRETRAINED)
+
+
+class Plan(NamedTuple):
+    """What is tuned on one task and tested on one or several."""
+    name: str
+    shots: int
+    task: LabeledTask
+    targets: dict[str, LabeledTask]     # their test sets
+    folder: str = "."
 
 
 class Candidate(NamedTuple):
@@ -22,6 +38,57 @@ class Candidate(NamedTuple):
     about: dict                 # a learned prompt's file and its metadata
 
 
+def plans(settings):
+    """The tasks to run -> [Plan], {task that is not run: why}. Training files are fetched; a test
+    file is only looked for. Raises InputError for a task that is asked for by its own name."""
+    if settings.template:
+        name, words = Path(settings.data[0]).stem, own_words(settings)
+        task = LabeledTask(settings.data[0], settings.data[-1], settings.template, words, 256)
+        return [Plan(name, shots, task, {name: task}) for shots in settings.shots], {}
+    folder, found, absent = settings.data[0], {}, {}
+    for group in settings.task:
+        for name in GROUPS.get(group, (group,)):
+            tuned_on = "airlines" if group == "dg" else name
+            try:
+                locate(TASKS[tuned_on], "train", folder)
+                if not (find(TASKS[name].test, folder) or TASKS[name].urls):
+                    raise InputError(f"{TASKS[name].test} is not in {folder}: put it there, or "
+                                     "give --data FOLDER that has it")
+            except InputError as error:
+                if group not in GROUPS or name == tuned_on == "airlines":
+                    raise
+                absent[name] = str(error)
+                print(f"{name}: not run; {error}")
+                continue
+            plan = "dg" if group == "dg" else name
+            found.setdefault(plan, (TASKS[tuned_on], {}))[1][name] = TASKS[name]
+    if not found:
+        raise InputError("none of these tasks can be run, see above")
+    return [Plan(name, shots, *what, folder) for shots in settings.shots
+            for name, what in found.items()], absent
+
+
+def own_words(settings):
+    """--words as a tuple."""
+    return tuple(word.strip() for word in settings.words.split(","))
+
+
+def candidates(opened, config, settings):
+    """Yield the Candidates of --prompt in order. What train.py has to make is made at its turn; if
+    that fails in a study, it is not run. opened: {name: Candidate, or why it is not run}."""
+    for name in settings.prompt:
+        if name not in opened:
+            try:
+                opened[name] = open_candidate(name, config, settings)
+            except InputError as error:
+                if not settings.study:
+                    raise
+                opened[name] = str(error)
+                print(f"{name}: not run; {error}")
+        if isinstance(opened[name], Candidate):
+            yield opened[name]
+
+
 def open_candidate(name, config, settings):
     """A name of --prompt -> Candidate. Raises InputError unless a learned prompt is of this model
     and of this length."""
@@ -29,6 +96,10 @@ def open_candidate(name, config, settings):
         length = BASELINES[name].length or settings.prompt_length
         starts = [partial(BASELINES[name].start, seed=seed, length=length)
                   for seed in settings.seeds]
+        if name == "ft":
+            size = ft_memory(config) / GIB
+            print(f"ft: {size:.2f} GiB in each process beside the frozen weights and a step's "
+                  f"activations; {size / 6:.2f} GiB on the disk for each rate and seed")
         return Candidate(name, name, starts, None, {})
     path = Path(name)
     if name in PRETRAINED:
@@ -58,10 +129,6 @@ def belongs(about, config, model):
         return RELEASED.get((config.d_model, config.d_ff)) == about["model"]
     unknown = about["regularizer"] == "none" and "model_sha256" not in about
     return unknown or about.get("model_sha256") == model_fingerprint(model_folder(model))
-
-
-# What "newest" is without a finished run of one's own.
-FALLBACK = {"tiny": "shipped", "t5-base": "released", "flan-t5-xl": "released"}
 
 
 def newest_run(model):

@@ -35,6 +35,7 @@ import time
 import torch
 import traceback
 import train
+import tuning
 import urllib.parse
 import zipfile
 from common import InputError
@@ -661,8 +662,8 @@ def small_examples(n, seed=0):
 
 
 def tune(t5, start, *rest):
-    """evaluation.tune() of a prompt from start (P, d) -> its records, theta at each (n, P, d)."""
-    found = [(record, kept["theta"].clone()) for record, kept in evaluation.tune(
+    """tuning.tune() of a prompt from start (P, d) -> its records, theta at each (n, P, d)."""
+    found = [(record, kept["theta"].clone()) for record, kept in tuning.tune(
         t5, "learned", partial(baselines.given_prompt, theta=start), *rest)]
     records, thetas = zip(*found)
     return list(records), torch.stack(thetas)

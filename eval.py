@@ -17,12 +17,10 @@ inputs: the same command resumes. On the embedded T5 a prompt takes some 15 minu
 
 import hashlib
 import json
-import math
 import os
 import shlex
 import signal
 import statistics
-import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -32,18 +30,19 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from baselines import BASELINES, ft_memory, pose, tuning_gradient, with_prompt
-from candidates import Candidate, newest_run, open_candidate
-from common import (GIB, InputError, fingerprint, from_settings, knob, one_process, rng,
-                    run_script, settings_parser, whole_file)
+from baselines import BASELINES, pose, with_prompt
+from candidates import (Candidate, NAMES, candidates, newest_run, open_candidate, own_words,
+                        plans)
+from common import (InputError, fingerprint, from_settings, knob, one_process, run_script,
+                    settings_parser, whole_file)
 from data import load_tokenizer
 from hub import fetch_list, model_folder, tokenizer_file
 from jobs import TUNED, find_devices, make_job, read_result, workers
 from predict import predict
 from studies import PRETRAINED, STUDIES, draw, figure, import_pyplot, table
-from supmer import Method, cosine, measure, score
 from t5 import load_t5, model_fingerprint
-from tasks import GROUPS, LabeledTask, TASKS, few_shot, find, load_test, load_train, locate
+from tasks import GROUPS, TASKS, few_shot, load_test, load_train
+from tuning import Tuning, loss_and_accuracy, preference, score_job, tune_job
 
 
 @dataclass(frozen=True)
@@ -51,27 +50,21 @@ class Settings:
     """The options of an evaluation, with the paper's values."""
     model: str = knob("tiny", "tiny, a short name such as flan-t5-xl, a hub id, or a T5's folder",
                       first=True)
-    task: tuple = knob(("movie",), "tasks by name, or a group: all (Table 1), dg (tuned on "
-                       "airlines, tested on six domains: Table 2)", first=True)
-    prompt: tuple = knob(
-        ("newest", "random"), "a run, a prompt's file or folder (PEFT's and the authors' too); "
-        "shipped (tiny's own), released (the authors', for t5-base and flan-t5-xl), newest (this "
-        "model's last finished run; else shipped or released), random, vocab, prefix-tuning, "
-        "p-tuning-v2, ft, zero-shot, few-shot; or what train.py makes if it is missing: "
-        + ", ".join(PRETRAINED), first=True)
-    study: str = knob("", "a table or figure of the paper, see studies.py", first=True,
-                      choices=tuple(STUDIES))
+    task: tuple = knob(("movie",), "names, or groups: all (Table 1), dg (Table 2)", first=True)
+    prompt: tuple = knob(("newest", "random"), "a run; a prompt's file or folder, PEFT's and the "
+                         "authors' too; or newest (this model's last finished run), "
+                         f"{', '.join(NAMES)}", first=True)
+    study: str = knob("", "of the paper, see studies.py", first=True, choices=tuple(STUDIES))
     data: tuple = knob((os.environ.get("SUPMER_DATA") or "data",), "folder of the tasks' files, "
                        "others are fetched; for a task of your own its file, and a second one to "
                        "test on (or the rows that are not sampled)", first=True)
     template: str = knob("", "of your own task: \"{text} It was <X> .\"; a file without a header "
                          "has the label first, then the template's texts", first=True)
     words: str = knob("", "of your own task, by label 0, 1, ...: terrible,great", first=True)
-    predict: str = knob("", "only label this file's texts with one tuned --prompt, to --out or "
-                        "stdout, with probabilities", first=True)
+    predict: str = knob("", "only label this file's texts with one tuned --prompt", first=True)
     quick: bool = knob(False, "a demonstration: one seed, one rate, 60 epochs", first=True)
-    max_minutes: float = knob(0.0, "stop tuning after so many minutes, the same command resumes; "
-                              "0: never", zero=True, first=True)
+    max_minutes: float = knob(0.0, "then stop tuning, the same command resumes; 0: never",
+                              zero=True, first=True)
     labeled: str = knob("", "folder of labeled sentiment sets, for metapt")
     prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)", most=10_000)
     shots: tuple = knob((16,), "examples per label to tune on, as many to validate on (4.1)")
@@ -89,112 +82,22 @@ class Settings:
     test_rows: int = knob(0, "test on so many rows, always the same ones; 0: on all", zero=True)
     predictions: bool = knob(False, "write each test row's predicted label, too")
     plot: bool = knob(False, "a PNG beside the JSON file (needs matplotlib)")
-    jobs: int = knob(0, "processes, whose number changes no result; 0: one for each GPU or core",
-                     zero=True, most=1000)
+    jobs: int = knob(0, "processes; the result is the same; 0: one for each GPU or core",
+                     zero=True)
     dtype: str = knob("float32", "of the frozen T5", choices=("float32", "bfloat16"))
     device: str = knob("auto", "auto (all GPUs if there are any), cpu, cuda, cuda:1, ...")
-    out: str = knob("", "the JSON file, instead of runs/eval/<model>-<task>.json")
+    out: str = knob("", "of predictions; or the JSON file [runs/eval/<model>-<task>.json]")
 
 
 # What the embedded T5 needs instead of the paper's numbers, and why.
-FOR_TINY = {"prompt_length": (20, "its texts have some 30 tokens, 100 vectors would outnumber them"),
+FOR_TINY = {"prompt_length": (20, "100 vectors would outnumber the tokens of its texts"),
             "rate_scale": ("rms", "its embeddings are small, see tiny/README.md")}
-QUICK = {"prompt": ("random", "vocab", "newest", "shipped"), "seeds": (10,), "rates": (0.2,),
+QUICK = {"prompt": ("random", "vocab", "newest"), "seeds": (10,), "rates": (0.2,),
          "epochs": 60, "test_rows": 300}
-PLACES = ("data", "labeled", "jobs", "device", "out", "plot")     # change no result
-
-
-# -------------------------------------------------------------------------------- tuning (C.1)
-
-class Tuning(NamedTuple):
-    """The Settings of one tuning run."""
-    epochs: int
-    batch: int
-    validate_every: int
-    words_only: bool
-
-
-def batch_rows(n, step, seed, size):
-    """A step's rows, steps counted from 0: each epoch is a permutation of n rows, cut into batches.
-    A pure function. n 5, size 2: steps 0, 1, 2 -> for example [3, 0], [4, 1], [2]"""
-    epoch, place = divmod(step, math.ceil(n / size))
-    order = rng(seed, epoch, 0, "batches").permutation(n)
-    return order[place * size:(place + 1) * size].tolist()
-
-
-def preference(validation):
-    """A sort key, lowest first: best accuracy, lowest loss, earliest step, smallest rate."""
-    return -validation["accuracy"], validation["loss"], validation["step"], validation["rate"]
-
-
-def tune(t5, baseline, start, psi, sample, seed, rate, tuning, unit=1.0):
-    """Tune at one rate. Yields at each validation its record and {name: tensor} to keep, which is
-    valid until the next step.
-
-    A step: the gradient g of a batch (Eq. 1) -> psi(g, H) (Eq. 5; phi frozen, the gate's H from
-    that batch; psi None: g itself) -> norm clipped -> AdamW, whose rate falls linearly to 0.
-    baseline: a name of BASELINES. start: t5 -> parameters, which count as step 0. sample: training
-    and validation Examples. unit: a prompt's rate is in units of it. A record has the distance
-    that a prompt has moved, relative to its start, and cos(psi(g), g) of the last step.
-    Raises InputError for a loss that is not finite; a gradient that is not shows in the next one.
-    """
-    examples, held_out = sample
-    method = Method(words_only=tuning.words_only)
-    baseline, n = BASELINES[baseline], len(examples.ids)
-    parameters = {name: x.clone() for name, x in start(t5).items()}
-    theta, moved, psi_cosine = parameters.get("theta"), None, None
-    begun = None if theta is None else theta.clone()
-    steps = tuning.epochs * math.ceil(n / tuning.batch)
-    optimizer = torch.optim.AdamW(parameters.values(), eps=1e-8, weight_decay=0.0)
-    largest_rate = rate * unit if baseline.model is with_prompt else rate
-    for step in range(steps + 1):
-        if step % tuning.validate_every == 0 or step == steps:
-            kept = baseline.fold(t5, parameters)
-            scores = score(*baseline.model(t5, kept), held_out, method)
-            loss, accuracy = loss_and_accuracy(scores, held_out.labels, tuning.words_only)
-            if not math.isfinite(loss):
-                raise InputError(f"the loss is {loss} at step {step}, rate {rate}, seed {seed}: "
-                                 "try smaller --rates")
-            if theta is not None:
-                moved = float((theta - begun).norm() / begun.norm())
-            yield {"rate": rate, "step": step, "loss": loss, "accuracy": accuracy, "moved": moved,
-                   "psi_cosine": psi_cosine}, kept
-        if step < steps:
-            batch = select(examples, batch_rows(n, step, seed, tuning.batch))
-            gradient, H = tuning_gradient(t5, baseline, parameters, batch, method)
-            for name, x in parameters.items():
-                x.grad = psi(gradient[name], H) if psi else gradient[name]
-            if psi:
-                psi_cosine = float(cosine(theta.grad, gradient["theta"]))
-            torch.nn.utils.clip_grad_norm_(parameters.values(), method.clip)
-            optimizer.param_groups[0]["lr"] = largest_rate * (1 - step / steps)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-
-def loss_and_accuracy(scores, labels, words_only):
-    """Log-probabilities of the label words (n, K), labels (n,) -> mean loss, accuracy in %."""
-    found = measure(scores, labels)
-    return found["word_loss" if words_only else "loss"], 100 * found["correct"] / len(labels)
-
-
-def select(examples, rows):
-    """The Examples of these rows."""
-    return examples._replace(ids=[examples.ids[row] for row in rows], vectors=examples.vectors[rows],
-                             slots=[examples.slots[row] for row in rows],
-                             labels=examples.labels[rows])
+PLACES = {"model", "data", "labeled", "jobs", "device", "out", "plot"}       # not the protocol's
 
 
 # ------------------------------------------------------------- the protocol: a task, tuned, tested
-
-class Plan(NamedTuple):
-    """What is tuned on one task and tested on one or several."""
-    name: str
-    shots: int
-    task: LabeledTask
-    targets: dict[str, LabeledTask]     # their test sets
-    folder: str = "."
-
 
 class Sample(NamedTuple):
     """The rows that are drawn from a task's training file."""
@@ -315,7 +218,7 @@ def evaluate_target(context, plan, target, tuned, chosen, samples):
 
 
 def first_rows(rows, number):
-    """The first rows by sha256 of their texts, whatever their order in the file; all as they are."""
+    """The first rows by sha256 of their texts, whatever their order in the file."""
     def key(row):
         return hashlib.sha256("\t".join(row.fields.values()).encode()).digest()
     return sorted(rows, key=key)[:number] if number < len(rows) else rows
@@ -357,87 +260,12 @@ def test_jobs(context, plan, target, rows, tuned, chosen, samples):
 
 
 def kept_of(row):
-    """What a choice's file keeps -> {step: {name: tensor}}; with --study steps of all validations."""
+    """A choice's file -> {its step: {name: tensor}}; with --study steps of all validations."""
     kept = {}
     for key, x in read_result(row["file"])[0].items():
         step, _, name = key.rpartition(":")
         kept.setdefault(int(step or row["step"]), {})[name] = x
     return dict(sorted(kept.items()))
-
-
-def tune_job(t5, baseline, start, psi, sample, seed, rate, tuning, unit, all_steps, about):
-    """tune() -> {name: tensor} of its best validation, with all_steps also of each as "step:name";
-    the validations, and about: what a reader of the file needs to use it."""
-    device = t5.weights["shared.weight"].device
-    if psi:
-        psi = partial(psi.func, {name: x.to(device) for name, x in psi.args[0].items()})
-    began, records, best, every = time.perf_counter(), [], {}, {}
-    for record, kept in tune(t5, baseline, start, psi, sample, seed, rate, tuning, unit):
-        records.append(record | {"seconds": time.perf_counter() - began})
-        chosen = min(records, key=preference) is records[-1]
-        if chosen or all_steps:
-            kept = {name: x.cpu().clone(memory_format=torch.contiguous_format)
-                    for name, x in kept.items()}
-        if all_steps:
-            every |= {f"{record['step']}:{name}": x.clone() for name, x in kept.items()}
-        best = kept if chosen else best
-    return best | every, {"validations": records, "baseline": baseline, **about}
-
-
-def score_job(t5, baseline, kept, examples):
-    """score() of what tune() kept, or of what a Candidate starts from -> {"scores": log p of each
-    label word (n, K)}."""
-    device = t5.weights["shared.weight"].device
-    kept = kept(t5) if callable(kept) else {name: x.to(device) for name, x in kept.items()}
-    return {"scores": score(*BASELINES[baseline].model(t5, kept), examples, Method()).cpu()}, {}
-
-
-# ---------------------------------------------------------------- what is evaluated, and compared
-
-def plans(settings):
-    """The tasks to run -> [Plan], {task that is not run: why}. Training files are fetched; a test
-    file is only looked for. Raises InputError for a task that is asked for by its own name."""
-    if settings.template:
-        name, words = Path(settings.data[0]).stem, own_words(settings)
-        task = LabeledTask(settings.data[0], settings.data[-1], settings.template, words, 256)
-        return [Plan(name, shots, task, {name: task}) for shots in settings.shots], {}
-    folder, found, absent = settings.data[0], {}, {}
-    for group in settings.task:
-        for name in GROUPS.get(group, (group,)):
-            tuned_on = "airlines" if group == "dg" else name
-            try:
-                locate(TASKS[tuned_on], "train", folder)
-                if not (find(TASKS[name].test, folder) or TASKS[name].urls):
-                    raise InputError(f"{TASKS[name].test} is not in {folder}: put it there, or "
-                                     "give --data FOLDER that has it")
-            except InputError as error:
-                if group not in GROUPS or name == tuned_on == "airlines":
-                    raise
-                absent[name] = str(error)
-                print(f"{name}: not run; {error}")
-                continue
-            plan = "dg" if group == "dg" else name
-            found.setdefault(plan, (TASKS[tuned_on], {}))[1][name] = TASKS[name]
-    if not found:
-        raise InputError("none of these tasks can be run, see above")
-    return [Plan(name, shots, *what, folder) for shots in settings.shots
-            for name, what in found.items()], absent
-
-
-def candidates(opened, config, settings):
-    """Yield the Candidates of --prompt in order. What train.py has to make is made at its turn; if
-    that fails in a study, it is not run. opened: {name: Candidate, or why it is not run}."""
-    for name in settings.prompt:
-        if name not in opened:
-            try:
-                opened[name] = open_candidate(name, config, settings)
-            except InputError as error:
-                if not settings.study:
-                    raise
-                opened[name] = str(error)
-                print(f"{name}: not run; {error}")
-        if isinstance(opened[name], Candidate):
-            yield opened[name]
 
 
 # ---------------------------------------------------------------------------------- the script
@@ -456,42 +284,29 @@ def main(argv):
     planned, not_run = plans(settings)
     for line in fetch_list(settings.model):
         print(line)
-    load = partial(load_t5, model_folder(settings.model), getattr(torch, settings.dtype))
+    folder = model_folder(settings.model)
+    load = partial(load_t5, folder, getattr(torch, settings.dtype))
     cores = torch.get_num_threads() if devices == ["cpu"] else len(devices)
     number = settings.jobs or cores
     t5 = load(device=torch.device(devices[0] if number == 1 else "cpu"))
-    opened = {}
-    for name in settings.prompt:
-        if name not in PRETRAINED:
-            opened[name] = open_candidate(name, t5.config, settings)
-        if name == "ft":
-            size = ft_memory(t5.config) / GIB
-            print(f"ft: {size:.2f} GiB in each process beside the frozen weights and a step's "
-                  f"activations; {size / 6:.2f} GiB on the disk for each rate and seed")
+    opened = {name: open_candidate(name, t5.config, settings) for name in settings.prompt
+              if name not in PRETRAINED}
+    made_of = {"model": model_fingerprint(folder), "dtype": settings.dtype,
+               "device": devices[0].partition(":")[0], "torch": torch.__version__,
+               "code": fingerprint(Path(__file__).with_name(f"{name}.py") for name in (
+                   "eval", "tuning", "baselines", "supmer", "tasks", "tables", "data", "t5"))}
+    rms = t5.weights["shared.weight"].float().cpu().square().mean().sqrt()
     written = {"command": shlex.join(["python", "eval.py", *argv]), "settings": asdict(settings),
                "not_run": not_run, "prompts": {}, "rows": []}
     out = output_path(settings, planned)
     with workers(t5, load, devices, number) as work, one_process(TUNED / out.name):
-        context = make_context(settings, t5, work, devices[0])
+        context = Context(settings, load_tokenizer(tokenizer_file(folder), t5.config), work,
+                          made_of, float(rms) if settings.rate_scale == "rms" else 1.0)
         work_through(context, planned, opened, t5.config, written, out)
     signal.setitimer(signal.ITIMER_REAL, 0)
     print(f"details: {out}")
     if any(row["split"] == "test" for row in written["rows"]):
         show(written, settings, t5.config, out, argv)
-
-
-def make_context(settings, t5, work, device):
-    """The Context of a call."""
-    folder, here = model_folder(settings.model), Path(__file__)
-    code = [here.with_name(f"{name}.py")
-            for name in ("eval", "baselines", "supmer", "tasks", "data", "t5")]
-    made_of = {"model": model_fingerprint(folder), "dtype": settings.dtype,
-               "device": device.partition(":")[0], "torch": torch.__version__,
-               "code": fingerprint(code)}
-    rms = t5.weights["shared.weight"].float().cpu().square().mean().sqrt()
-    unit = float(rms) if settings.rate_scale == "rms" else 1.0
-    tokenizer = load_tokenizer(tokenizer_file(folder), t5.config)
-    return Context(settings, tokenizer, work, made_of, unit)
 
 
 def output_path(settings, planned):
@@ -536,18 +351,17 @@ def work_through(context, planned, opened, config, written, out):
 
 def result_lines(rows):
     """One line for each prompt of a task: accuracies, what each seed chose, the best's file."""
-    for prompt in dict.fromkeys(row["prompt"] for row in rows):
-        ours = [row for row in rows if row["prompt"] == prompt]
-        tests = defaultdict(list)
-        for row in ours:
-            if row["split"] == "test" and row["kind"] != "step":
+    for prompt in dict.fromkeys(row["prompt"] for row in rows if row["split"] == "validation"):
+        tests, chosen = defaultdict(list), []
+        for row in rows:
+            if row["prompt"] == prompt and row["split"] == "test" and row["kind"] != "step":
                 tests[row["target"], row["kind"]].append(row["accuracy"])
+            elif row["prompt"] == prompt and row["kind"] == "tuned":
+                chosen.append(row)
         parts = [f"{target} {kind} {figure(found)}" for (target, kind), found in tests.items()]
-        chosen = [row for row in ours if row["split"] == "validation" and row["kind"] == "tuned"]
-        if chosen:
-            parts.append("rate/step " + " ".join(f"{row['rate']}/{row['step']}" for row in chosen))
-            parts.append(f"best on validation: {min(chosen, key=preference)['file']}")
-        yield f"{prompt}, {ours[0]['shots']} shots: " + "; ".join(parts)
+        steps = " ".join(f"{row['rate']}/{row['step']}" for row in chosen)
+        best = min(chosen, key=preference)["file"]
+        yield f"{prompt}: {'; '.join(parts)}; rate/step {steps}; best on validation: {best}"
 
 
 def show(written, settings, config, out, argv):
@@ -568,64 +382,54 @@ def show(written, settings, config, out, argv):
 
 
 def parse(argv):
-    """Command line -> Settings, lines that say what differs from the paper's values, and why.
+    """Command line -> Settings, lines that say what differs from the paper's protocol, and why.
     Raises InputError for a user's mistakes."""
     given = vars(settings_parser(__doc__, [Settings], FOR_TINY).parse_args(argv))
     preset, why = STUDIES.get(given.get("study"), {}), f"--study {given.get('study')}"
-    if given.get("quick"):
-        preset, why = QUICK, "--quick"
     tiny = FOR_TINY if given.get("model", "tiny") == "tiny" else {}
-    settings = from_settings(Settings, {name: value for name, (value, _) in tiny.items()}
-                             | preset | given)
+    if given.get("quick"):
+        ours = ("shipped",) if tiny else ()
+        preset, why = QUICK | {"prompt": (*QUICK["prompt"], *ours)}, "--quick"
+    values = {name: value for name, (value, _) in tiny.items()} | preset | given
+    for name in ("task", "shots", "seeds", "rates"):        # no seed twice
+        values[name] = tuple(dict.fromkeys(values.get(name, getattr(Settings, name))))
+    settings = from_settings(Settings, values)
     check(settings, "data" in given)
     if not settings.predict:
-        settings = without_repeats(settings)
+        prompts = [newest_run(settings.model) if name == "newest" else name
+                   for name in settings.prompt]
+        settings = replace(settings, prompt=tuple(dict.fromkeys(prompts)))
     reasons = {name: reason for name, (_, reason) in tiny.items()}
     reasons |= dict.fromkeys(preset, why) | dict.fromkeys(given, "given")
     lines = defaultdict(list)
     for name, reason in reasons.items():
-        if name in PLACES:
-            continue
         value = getattr(settings, name)
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        lines[reason].append(f"{name} {shown}")
+        if name not in PLACES:
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            lines[reason].append(f"{name} {shown}")
     return settings, [f"{', '.join(found)}: {reason}" for reason, found in lines.items()]
-
-
-def without_repeats(settings):
-    """The Settings with the newest run's name, and no seed, rate or prompt twice."""
-    newest = newest_run(settings.model) if "newest" in settings.prompt else ""
-    prompts = [newest if name == "newest" else name for name in settings.prompt]
-    changed = {"prompt": tuple(dict.fromkeys(prompts))}
-    for name in ("task", "shots", "seeds", "rates"):
-        changed[name] = tuple(dict.fromkeys(getattr(settings, name)))
-    return replace(settings, **changed)
 
 
 def check(settings, data_given):
     """Raise InputError for what would otherwise fail late, or read another task than is meant."""
     unknown = set(settings.task) - TASKS.keys() - GROUPS.keys()
-    known = ["newest", "shipped", "released", *PRETRAINED,
-             *(name for name in BASELINES if BASELINES[name].start)]
-    missing = [name for name in settings.prompt if name not in known and not Path(name).exists()]
+    missing = [name for name in settings.prompt
+               if name not in ("newest", *NAMES) and not Path(name).exists()]
     own, words = bool(settings.template or settings.words), own_words(settings)
+    complete = settings.template and len(set(words)) == len(words) > 1
     for wrong, why in (
             (unknown, f"no task {', '.join(unknown)}: there are {', '.join([*TASKS, *GROUPS])}; "
              "or your own: --data FILE --template --words"),
-            (missing, f"prompt {', '.join(missing)} is missing: give RUN, {', '.join(known)}"),
-            (own and not (settings.template and len(set(words)) == len(words) > 1),
-             "a task of your own needs --template, with one <X>, and --words, two or more that "
-             "differ: --template \"{text} It was <X> .\" --words terrible,great"),
+            (missing, f"prompt {', '.join(missing)} is missing: give RUN, newest, "
+             f"{', '.join(NAMES)}"),
+            (own and not complete, "a task of your own needs --template, with one <X>, and "
+             "--words, two or more that differ: --template \"{text} It was <X> .\" --words "
+             "terrible,great"),
             (not own and data_given and not Path(settings.data[0]).is_dir(),
              f"--data {settings.data[0]}: there is no such folder; of a task of your own give "
              "--template and --words, too")):
         if wrong:
             raise InputError(why)
-
-
-def own_words(settings):
-    """--words as a tuple."""
-    return tuple(word.strip() for word in settings.words.split(","))
 
 
 if __name__ == "__main__":

@@ -197,10 +197,11 @@ def draw(rows, settings, path):
     """The rows of a study as a PNG: lines over steps (Fig. 3) or shots (Fig. 4), else each seed's
     accuracy."""
     along = "step" if settings.study == "steps" else "shots"
+    kinds = ("tuned", "step") if along == "step" else ("tuned",)
     lines = along == "step" or len(settings.shots) > 1
     found = defaultdict(lambda: defaultdict(list))      # (target, prompt): {step or shots: [%]}
     for row in rows:
-        if row["split"] == "test" and row["kind"] in ("tuned", "step")[:2 if along == "step" else 1]:
+        if row["split"] == "test" and row["kind"] in kinds:
             found[row["target"], row["prompt"]][row[along]].append(row["accuracy"])
     targets = [*dict.fromkeys(target for target, _ in found)]
     picture, axes = import_pyplot().subplots(

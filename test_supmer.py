@@ -29,8 +29,9 @@ import t5 as T
 import tasks
 import time
 import torch
+import tuning
 import torch.nn.functional as F
-from candidates import open_candidate
+from candidates import Plan, open_candidate
 from collections import Counter
 from common import InputError
 from corpus import documents, split_sentences
@@ -1694,7 +1695,7 @@ def test_tuning_step_by_hand():
     theta, m, v, clipped = start.clone(), 0.0, 0.0, 0
     for step in range(steps):
         leaf, losses, states = theta.clone().requires_grad_(), [], []
-        for row in evaluation.batch_rows(6, step, 10, 2):
+        for row in tuning.batch_rows(6, step, 10, 2):
             H, mask = supmer.encode_with_prompt(t5, leaf, data.collate(train, [row]))
             y = T.decode(t5, torch.tensor([[0, train.words[0][0]]]), H, mask)[0, 1]
             log_p = torch.log_softmax(T.next_token_logits(t5, y), -1)
@@ -1724,7 +1725,7 @@ def test_clipping_acts(monkeypatch):
         return original(self)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     gradient = {"theta": 50 * torch.ones(3, 16)}, None
-    monkeypatch.setattr(evaluation, "tuning_gradient", lambda *_: gradient)
+    monkeypatch.setattr(tuning, "tuning_gradient", lambda *_: gradient)
     sample = small_examples(4), small_examples(4)
     tune(small_t5(), torch.zeros(3, 16), None, sample, 10, 0.1, eval_settings())
     assert seen == pytest.approx([1, 1], abs=1e-5)
@@ -1737,20 +1738,20 @@ def test_clipping_acts(monkeypatch):
 def test_step_is_chosen_by_hand(monkeypatch, values, chosen):
     """Of the validations at steps 0, 2, 4, 6, 8 the one of highest accuracy is chosen; ties go to
     the lower loss, then to the earlier step. What is kept is the prompt that was measured."""
-    measured, original, values_left = [], evaluation.score, iter(values)
-    monkeypatch.setattr(evaluation, "score", lambda t5, theta, *rest: (
+    measured, original, values_left = [], tuning.score, iter(values)
+    monkeypatch.setattr(tuning, "score", lambda t5, theta, *rest: (
         measured.append(theta.clone()), original(t5, theta, *rest))[1])
-    monkeypatch.setattr(evaluation, "measure", lambda scores, labels: dict(
+    monkeypatch.setattr(tuning, "measure", lambda scores, labels: dict(
         zip(("correct", "loss", "word_loss"), [*next(values_left), 99.0])))
     start = partial(baselines.given_prompt, theta=torch.ones(3, 16))
-    tensors, about = evaluation.tune_job(
+    tensors, about = tuning.tune_job(
         small_t5(), "learned", start, None, (small_examples(4), small_examples(4, 1)), 10, 0.1,
-        evaluation.Tuning(8, 4, 2, False), 1.0, False, {})
+        tuning.Tuning(8, 4, 2, False), 1.0, False, {})
     curve = about["validations"]
     assert [entry["step"] for entry in curve] == [0, 2, 4, 6, 8]
     assert [entry["accuracy"] for entry in curve] == [25 * correct for correct, _ in values]
     assert torch.equal(tensors["theta"], measured[chosen // 2])
-    assert min(curve, key=evaluation.preference)["step"] == chosen
+    assert min(curve, key=tuning.preference)["step"] == chosen
 
 
 def test_rate_is_chosen_by_hand():
@@ -1758,7 +1759,7 @@ def test_rate_is_chosen_by_hand():
     order = [dict(zip(("accuracy", "loss", "step", "rate"), values)) for values in (
         (90.0, 2.0, 50, 0.3), (80.0, 1.0, 20, 0.3), (80.0, 1.5, 10, 0.2), (80.0, 1.5, 10, 0.3),
         (80.0, 1.5, 20, 0.1))]
-    assert sorted(reversed(order), key=evaluation.preference) == order
+    assert sorted(reversed(order), key=tuning.preference) == order
 
 
 def test_standard_deviation_is_the_samples():
@@ -1772,13 +1773,13 @@ def test_standard_deviation_is_the_samples():
 def test_batches_are_a_pure_function():
     """Each epoch holds every row once, in batches of at most `size`; the same arguments give the
     same rows, another epoch or seed others."""
-    epochs = [[evaluation.batch_rows(70, 3 * epoch + k, 10, 32) for k in range(3)]
+    epochs = [[tuning.batch_rows(70, 3 * epoch + k, 10, 32) for k in range(3)]
               for epoch in range(2)]
     for epoch in epochs:
         assert [len(rows) for rows in epoch] == [32, 32, 6]
         assert sorted(sum(epoch, [])) == list(range(70))
-    assert epochs[0] != epochs[1] and epochs[0][1] == evaluation.batch_rows(70, 1, 10, 32)
-    assert evaluation.batch_rows(70, 1, 20, 32) != epochs[0][1]
+    assert epochs[0] != epochs[1] and epochs[0][1] == tuning.batch_rows(70, 1, 10, 32)
+    assert tuning.batch_rows(70, 1, 20, 32) != epochs[0][1]
 
 
 def test_tuning_repeats_exactly():
@@ -1830,7 +1831,7 @@ def test_learns_a_planted_task():
     start = baselines.normal_prompt(t5, 10, 8)["theta"]
     curve, thetas = tune(t5, start, None, (small_examples(32), small_examples(32, 1)), 10, 0.1,
                          eval_settings(epochs=80, batch=32, words_only=True))
-    best = curve.index(min(curve, key=evaluation.preference))
+    best = curve.index(min(curve, key=tuning.preference))
     before, after = (supmer.measure(supmer.score(t5, theta, new, Method()), new.labels)["correct"]
                      / 200 for theta in (start, thetas[best]))
     # 0.77 to 0.89 with the order of batches, or a last bit; 0.7 is chance and 5 standard errors
@@ -1842,7 +1843,7 @@ def test_learns_a_planted_task():
 def test_tuning_needs_no_test_file(place):
     """With the test file absent the tuning rows and what is kept are the same, bit by bit."""
     t5, choices = small_t5(), eval_settings(shots=(4,), seeds=(10,), rates=(0.1,))
-    plan = evaluation.Plan("planted", 4, TASKS["planted"], {}, "data")
+    plan = Plan("planted", 4, TASKS["planted"], {}, "data")
     found = []
     for _ in range(2):
         with context(t5, choices) as c:
@@ -1860,8 +1861,8 @@ def test_test_labels_do_not_reach_tuning(place, monkeypatch):
     """With every label of the test file turned round, the tuning rows of a whole evaluation are the
     same, while the test accuracies become 100 % minus what they were. No file of the name is opened
     before the last tuning run has ended."""
-    order, original, opened = [], evaluation.tune, open
-    monkeypatch.setattr(evaluation, "tune", lambda *a: (order.append("tune"), original(*a))[1])
+    order, original, opened = [], tuning.tune, open
+    monkeypatch.setattr(tuning, "tune", lambda *a: (order.append("tune"), original(*a))[1])
 
     def note(file, *rest, **how):
         if str(file).endswith("test.csv"):
@@ -1888,7 +1889,7 @@ def test_sampled_texts_are_not_tested(place, monkeypatch, capsys):
     train = Path("data/planted/train.csv").read_text()
     Path("data/planted/test.csv").write_text(train + "1,good film\n")
     t5, choices = small_t5(), eval_settings(shots=(4,), seeds=(10, 20), rates=(0.1,))
-    plan = evaluation.Plan("planted", 4, TASKS["planted"], {"planted": TASKS["planted"]}, "data")
+    plan = Plan("planted", 4, TASKS["planted"], {"planted": TASKS["planted"]}, "data")
     samples = evaluation.draw_samples(choices, plan)
     sampled = [[row.fields for row in sample.train + sample.held_out] for sample in samples]
     by_path = {}
