@@ -26,29 +26,20 @@ LABEL_WORDS = ("yes no maybe Yes No A B C D terrible great bad okay good subject
                "description entity expression human location number").split()
 
 
-def rows_of(task, split):
-    with open(TINY / "tasks" / task / f"{split}.csv", newline="", encoding="utf-8") as file:
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as file:
         return [(int(label), text) for label, text in csv.reader(file)]
-
-
-def overlap(documents, texts):
-    """How many texts share an 8-gram with the documents."""
-    found = set().union(*(grams(" ".join(document["paragraphs"])) for document in documents))
-    return sum(not found.isdisjoint(grams(text)) for text in texts)
 
 
 # ------------------------------------------------------------------- the committed files
 
 def test_corpus_shares_no_8_gram_with_any_committed_split():
-    """No committed row shares 8 words in a row with the corpus; a planted row is found."""
-    documents = corpus()
-    texts = [text for path in (TINY / "tasks").glob("*/*.csv")
-             for _, text in rows_of(path.parent.name, path.stem)]
+    """No committed row shares 8 words in a row with the corpus; one of its own sentences does."""
+    found = set().union(*(grams(" ".join(document["paragraphs"])) for document in corpus()))
+    texts = [text for path in (TINY / "tasks").glob("*/*.csv") for _, text in rows_of(path)]
     assert len(texts) == 15658
-    assert overlap(documents, texts) == 0
-    planted = next(text for text in texts if len(text.split()) > 12)
-    documents.append({"paragraphs": [f"He said that {planted.upper()} And so on."]})
-    assert overlap(documents, texts) >= 1
+    assert all(found.isdisjoint(grams(text)) for text in texts)
+    assert not found.isdisjoint(grams("IN THE BEGINNING, God created the heaven and the earth."))
 
 
 def test_what_is_held_out_was_never_trained_on():
@@ -71,7 +62,7 @@ def test_splits_are_disjoint_and_counted():
     for task in ("movie", "amazon", "nyt", "tweets"):
         keys = []
         for split in ("train", "dev", "test"):
-            rows = rows_of(task, split)
+            rows = rows_of(TINY / "tasks" / task / f"{split}.csv")
             positive = sum(label for label, _ in rows)
             assert {label for label, _ in rows} == {0, 1}
             assert re.search(rf"\| {task} \|.*\b{len(rows):,} \({positive:,}\)", card), split
@@ -79,22 +70,19 @@ def test_splits_are_disjoint_and_counted():
         assert len(keys) == len(set(keys))
 
 
-def test_label_words_are_single_pieces(tokenizer):
-    """Each label word is one word-initial piece, and A is not the article."""
-    for word in LABEL_WORDS:
-        ids = tokenizer.encode(word, add_special_tokens=False).ids
-        assert [tokenizer.id_to_token(i) for i in ids] == ["▁" + word]
-    assert tokenizer.token_to_id("▁A") != tokenizer.token_to_id("▁a")
-
-
 def test_tokenizer_keeps_t5s_conventions(tokenizer):
-    """<pad> 0, </s> 1, <unk> 2, </s> appended, 100 sentinels counting down from the last id."""
+    """<pad> 0, </s> 1, <unk> 2, </s> appended, 100 sentinels counting down from the last id. Each
+    label word is one word-initial piece, and A is not the article."""
     assert [tokenizer.token_to_id(t) for t in ("<pad>", "</s>", "<unk>")] == [PAD, EOS, 2]
     last = tokenizer.get_vocab_size() - 1
     ids = [tokenizer.token_to_id(f"<extra_id_{i}>") for i in range(100)]
     assert ids == list(range(last, last - 100, -1))
     ids = tokenizer.encode(f"It was {MASK} ?").ids
     assert ids.index(last) == 2 and ids[-1] == EOS and len(ids) == 5
+    for word in LABEL_WORDS:
+        ids = tokenizer.encode(word, add_special_tokens=False).ids
+        assert [tokenizer.id_to_token(i) for i in ids] == ["▁" + word]
+    assert tokenizer.token_to_id("▁A") != tokenizer.token_to_id("▁a")
 
 
 def test_no_text_is_unknown_and_spaces_do_not_matter(tokenizer):
