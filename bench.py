@@ -19,7 +19,7 @@ import statistics
 import time
 from argparse import RawDescriptionHelpFormatter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -395,8 +395,10 @@ def ratios(found):
     for label, against, what, most in RATIOS:
         ratio, place = None, 2 if what == "MB" else 0
         if found.get(label) and found.get(against):
-            ratio = summary(found[label])[place] / summary(found[against])[place]
-            ratio = ratio / 2 if what.startswith("half") else ratio
+            ours, theirs = (summary(found[name])[place] for name in (label, against))
+            ratio = ours / theirs if theirs else None       # no memory where none is counted
+            if what.startswith("half"):
+                ratio /= 2
         rows.append((label, against, what, ratio, most))
     return rows
 
@@ -436,26 +438,24 @@ def operations(s):
         phi = init_state(theta, method).phi
         hf_meta_gradient(hf_model(t5), theta, phi, task, partner, LAM, method)
 
-    for label, step_of, how in ((EXACT, ours, {}), (KEPT, ours, {"keep_graphs": 1000}),
-                                ("first order", ours, {"first_order": True}), (HF, theirs, {})):
-        try:
-            with FlopCounterMode(display=False) as counter:
-                step_of(Method(micro_tokens=s.micro_tokens, **how))
+    whole = Method(micro_tokens=s.micro_tokens)
+    for label, count, method in (
+            (EXACT, ours, whole), (KEPT, ours, replace(whole, keep_graphs=1000)),
+            ("first order", ours, replace(whole, first_order=True)), (HF, theirs, whole)):
+        with suppress(ImportError), FlopCounterMode(display=False) as counter:
+            count(method)               # fails without transformers, which is not run then
             counts[label] = counter.get_total_flops()
-        except ImportError:                     # without transformers it is not run
-            pass
     return counts
 
 
 def machine(threads, s):
-    """One line: processor, threads, versions."""
+    """One line: processor, its instructions, threads, version."""
     cpu, name = Path("/proc/cpuinfo"), platform.processor()
-    if s.device.startswith("cuda"):
-        name = torch.cuda.get_device_name()
-    elif cpu.exists():
+    if cpu.exists():
         name = cpu.read_text().partition("model name")[2].partition("\n")[0].lstrip("\t: ")
-    return (f"{name}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads, "
-            f"torch {torch.__version__}")
+    name = torch.cuda.get_device_name() if s.device.startswith("cuda") else name
+    features = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {features}, {threads} threads, torch {torch.__version__}"
 
 
 # -------------------------------------------------------------------------------------- printing
