@@ -856,6 +856,23 @@ def log_without_times(run):
             for line in lines]
 
 
+def exact(value):
+    """A nest of dicts and lists, its tensors as bytes: two are equal if every bit is."""
+    if isinstance(value, dict):
+        return {name: exact(x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [exact(x) for x in value]
+    return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
+
+
+def outcome_of(run):
+    """All that a run leaves, to the bit: the state, the prompt, what is said of it, the log."""
+    path = run / "prompt.safetensors"
+    state = torch.load(run / "state.pt", weights_only=True)
+    return (exact(state), exact(load_file(path)), prompts.prompt_metadata(path),
+            log_without_times(run))
+
+
 def make_run(small_world, name, ranks=common.SOLO, **changes):
     """A train.Run in this process, in the folder `name`."""
     folder, options = small_world

@@ -24,15 +24,19 @@ import os
 import pytest
 import re
 import shutil
+import signal
+import socket
 import supmer
 import t5 as T
 import tasks
+import threading
 import time
 import torch
 import tuning
 import torch.nn.functional as F
 from candidates import Plan, open_candidate
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from common import InputError
 from corpus import documents, split_sentences
 from data import MASK, TaskIndex, VARIANTS, fill_template, meta_task
@@ -40,43 +44,41 @@ from dataclasses import replace
 from functools import partial
 from hypothesis import given, settings, strategies as st
 from pathlib import Path
+from run_folder import new_run, write_run
 from supmer import Method
 from tasks import TASKS, load_test
 from tokenizers import pre_tokenizers
 from types import SimpleNamespace
 from conftest import (BOTH, GOLDEN_RUN, SENTINEL, SMALL, SUPMER_DATA, TEMPLATE_WORDS, V10, V11, WORDS, batch,
     accuracies, affine_start, by_hand, context, eval_settings, formula, held_out_documents, logits, make_run, model, needs_data, needs_sklearn,
-    needs_transformers, parsed, posed, random_examples, random_t5, random_task, relative, sklearn, small_examples, small_state, small_t5, transformers, tune,
+    needs_transformers, parsed, posed, random_examples, random_t5, random_task, relative, save_model, sklearn, small_examples, small_state, small_t5, transformers, tune,
     rows_of, write_model, write_rows)
+from conftest import ended, log_without_times, outcome_of, start_train, wait_for_steps
 
 
 # ------------------------------------------------------------------------ T5: against transformers
 
-def apart(theirs, ours, prompt, text, target):
-    """How far the states, logits and input gradients of three examples, two of them padded, are
-    from transformers'."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(2, 120, (3, text), generator=generator)
-    mask = torch.arange(prompt + text) < prompt + torch.tensor([[text], [text // 2], [1]])
-    tokens = T.embed_tokens(ours, ids)
-    vectors = 3 * torch.randn(3, prompt, ours.config.d_model, generator=generator)
-    x = torch.cat([vectors.to(tokens), tokens], dim=1).requires_grad_()
-    targets = torch.randint(2, 120, (3, target), generator=generator)
-    targets[:, 0] = T.PAD
-    out = theirs(inputs_embeds=x, attention_mask=mask.long(), decoder_input_ids=targets)
-    H = T.encode(ours, x, mask)
-    found = T.next_token_logits(ours, T.decode(ours, targets, H, mask))
-    gradient, reference = (torch.autograd.grad(y.log_softmax(-1)[:, 1, 11].sum(), x,
-                                               retain_graph=True)[0] for y in (found, out.logits))
-    return (relative(H[mask], out.encoder_last_hidden_state[mask]), relative(found, out.logits),
-            relative(gradient, reference))
-
-
-@pytest.mark.parametrize("lengths", [(0, 12, 2), (20, 15, 2), (100, 180, 150)])
-def test_equals_transformers(pair, lengths):
+@pytest.mark.parametrize("prompt, text, target", [(0, 12, 2), (20, 15, 2), (100, 180, 150)])
+def test_equals_transformers(pair, prompt, text, target):
     """In float32, encoder states and logits equal transformers' to 1e-5: in both families, with
     and without prompt vectors and padding, and beyond the 128 positions of the last bucket."""
-    assert max(apart(*pair, *lengths)[:2]) < 1e-5
+    theirs, ours = pair
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, 120, (3, text), generator=generator)
+    mask = torch.ones(3, prompt + text, dtype=torch.bool)
+    for row, kept in ((1, text // 2), (2, 1)):
+        ids[row, kept:] = T.PAD
+        mask[row, prompt + kept:] = False
+    vectors = 3 * torch.randn(3, prompt, 64, generator=generator)
+    x = torch.cat([vectors, T.embed_tokens(ours, ids)], dim=1)
+    targets = torch.randint(2, 120, (3, target), generator=generator)
+    targets[:, 0] = T.PAD
+    source = dict(inputs_embeds=x) if prompt else dict(input_ids=ids)
+    with torch.no_grad():
+        reference = theirs(**source, attention_mask=mask.long(), decoder_input_ids=targets)
+    H = T.encode(ours, x, mask)
+    assert relative(H[mask], reference.encoder_last_hidden_state[mask]) < 1e-5
+    assert relative(logits(ours, x, mask, targets), reference.logits) < 1e-5
 
 
 def test_bfloat16_is_nearer_than_transformers(pair):
@@ -116,7 +118,19 @@ def test_official_shapes_equal_transformers(name, d, d_ff, heads, form, tmp_path
     whole = T.load_t5(tmp_path / "shards").weights
     assert len(T.weight_files(tmp_path / "shards")) > 1
     assert all(torch.equal(w, whole[name].bfloat16().double()) for name, w in ours.weights.items())
-    assert max(apart(theirs, ours, 10, 14, 3)) < 1e-5
+
+    generator = torch.Generator().manual_seed(4)
+    prompt = 3 * torch.randn(10, d, generator=generator, dtype=torch.float64).requires_grad_()
+    ids = torch.randint(2, 256, (2, 14), generator=generator)
+    target = torch.tensor([[0, 7, 9], [0, 200, 3]])
+    mask = torch.arange(24) < torch.tensor([[24], [17]])
+    x = torch.cat([prompt.expand(2, -1, -1), T.embed_tokens(ours, ids)], 1)
+    out = theirs(inputs_embeds=x, attention_mask=mask.long(), decoder_input_ids=target)
+    found = logits(ours, x, mask, target)
+    gradient, reference = (torch.autograd.grad(y.log_softmax(-1)[:, 1, 11].sum(), prompt,
+                                               retain_graph=True)[0] for y in (found, out.logits))
+    assert relative(T.encode(ours, x, mask)[mask], out.encoder_last_hidden_state[mask]) < 1e-5
+    assert relative(found, out.logits) < 1e-5 and relative(gradient, reference) < 1e-5
 
 
 # transformers' logits of formula() and batch() in float64, of example 1 at position 6.
@@ -128,14 +142,21 @@ GOLDEN = {
 
 
 @BOTH
-def test_golden_logits(config):
-    """The logits of formula weights are transformers' literals above to 1e-6: with inner width not
-    d_model, padding, and distances in every bucket."""
+def test_golden_logits(config, tmp_path):
+    """The logits of formula weights are the literals above to 1e-6, and so are transformers' where
+    it is installed: with inner width not d_model, padding, and distances in every bucket."""
+    x, mask, ids = batch(config)
     golden = torch.tensor(GOLDEN[config], dtype=torch.float64)
-    assert relative(logits(model(config), *batch(config))[1, 6], golden) < 1e-6
+    assert relative(logits(model(config), x, mask, ids)[1, 6], golden) < 1e-6
+    if transformers:
+        theirs = transformers.T5ForConditionalGeneration.from_pretrained(
+            save_model(tmp_path, config), dtype=torch.float64).eval()
+        with torch.no_grad():
+            out = theirs(inputs_embeds=x, attention_mask=mask.long(), decoder_input_ids=ids).logits
+        assert relative(out[1, 6], golden) < 1e-6
 
 
-# ------------------------------------------------------------------ T5: against a textbook in numpy
+# ------------------------------------------------------------------- T5: against a textbook in numpy
 
 def textbook_attention(c, w, name, x, memory, kept):
     """One head and one query at a time: x (L, d) reads memory (S, d) where kept (S,) -> (L, d)."""
@@ -230,7 +251,7 @@ def test_buckets_by_hand():
 
 @needs_transformers
 def test_buckets_equal_transformers():
-    """Every distance from -600 to 600 has transformers' bucket, for four sizes of the table."""
+    """Every distance from -600 to 600 has transformers' bucket, for three sizes of the table."""
     theirs = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket
     distance = torch.arange(-600, 601)
     for sizes in itertools.product((True, False), (32, 8), (128, 256)):
@@ -304,7 +325,6 @@ def test_onednn_is_the_plain_linear(monkeypatch):
         return (T.linear(x, w), gradient(x), torch.func.vjp(gradient, x)[1](u)[0],
                 torch.func.jvp(gradient, (x,), (u,))[1],
                 torch.func.grad(lambda w: T.linear(x, w / 25).sin().sum())(w))
-    monkeypatch.setattr(onednn, "ONEDNN", hasattr(torch.ops.mkldnn, "_linear_pointwise"))
     ours, asked = results(), []
     monkeypatch.setattr(onednn.Linear, "apply", lambda *inputs: asked.append(inputs))
     assert T.linear(x.double(), w.double()).dtype == torch.float64 and T.linear(x, w[:9]).any()
@@ -344,13 +364,19 @@ def cloud(n=300, d=4, seed=0, dtype=torch.float64):
     return torch.rand(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def planted_points(dtype=torch.float64):
+    """Six clusters of 40 points in 5 dimensions, 100 apart with noise 1 -> points, their clusters."""
+    label = torch.arange(6).repeat(40)
+    centres = torch.cat([100 * torch.eye(5), torch.zeros(1, 5)])
+    noise = torch.randn(240, 5, generator=torch.Generator().manual_seed(3))
+    return (centres[label] + noise).to(dtype), label
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_finds_planted_clusters(dtype):
     """From every one of ten seeds: one cluster per planted one, its centroid the mean of its
     points, in the points' dtype."""
-    label = torch.arange(6).repeat(40)
-    centres = torch.cat([100 * torch.eye(4), 100 * torch.ones(1, 4), torch.zeros(1, 4)])
-    points = (centres[label] + cloud(240)).to(dtype)
+    points, label = planted_points(dtype)
     for seed in range(10):
         found = km.kmeans(points, 6, seed)
         assert found.centroids.dtype == dtype and found.assignments.dtype == torch.long
@@ -398,8 +424,8 @@ def test_equals_scikit_learn():
 
 def test_chunks_and_global_seeds_change_nothing():
     """Chunks of 7 or 128 points give the assignments of one chunk, and its centroids and inertia to
-    1e-12. One seed gives the same bits and leaves the global generators alone. Another seed, and a
-    seed of several numbers, start elsewhere."""
+    1e-12. One seed gives the same bits whatever the global generators hold, and leaves them alone;
+    another seed, and a seed of several numbers, start elsewhere."""
     points = cloud()
     whole = km.kmeans(points, 10, 5, chunk=len(points))
     for chunk in (7, 128):
@@ -407,6 +433,8 @@ def test_chunks_and_global_seeds_change_nothing():
         assert torch.equal(parts.assignments, whole.assignments)
         assert relative(parts.centroids, whole.centroids) < 1e-12
         assert parts.inertia == pytest.approx(whole.inertia, rel=1e-12)
+    torch.manual_seed(2)
+    np.random.seed(2)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     again = km.kmeans(points, 10, 5, chunk=len(points))
     assert torch.equal(again.centroids, whole.centroids) and again.inertia == whole.inertia
@@ -433,16 +461,13 @@ def test_plus_plus_draws_by_squared_distance():
 def test_empty_clusters_by_hand():
     """Points 0, 1, 2, 10; centroids 1, 100, 200. All go to the first (inertia 1 + 0 + 1 + 81). The
     farthest, 10, fills the second; of 0 and 2, as far, 0 fills the third. Means 1.5, 10, 0; inertia
-    0.25 + 0.25; then nothing changes. No update leaves the start. Of 1,000 points equally far the first fill the clusters."""
+    0.25 + 0.25; then nothing changes. Of 1,000 points equally far the first fill the clusters."""
     points = torch.tensor([[0.], [1.], [2.], [10.]], dtype=torch.float64)
     start = torch.tensor([[1.], [100.], [200.]], dtype=torch.float64)
     found = km.kmeans(points, 3, 0, centroids=start)
     assert found.centroids.tolist() == [[1.5], [10.], [0.]]
     assert found.assignments.tolist() == [2, 0, 0, 1]
     assert found.inertia == pytest.approx([83, 0.5], abs=1e-9)
-    for limit in (0, 1):
-        stopped = km.kmeans(points, 3, 0, limit, centroids=start)
-        assert torch.equal(stopped.centroids, start if limit == 0 else found.centroids)
     filled = km.fill_empty(torch.zeros(1000, dtype=torch.long), torch.ones(1000), 4)
     assert filled[:3].tolist() == [1, 2, 3] and filled[3:].eq(0).all()
 
@@ -460,16 +485,28 @@ def test_extremes_of_k():
         assert all((points == centroid).all(1).any() for centroid in found.centroids)
 
 
+def test_the_limit_on_iterations():
+    """At most `iterations` updates; 0 assigns to the start. At any limit, the assignments and the
+    last inertia are those of the centroids."""
+    points = cloud()
+    for limit in (0, 1, 2):
+        found = km.kmeans(points, 12, 0, iterations=limit)
+        assignments, distances = km.nearest(points, found.centroids)
+        assert torch.equal(found.assignments, assignments)
+        assert len(found.inertia) == limit + 1 and found.inertia[-1] == distances.sum().item()
+        assert torch.equal(found.centroids, km.plus_plus(points, 12, 0)) == (limit == 0)
+
+
 def test_float32_costs_no_digits():
-    """Float32 points 1 apart at 5,000, where |x|^2 has an ulp of 128, find their nearest centroids
-    at the true distances. A point's distance to itself is 0, never below. The
+    """Float32 points far from the origin. Clusters 1 apart at 5,000, where |x|^2 has an ulp of 2:
+    all are found, and the distances are true; a point's distance to itself is 0, never below. The
     mean of 20,000 points near 10,000 is the exact one: float32 sums, of 2e8, would miss it."""
-    points = 5000 + cloud(240, 50, dtype=torch.float32)
-    centroids = points[:40]
-    squared = (points[:, None] - centroids).square().sum(-1)                   # (n, K)
+    points, label = planted_points(torch.float32)
+    points = points / 100 + 5000
+    centroids = torch.stack([points[label == j].double().mean(0).float() for j in range(6)])
     assignments, distances = km.nearest(points, centroids)
-    assert torch.equal(assignments, squared.argmin(1))
-    assert (distances - squared.amin(1)).abs().max() < 1e-3
+    assert torch.equal(assignments, label)
+    assert relative(distances, (points - centroids[label]).square().sum(1)) < 1e-4
     assignments, distances = km.nearest(points, points)
     assert assignments.tolist() == list(range(240))
     assert distances.min() >= 0 and distances.max() < 1e-5
@@ -478,15 +515,18 @@ def test_float32_costs_no_digits():
 
 
 def test_kmeans_errors():
-    """Fewer points than clusters, no cluster, values that are not finite, and centroids that do
-    not fit are ValueErrors that name the numbers."""
-    points, bad = cloud(5), torch.full((2, 4), math.nan, dtype=torch.float64)
-    for words, x, k, start in (
-            ("0 clusters of 5 points", points, 0, None), ("6 clusters of 5", points, 6, None),
-            ("NaN or infinity", points / 0, 2, None), ("NaN or infinity", bad, 2, None),
-            ("2 finite rows of width 4", points, 2, points[:3]), ("2 finite", points, 2, bad)):
-        with pytest.raises(ValueError, match=words):
-            km.kmeans(x, k, 0, centroids=start)
+    """Fewer points than clusters, no cluster, NaN or infinity, and centroids that do not fit are
+    ValueErrors that name the numbers."""
+    points = cloud(5)
+    for k in (0, 6):
+        with pytest.raises(ValueError, match=f"{k} clusters of 5 points"):
+            km.kmeans(points, k, 0)
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            km.kmeans(torch.where(points == points[3, 1], value, points), 2, 0)
+    for centroids in (points[:3], torch.full((2, 4), math.nan, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="2 finite rows of width 4"):
+            km.kmeans(points, 2, 0, centroids=centroids)
 
 
 def plain_loss(t5, theta, examples, partner=None, lam=0.0):
@@ -1956,3 +1996,100 @@ def test_extremes_of_a_step_are_no_errors(case, options):
         assert log["second_order"] == log["theta_gradient"] == 0
     if case.startswith("gate"):
         assert log["gate_mean"] == float(case[-1])
+
+
+# --------------------------------------------- a run is resumed and shared, and not a bit changes
+
+def started_run(small_world, name):
+    """The folder of a run of which only run.json and step 0 are there."""
+    run = make_run(small_world, name)
+    write_run(run.folder, new_run([], run.training, run.method, run.made_of))
+    return run.folder
+
+
+def steps_logged(run):
+    return len([entry for entry in log_without_times(run) if "query_loss" in entry])
+
+
+def test_a_killed_run_resumes_bit_by_bit(small_world):
+    """Ctrl-C, --resume, kill -9, --resume: state, prompt and log equal an unbroken run's."""
+    folder, options = small_world
+    options = [*options, "--save-seconds", "0"]
+    broken = folder / "broken"
+    unbroken = start_train(folder, *options, "--run", "unbroken")
+    assert ended(unbroken) == 0
+    first = start_train(folder, *options, "--run", "broken")
+    wait_for_steps(broken, 1)
+    os.kill(first, signal.SIGINT)
+    assert ended(first) == 130
+    assert "python train.py --resume broken" in (folder / "said").read_text()
+    done = steps_logged(broken)
+    second = start_train(folder, "--resume", "broken")
+    wait_for_steps(broken, done + 1)
+    os.kill(second, signal.SIGKILL)
+    assert ended(second) == -signal.SIGKILL and done < 6, "too late to show anything"
+    assert ended(start_train(folder, "--resume", "broken")) == 0
+    assert outcome_of(broken) == outcome_of(folder / "unbroken")
+
+
+def test_a_rank_that_dies_ends_all_and_one_process_resumes(small_world):
+    """Two processes share a run's tasks. When one is killed the other says so and ends with status
+    2; one process resumes, and the result equals that of one process alone."""
+    folder, options = small_world
+    world = folder, [*options, "--save-seconds", "0"]
+    shared, alone = started_run(world, "shared"), started_run(world, "alone")
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    common_part = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+                   "TORCHELASTIC_RUN_ID": "none"}
+    ranks = []
+    for rank in ("0", "1"):
+        names = {**common_part, "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(start_train(folder, "--resume", "shared",
+                                 before=partial(os.environ.update, names)))
+    wait_for_steps(shared, 2)
+    os.kill(ranks[1], signal.SIGKILL)
+    assert [ended(pid) for pid in reversed(ranks)] == [-signal.SIGKILL, 2]
+    assert "error: rank 0: another rank stopped" in (folder / "said").read_text()
+    assert steps_logged(shared) < 6, "the kill came too late to show anything"
+    for run in ("shared", "alone"):
+        assert ended(start_train(folder, "--resume", run)) == 0
+    assert outcome_of(shared) == outcome_of(alone)
+
+
+class Thread(common.Ranks):
+    """A rank that is a thread of this process: gather() by a shared list and a barrier."""
+    meeting = None          # (values, threading.Barrier)
+
+    def gather(self, value):
+        values, barrier = self.meeting
+        values[self.rank] = value
+        barrier.wait()
+        found = [*values]
+        barrier.wait()
+        return found
+
+
+@pytest.mark.parametrize("method", ["supmer", "ppt"])
+def test_the_number_of_ranks_changes_no_bit(small_world, method):
+    """1, 2 and 3 ranks, three tasks a step: the same log, validation and state to the bit."""
+    def work(world, rank):
+        ranks = Thread(rank, world)
+        run = make_run(small_world, f"{method}-{world}-ranks", ranks, method=method, tasks=3)
+        for _ in range(2):
+            run.step()
+        run.validate()
+        run.save()
+        return run.folder
+    found = []
+    for world in (1, 2, 3):
+        Thread.meeting = [None] * world, threading.Barrier(world)
+        with ThreadPoolExecutor(world) as pool:
+            folder, *_ = pool.map(partial(work, world), range(world))
+        found.append(outcome_of(folder))
+    assert found[0] == found[1] == found[2]
+    if method == "supmer":
+        idle = make_run(small_world, "idle", tasks=3)
+        idle.ranks = Thread(3, 4)
+        with pytest.raises(InputError, match="4 processes share the 3 tasks.*--tasks 4"):
+            idle.step()

@@ -7,23 +7,18 @@
     python train.py --plot runs/tiny-1      # a run's log as a picture, also while it runs
     python train.py --method ppt            # what SUPMER is compared with; --ablation: Table 4
 
-A run is a folder, runs/<model>-<number>: run.json (its settings), log.jsonl (a line a step), state.pt
-(what it resumes from), prompt.safetensors (theta and phi at the lowest validation loss, for
-eval.py). cache/ keeps each corpus's tokens and clusters.
+A run is a folder, runs/<model>-<number>, see run_folder.py. eval.py takes its prompt: theta and phi
+at the lowest validation loss. cache/ keeps each corpus's tokens and clusters.
 """
 
-import io
 import json
 import math
 import os
-import platform
-import shlex
 import signal
 import time
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -35,11 +30,12 @@ import hub
 import tasks
 from baselines import (ABLATIONS, METHODS, PLAIN, UNIFIED, examples_per_step, mixes, name_of,
                        ppt_step)
-from common import (InputError, SOLO, bar, fingerprint, from_settings, join_ranks, knob, number,
-                    one_process, pick_device, read_json, reading, remove_torn, rng, run_script,
-                    settings_parser, whole_file)
+from common import (InputError, SOLO, bar, from_settings, join_ranks, knob, number, one_process,
+                    pick_device, read_json, reading, remove_torn, rng, run_script, settings_parser)
 from estimate import prepare
 from prompts import export_peft, save_prompt
+from run_folder import (check_free, check_origin, load_state, new_run, next_free, open_log,
+                        read_log, save_state, write_run)
 from studies import plot
 from supmer import Method, init_prompt, init_state, meta_step, validate_task
 from t5 import load_t5
@@ -90,7 +86,6 @@ TINY_VALUES = {
     "validation_tasks": (2, "a demonstration"),
 }
 KNOBS = {entry.name: entry for cls in (Training, Method) for entry in fields(cls)}
-METHOD_FILES = ("supmer.py", "t5.py", "data.py", "baselines.py")    # run.json has their hash
 
 
 # ------------------------------------------------------------------------------- the training loop
@@ -144,13 +139,12 @@ class Run:
         tokens = sum(len(ids) for pair in pairs for task in pair
                      for ids in (*task.support.ids, *task.query.ids))
         entry |= {"time": {"seconds": seconds, "tokens_per_second": tokens / seconds}}
-        self.write({"step": self.state.step, "variants": [task.variant for task, _ in pairs],
-                    **entry})
+        variants = [task.variant for task, _ in pairs]
+        self.write({"step": self.state.step, "variants": variants, **entry})
         return entry
 
     def finished(self):
-        """Whether all steps are done, or the lowest validation loss is `patience` validations old.
-        """
+        """Are all steps done, or is the lowest validation loss `patience` validations old?"""
         limit = self.training.patience * self.training.validate_every
         step = self.state.step
         return step >= self.method.steps or 0 < limit <= step - self.kept
@@ -209,15 +203,8 @@ class Run:
 
     def save(self):
         """Write all that the next step depends on beside (seed, step)."""
-        if self.ranks.rank:
-            return
-        state, payload = self.state, io.BytesIO()
-        torch.save({"theta": state.theta, "phi": state.phi, "s": state.s, "step": state.step,
-                    "theta_adam": state.theta_adam.state_dict(),
-                    "phi_adam": state.phi_adam.state_dict(),
-                    "best": self.best, "kept": self.kept}, payload)
-        with whole_file(self.folder / "state.pt") as file:
-            file.write(payload.getbuffer())
+        if not self.ranks.rank:
+            save_state(self.folder, self.state, self.best, self.kept)
 
     def write(self, entry):
         """Append a line to the log; it is on the disk when this returns."""
@@ -250,92 +237,6 @@ def validate(t5, state, tasks, method, ranks=SOLO):
     return {"loss": everything["loss_after"], "loss_before": everything["loss_before"],
             "step_size": everything["step_size"], "queries": queries * len(tasks),
             "variants": {variant: means(found) for variant, found in by_variant.items()}}
-
-
-# ------------------------------------------------------------------------------ a run on the disk
-
-def check_free(folder):
-    """Raise InputError if a new run cannot have this folder."""
-    if folder.is_file() or (folder / "run.json").exists():
-        raise InputError(f"{folder} exists: name another --run, or give --resume {folder}")
-
-
-def next_free(training, method):
-    """The first runs/<model>[-<method>]-<number> that holds no run."""
-    name, number = name_of(training, method), 1
-    stem = Path(training.model).name + (f"-{name}" if name != "supmer" else "")
-    while Path(f"runs/{stem}-{number}/run.json").exists():
-        number += 1
-    return Path(f"runs/{stem}-{number}")
-
-
-def new_run(argv, training, method, made_of, processes=1):
-    """What run.json says of a run that begins."""
-    used = ("torch", "numpy", "tokenizers", "safetensors")
-    return {"model": training.model, "name": name_of(training, method),
-            "training": asdict(training), "method": asdict(method),
-            "made_of": made_of, "code": method_hash(),
-            "command": shlex.join(["python", "train.py", *argv]),
-            "processes": processes, "threads": torch.get_num_threads(),
-            "versions": {"python": platform.python_version()} | {x: version(x) for x in used},
-            "finished": False, "ended": None}
-
-
-def write_run(folder, values):
-    """Write run.json."""
-    with whole_file(folder / "run.json") as file:
-        file.write((json.dumps(values, indent=1) + "\n").encode())
-
-
-def method_hash():
-    """The fingerprint of the files that define a step's result."""
-    return fingerprint([Path(__file__).with_name(name) for name in METHOD_FILES])
-
-
-def check_origin(folder, made_of):
-    """Raise InputError if the run was made of other data, model, tokenizer or store options than
-    made_of. Warn if the method's code has changed since the run began."""
-    run = read_json(folder / "run.json")
-    other = [key for key in made_of if run["made_of"].get(key) != made_of[key]]
-    if other:
-        raise InputError(f"{folder} was made with another {' and '.join(other)} than is there now: "
-                         "start a new run, or put back what it was made with")
-    if run["code"] != method_hash():
-        print(f"warning: {', '.join(METHOD_FILES)} are not those that began {folder}: its steps "
-              "from here on may differ from an unbroken run's")
-
-
-def load_state(folder, state):
-    """Fill a fresh MetaState from Run.save()'s file -> the lowest validation loss, and its step.
-    Raises InputError for a file of another run, or a damaged one."""
-    path = folder / "state.pt"
-    with reading(path, "the state of this run", remedy="start a new run"), torch.no_grad():
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        state.theta.copy_(saved["theta"])
-        for name, x in state.phi.items():
-            x.copy_(saved["phi"][name])
-        state.theta_adam.load_state_dict(saved["theta_adam"])
-        state.phi_adam.load_state_dict(saved["phi_adam"])
-        state.s, state.step = saved["s"], saved["step"]
-        return saved["best"], saved["kept"]
-
-
-def read_log(folder, last_step=math.inf):
-    """The lines of log.jsonl up to a step, without a torn last one -> [{name: value}]."""
-    path = folder / "log.jsonl"
-    with reading(path, "the log of a run", remedy="start a new run"):
-        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-        entries = [json.loads(line) for line in whole.splitlines()]
-        return [entry for entry in entries if entry["step"] <= last_step]
-
-
-def open_log(folder, last_step):
-    """log.jsonl, a line a step and a validation, to append to. Lines after last_step are dropped:
-    they will come again. Equal runs differ in "time" only."""
-    kept = read_log(folder, last_step) if last_step >= 0 else []
-    with whole_file(folder / "log.jsonl") as file:
-        file.writelines(json.dumps(entry).encode() + b"\n" for entry in kept)
-    return open(folder / "log.jsonl", "a", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------- what it learns from
@@ -381,7 +282,8 @@ def open_sources(training, method, model_folder, tokenizer, t5, ranks=SOLO):
             if path.suffix in (".csv", ".tsv", ".jsonl"):
                 store = store_of(path.name, tasks.build_labeled, path, training.labeled_clusters)
                 stores[path.name] = store
-                made_of = store.meta["made_of"] | made_of | {f"labeled {path.name}": store.folder.name}
+                made_of = store.meta["made_of"] | made_of
+                made_of[f"labeled {path.name}"] = store.folder.name
         if not stores:
             raise InputError(f"--labeled {training.labeled}: no folder with .csv, .tsv or .jsonl")
         sources.append((tasks.labeled_task, tasks.LabeledIndex(stores, tokenizer, **sizes)))
@@ -411,8 +313,7 @@ def command_line():
 
 
 def parse(argv):
-    """Command line -> Training, Method, {setting that differs from the paper's: why}, all options.
-    """
+    """Command line -> Training, Method, {setting other than the paper's: why}, all options."""
     options = command_line().parse_args(argv)
     given = {name: value for name, value in vars(options).items() if name in KNOBS}
     if options.resume:
@@ -449,7 +350,7 @@ def own_settings(folder):
     run = read_json(path)
     with reading(path, "a run of this version of train.py", remedy="start a new run"):
         values = run["training"] | run["method"]
-        if values.keys() != KNOBS.keys() or not isinstance(run["made_of"], dict) or "code" not in run:
+        if values.keys() != KNOBS.keys():
             raise ValueError("it has other settings")
         if run["finished"]:
             raise InputError(f"{folder} is finished: start a new run")
@@ -466,11 +367,12 @@ def as_many_examples(training, method, examples=None):
 
 def show_settings(training, method, whys, everything):
     """Print every setting with its meaning, or those that differ from the paper's, by reason."""
-    values, reasons = asdict(training) | asdict(method), defaultdict(list)
-    for name, value in values.items() if everything else ():
-        print(f"  {name:17} {value!s:12} {whys.get(name, KNOBS[name].metadata['help'])}")
-    for name, why in whys.items() if not everything else ():
-        reasons[why].append(f"{name} {values[name]}")
+    reasons = defaultdict(list)
+    for name, value in (asdict(training) | asdict(method)).items():
+        if everything:
+            print(f"  {name:17} {value!s:12} {whys.get(name, KNOBS[name].metadata['help'])}")
+        elif name in whys:
+            reasons[whys[name]].append(f"{name} {value}")
     for why, changed in reasons.items():
         print(f"  {', '.join(changed)}: {why}")
 
@@ -499,7 +401,7 @@ def main(argv):
     t5 = load_t5(model_folder, getattr(torch, training.dtype), device)
     tokenizer = data.load_tokenizer(hub.tokenizer_file(model_folder), t5.config)
     sources, made_of = open_sources(training, method, model_folder, tokenizer, t5, ranks)
-    folder = options.resume or options.run or next_free(training, method)
+    folder = options.resume or options.run or next_free(training.model, name_of(training, method))
     folder = ranks.gather(folder)[0]
     print(f"run:    {folder}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -537,13 +439,12 @@ def finish(run, caught):
 def outcome(run):
     """The validations of step 0 and of the end, a row for each variant, and what to do next."""
     validations = [entry["validation"] for entry in read_log(run.folder) if "validation" in entry]
-    first, last = validations[0]["variants"], validations[-1]["variants"]
-    lines = [f"{validations[0]['queries']} held-out queries: accuracy in %, loss over the label words",
+    lines = [f"{validations[0]['queries']} held-out queries: accuracy in %, loss over label words",
              f"{'':17}step 0, unadapted -> adapted    step {run.state.step}, unadapted -> adapted"]
-    for variant in first:
-        chance = f"(chance {100 / first[variant]['ways']:.0f})"
+    for variant, first in validations[0]["variants"].items():
+        chance = f"(chance {100 / first['ways']:.0f})"
         line = f"{variant:11}{chance:>12}"
-        for x in (first[variant], last[variant]):
+        for x in (first, validations[-1]["variants"][variant]):
             before, after = (f"{100 * x[f'correct_{when}']:5.1f} {x[f'word_loss_{when}']:6.3f}"
                              for when in ("before", "after"))
             line += f"  {before} -> {after}  "
@@ -556,5 +457,5 @@ def outcome(run):
 
 
 if __name__ == "__main__":
-    run_script(main, "stopped before another step; nothing is lost: give the same command again, or "
-                     "--resume RUN for a run that has a name")
+    run_script(main, "stopped before another step; nothing is lost: give the same command again, "
+                     "or --resume RUN for a run that has a name")

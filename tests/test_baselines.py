@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -334,9 +334,20 @@ def test_the_recipes_are_the_papers():
         "no-curriculum": {"curriculum": False}, "no-mgr": {"regularizer": "none"},
         "first-order": {"first_order": True}}
     assert usual["prompt_rate"] == 0.1
-    for contradiction in ("--method ppt", "--regularizer affine"):
-        with pytest.raises(InputError, match="leave those options away"):
-            train.parse(["--ablation", "no-mgr", *contradiction.split()])
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--ablation", "no-mgr", "--method", "ppt"], "leave those options away"),
+    (["--ablation", "only-sp", "--only", "mc"], "leave those options away"),
+    (["--ablation", "no-psi"], "no-mgr"), (["--method", "pt"], "unified-ppt"),
+    (["--method", "metapt"], "give --labeled FOLDER"),
+    (["--method", "unified-ppt", "--labeled", "sets"], "leave --labeled away"),
+    (["--examples", "100", "--steps", "3"], "leave --steps away"),
+    (["--examples", "0"], "must be above 0")])
+def test_contradicting_methods_are_refused(argv, says):
+    """One line that names what to leave away or the valid names."""
+    with pytest.raises(InputError, match=says):
+        train.parse(argv)
 
 
 def test_plain_pretraining_is_chosen_without_an_inner_step(small_world, monkeypatch):
@@ -390,6 +401,19 @@ def test_what_is_not_supmer_is_not_called_so(options, name):
     """A run without a part has the ablation's name, however it was asked for; none is "newest"."""
     training, method, _, _ = train.parse(options)
     assert baselines.name_of(training, method) == name
+
+
+def test_patience_ends_a_run(small_world, monkeypatch):
+    """After so many validations without a lower loss the run ends, is saved, and is not resumed."""
+    run = make_run(small_world, "patient", patience=2)
+    losses = iter([0.5, 0.6, 0.7, 0.1])
+    result = {"loss_before": 9.0, "step_size": 0.05, "queries": 1, "variants": {}}
+    monkeypatch.setattr(train, "validate", lambda *_: result | {"loss": next(losses)})
+    run.method = replace(run.method, steps=10)
+    assert run.train() is None and run.state.step == 6          # validated at 2, 4, 6
+    assert prompts.prompt_metadata(run.folder / "prompt.safetensors")["step"] == "2"
+    again = make_run(small_world, "patient", patience=2)
+    assert again.state.step == 6 and again.train() is None and again.state.step == 6
 
 
 # -------------------------------------------------------- eval.py: the comparison, on small things

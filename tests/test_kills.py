@@ -19,18 +19,15 @@ from typing import Callable, NamedTuple
 import huggingface_hub
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
 
 import common
 import corpus
 import eval as evaluation
 import hub
-import prompts
 import tasks
 import train
 from conftest import (ANY, COMMIT, Files, Hub, PLANTED, SMALL, V11, contents, ended, forked,
-                      hub_files, log_without_times, rows_of, run_with_prompt, save_model,
+                      hub_files, outcome_of, rows_of, run_with_prompt, save_model,
                       small_config, write_place, write_small_world)
 from data import load_tokenizer
 from t5 import load_t5
@@ -52,11 +49,7 @@ def begin_training(place, options):
 
 
 def trained():
-    about = prompts.prompt_metadata(Path("run/prompt.safetensors"))
-    tensors = load_file("run/prompt.safetensors")
-    prompt = {name: x.numpy().tobytes() for name, x in tensors.items()}
-    state = torch.load("run/state.pt", weights_only=True)
-    return log_without_times(Path("run")), str(state), prompt, about, contents(Path("run"), ".tmp")
+    return outcome_of(Path("run")), contents(Path("run"), ".tmp")
 
 
 def begin_store(place, options):

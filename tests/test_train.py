@@ -6,13 +6,14 @@ import os
 import resource
 import signal
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 import common
 import prompts
+import run_folder
 import train
 from common import InputError
 from conftest import (ended, log_without_times, make_run, run_train, sentence, start_train)
@@ -23,10 +24,8 @@ VALIDATION = {"loss_before": 9.0, "step_size": 0.05, "queries": 1, "variants": {
 
 def unfinished(run, **changes):
     """Give a run that make_run began the run.json that it is resumed by."""
-    train.write_run(run.folder, {
-        "model": run.training.model, "name": "supmer", "training": asdict(run.training),
-        "method": asdict(run.method), "made_of": run.made_of, "code": train.method_hash(),
-        "finished": False, "ended": None, **changes})
+    values = run_folder.new_run([], run.training, run.method, run.made_of)
+    run_folder.write_run(run.folder, values | changes)
     return run
 
 
@@ -207,9 +206,9 @@ def test_a_run_is_resumed_on_what_made_it(small_world):
     """Another corpus or model is refused by name; other code of the method is one warning line;
     another version's settings are refused."""
     run = unfinished(make_run(small_world, "origin"))
-    train.check_origin(run.folder, run.made_of)
+    run_folder.check_origin(run.folder, run.made_of)
     with pytest.raises(InputError, match="made with another model than is there now"):
-        train.check_origin(run.folder, run.made_of | {"model": "another"})
+        run_folder.check_origin(run.folder, run.made_of | {"model": "another"})
     unfinished(run, code="another")
     status, said = run_train(small_world[0], "--resume", "origin", "--max-minutes", "0.1")
     warnings = [line for line in said.splitlines() if line.startswith("warning: ")]
