@@ -155,6 +155,10 @@ def own_task(path, template, words="", *, test=None, label_column="label", heade
     Raises InputError, with the labels and a --words to copy, if labels and words do not match.
     """
     columns = (label_column, *template_fields(template))
+    odd = set(re.findall(r"\{([^{}]*)\}", template)) - set(columns)
+    if odd:
+        raise InputError(f"{template!r}: rename the columns {', '.join(odd)}: a template's are of "
+                         "letters, digits and _")
     task = LabeledTask(str(path), str(test or path), template, (), max_tokens, columns=columns,
                        incomplete="left", header=header, encoding=encoding)
     counts = Counter(values[0] for _, values in read_table(path, columns, header, encoding)

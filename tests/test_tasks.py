@@ -143,6 +143,8 @@ def test_what_was_read_is_printed_and_lacking_columns_are_listed(tmp_path):
         "1 rows of label spam -> junk: Caf\u00e9! <X>", "1 rows of label ham -> fine: Hi. <X>"]
     with pytest.raises(InputError, match="has the columns kind, body, and not all of kind, text"):
         own(tmp_path, content, "{text} <X>", encoding="cp1252", **how)
+    with pytest.raises(InputError, match="rename the columns my-text: "):
+        own(tmp_path, content, "{body} {my-text} <X>", encoding="cp1252", **how)
 
 
 def test_texts_without_labels_literally(tmp_path):
