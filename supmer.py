@@ -17,25 +17,23 @@ Generalization", arXiv 2303.12314. The whole method (Alg. 1), and the function t
             d phi_i   =   - a1 (dpsi/dphi)^T v + lambda_reg dL_reg/dphi     meta_gradient    Eq. 20
         Adam steps along the means over the tasks; s = mean of the s_i      meta_step
 
-T5 is frozen: every gradient is with respect to theta or phi only. meta_loss() defines the loss in a
-dozen lines; meta_gradient() computes its gradient in the memory of one micro-batch. It drops no
-term, unless first_order asks for that: the Hessian is only ever multiplied with a vector.
+T5 is frozen: every gradient is with respect to theta or phi only. meta_loss() defines a task's
+loss; meta_gradient() computes its gradient in the memory of one micro-batch. It drops no term
+unless first_order asks for that: the Hessian is only ever multiplied with a vector.
 
-    python supmer.py    # a toy T5's meta-gradient along three directions of theta: second order,
-                        # finite difference, first order; seconds
+    python supmer.py    # a toy T5's meta-gradient beside its finite difference; seconds
 
 P prompt tokens, d model width, B rows of a micro-batch, T text positions, S = P + T, V inserted
 vectors, K label words, n examples of a set or tasks of a step. H encoder states (B, S, d), pooled
 their mean over a support set (d,), Y the labels, one-hot (B, K). theta (P, d), phi and their
-gradients are float32; float64 passes through untouched, for proofs.
-
-From data.py come plain tuples: Examples, a set's texts as lists of token ids with their labels and
-the label words; Batch, rows of them as padded tensors: ids, mask (B, T), slots (B, V), vectors
-(B, V, d), targets (B, K), made by collate; Task, a support and a query set.
+gradients are float32; float64 passes through untouched, for proofs. From data.py come tuples:
+Examples, a set's token ids, labels and label words; Batch, rows of them as padded tensors: ids,
+mask (B, T), slots (B, V), vectors (B, V, d), targets (B, K); Task, a support and a query set.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -85,14 +83,11 @@ class Method:
         "memory and speed, not the result (ours)", zero=True)
 
 
-# -------------------------------------------------------------------------------- the definition
-
 def meta_loss(t5, theta, phi, task, partner, lam, b, method):
     """A task's loss. torch.func.grad of it by theta and by phi IS the meta-gradient (Eq. 8, 20).
 
-    task, partner: Tasks with the same label words; lam, b: floats. Two terms are constants by
-    choice: the gate's input, as in the paper's derivation, and with first_order the inner step.
-    Nothing else calls this function: it keeps the graph of two whole sets. -> scalar
+    task, partner: Tasks with the same label words; lam, b: floats. Two things are constants by
+    choice: the gate's input (as in Eq. 13) and, with first_order, the inner step. -> scalar
     """
     support_loss = partial(set_loss, t5, examples=task.support, method=method)
     g, (_, pooled) = grad_and_value(support_loss, has_aux=True)(theta)              # Eq. 1
@@ -100,15 +95,13 @@ def meta_loss(t5, theta, phi, task, partner, lam, b, method):
     if method.first_order:
         constant = theta.detach()
         adapted = theta + inner_step(constant, phi, g.detach(), pooled, method) - constant
-    loss, _ = set_loss(t5, adapted, task.query, method, partner.query, lam)         # Eq. 4
-    penalty = REGULARIZERS[method.regularizer].penalty
-    if penalty and method.augmentation:
-        loss = loss + method.gate_weight * penalty(phi, pooled, b)                  # Eq. 20
-    return loss
+    query_loss, _ = set_loss(t5, adapted, task.query, method, partner.query, lam)   # Eq. 4
+    penalty = REGULARIZERS[method.regularizer].penalty(phi, pooled, b)              # Eq. 20
+    return query_loss + method.gate_weight * method.augmentation * penalty
 
 
 def set_loss(t5, theta, examples, method, partner=None, lam=0.0):
-    """The mean loss over a set (Eq. 1), and the mean encoder state (d,), in one batch."""
+    """The mean loss over a set (Eq. 1), and the mean encoder state (d,), all rows at once."""
     rows = range(len(examples.ids))
     batch = collate(examples, rows, theta.device)
     other = collate(partner, rows, theta.device) if lam else None
@@ -138,9 +131,7 @@ def word_log_probs(t5, H, mask, words, words_only=False):
     def after(prefix):                                                             # (B, vocabulary)
         ids = torch.LongTensor([[PAD, *prefix]]).to(H.device).expand(len(H), -1)   # (B, L)
         return torch.log_softmax(next_token_logits(t5, decode(t5, ids, H, mask)[:, -1]), dim=-1)
-
-    first = after(words[0][:1])
-    scores = []
+    first, scores = after(words[0][:1]), []
     for word in words:
         later = [after(word[:end])[:, word[end]] for end in range(2, len(word))]
         scores.append(first[:, word[1]] + sum(later))
@@ -187,9 +178,6 @@ def micro_batches(examples, theta, method, partner=None):
 
 
 # ------------------------------------------------------- gradients, one micro-batch at a time
-# In the next two, torch.autograd.grad through the same graph is faster on a CPU core, by 1 to 8 %.
-# It needs theta to require grad, a flag that every caller would have to set and clear; torch.func
-# takes a plain function of theta, as the mathematics does.
 
 def first_derivative(function, theta):
     """function: theta -> (scalar, more). -> its gradient, (the scalar, more).
@@ -216,11 +204,16 @@ def loss_shares(t5, theta, examples, method, partner=None, lam=0.0):
                       n=len(examples.ids), method=method)
 
 
-def zero_sums(theta):
-    """Sums of gradients (P, d), of pooled states (d,) and of losses, in float64, so that the order
-    of the micro-batches does not show."""
+def add_up(theta, parts):
+    """The sums of (gradient, (loss, pooled)) over micro-batches -> gradient (P, d), pooled (d,),
+    loss. In float64, so that the order of the micro-batches does not show."""
     gradient = torch.zeros_like(theta, dtype=torch.float64)
-    return gradient, torch.zeros_like(gradient[0]), torch.zeros_like(gradient[0, 0])
+    pooled, loss = torch.zeros_like(gradient[0]), torch.zeros_like(gradient[0, 0])
+    for gradient_part, (loss_part, pooled_part) in parts:
+        gradient += gradient_part
+        pooled += pooled_part
+        loss += loss_part
+    return gradient.to(theta.dtype), pooled.to(theta.dtype), loss.to(theta.dtype)
 
 
 def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0):
@@ -230,59 +223,38 @@ def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0):
     through both; at lambda = 0 the partner is neither encoded nor attended to.
     -> gradient (P, d), the mean encoder state (d,), unmixed, the loss.
     """
-    gradient, pooled, loss = zero_sums(theta)
-    for share in loss_shares(t5, theta, examples, method, partner, lam):
-        part, (part_loss, part_pooled) = first_derivative(share, theta)
-        gradient += part
-        pooled += part_pooled
-        loss += part_loss
-    return gradient.to(theta.dtype), pooled.to(theta.dtype), loss.to(theta.dtype)
-
-
-def hessian_product(share, theta, u):
-    """Hess u of one micro-batch, whose graph is made again for it."""
-    _, _, product = second_derivative(share, theta)
-    return product(u)
+    shares = loss_shares(t5, theta, examples, method, partner, lam)
+    return add_up(theta, (first_derivative(share, theta) for share in shares))
 
 
 def gradient_and_hessian(t5, theta, examples, method):
     """As prompt_gradient(), and the second derivative of the same loss -> g, pooled, loss, hessian.
 
-    hessian(u) is Hess_theta L u for u (P, d), to be called once. A micro-batch's graph is made
-    again for it, so that memory does not grow with n, or, for the first method.keep_graphs ones,
-    kept from here, which saves a pass. Both are exact, and equal.
+    hessian(u) is Hess_theta L u for u (P, d), to be called once. It makes a micro-batch's graph
+    again, so that memory does not grow with n. The first method.keep_graphs ones are kept from
+    here instead, which saves a pass. Both are exact, and equal.
     """
-    gradient, pooled, loss = zero_sums(theta)
+    shares = list(loss_shares(t5, theta, examples, method))
     kept = 0 if method.first_order else method.keep_graphs
-    products = []
-    for share in loss_shares(t5, theta, examples, method):
-        if len(products) < kept:
-            part, (part_loss, part_pooled), product = second_derivative(share, theta)
-        else:
-            part, (part_loss, part_pooled) = first_derivative(share, theta)
-            product = partial(hessian_product, share, theta)
-        gradient += part
-        pooled += part_pooled
-        loss += part_loss
-        products.append(product)
+    graphs = [second_derivative(share, theta) for share in shares[:kept]]
+    others = (first_derivative(share, theta) for share in shares[kept:])
+    g, pooled, loss = add_up(theta, chain((graph[:2] for graph in graphs), others))
 
     def hessian(u):
-        total = torch.zeros_like(gradient)
-        for product in products:
+        total = torch.zeros_like(u, dtype=torch.float64)
+        for _, _, product in graphs:
             total += product(u)
-        return total.to(theta.dtype)
-
-    return gradient.to(theta.dtype), pooled.to(theta.dtype), loss.to(theta.dtype), hessian
+        for share in shares[kept:]:
+            _, _, product = second_derivative(share, theta)
+            total += product(u)
+        return total.to(u.dtype)
+    return g, pooled, loss, hessian
 
 
 # ------------------------------------------------------------------ curriculum task augmentation
 
 def curriculum(s, curve):
-    """b in [0, 1] from the last step's mean cosine s: (m^((1+s)/2) - 1) / (m - 1), Eq. 10.
-
-    >>> [curriculum(s, 3.0) for s in (-1.0, 1.0)], curriculum(0.0, 1.0)
-    ([0.0, 1.0], 0.5)
-    """
+    """b in [0, 1] from the last step's mean cosine s: (m^((1+s)/2) - 1) / (m - 1), Eq. 10."""
     x = (1 + s) / 2
     return x if curve == 1 else (curve ** x - 1) / (curve - 1)
 
@@ -300,25 +272,22 @@ def mix(H_i, mask_i, Y_i, H_j, mask_j, Y_j, lam):
     Y (B, K). Both begin with P prompt positions, so prompt mixes with prompt. States at padding
     are set to zero first: what the encoder left there is arbitrary.
     """
-    longest = max(H_i.shape[1], H_j.shape[1])
-
     def widen(H, mask):
-        extra = longest - H.shape[1]
+        extra = max(H_i.shape[1], H_j.shape[1]) - H.shape[1]
         return F.pad(H * mask.to(H.dtype)[:, :, None], (0, 0, 0, extra)), F.pad(mask, (0, extra))
-
-    H_i, mask_i = widen(H_i, mask_i)
-    H_j, mask_j = widen(H_j, mask_j)
-    return (1 - lam) * H_i + lam * H_j, mask_i | mask_j, (1 - lam) * Y_i + lam * Y_j
+    (wide_i, wide_mask_i), (wide_j, wide_mask_j) = widen(H_i, mask_i), widen(H_j, mask_j)
+    H = (1 - lam) * wide_i + lam * wide_j
+    return H, wide_mask_i | wide_mask_j, (1 - lam) * Y_i + lam * Y_j
 
 
 # ------------------------------------------------------------- the meta-gradient regularizer psi
 
 class Regularizer(NamedTuple):
-    """A form of psi, as functions. phi: {name: tensor}; all but init take it as it is trained."""
-    init: Callable                      # (P, d) -> phi at the start, float32
-    psi: Callable                       # (phi, g (P, d), pooled (d,)) -> (P, d), Eq. 5
-    penalty: Callable | None = None     # (phi, pooled, b) -> L_reg, added to phi's loss; or none
-    log: Callable = lambda phi, pooled: {}      # -> {name: number} for the log
+    """A form of psi, as functions of phi {name: tensor} and the gate's input, pooled (d,)."""
+    init: Callable          # (P, d) -> phi at the start, float32
+    psi: Callable           # (phi, g, pooled) -> psi(g) (P, d), Eq. 5
+    penalty: Callable = lambda phi, pooled, b: pooled.new_zeros(())     # -> L_reg, Eq. 20
+    log: Callable = lambda phi, pooled: {}                              # -> {name: number}
 
 
 def direction_and_length(x):
@@ -417,15 +386,15 @@ def meta_gradient(t5, theta, phi, task, partner, lam, b, method):
     query = partial(prompt_gradient, t5, examples=task.query, method=method,
                     partner=partner.query, lam=lam)
     v, _, query_loss = query(adapted)
-    through_theta, through_psi, u = pull_back(v)                    # u = -a1 (dpsi/dg)^T v
+    d_theta, through_psi, u = pull_back(v)                          # u = -a1 (dpsi/dg)^T v
     second = torch.zeros_like(v) if method.first_order else hessian(u)
-    d_theta = v if method.first_order else through_theta + second
-    through_gate, gate_error = penalty_gradient(regularizer, phi, pooled, b)
+    d_theta = v if method.first_order else d_theta + second
+    through_gate, penalty = grad_and_value(regularizer.penalty)(phi, pooled, b)
     weight = method.gate_weight * method.augmentation
     d_phi = {name: through_psi[name] + weight * through_gate[name] for name in phi}
     q = query(theta)[0] if method.exact_cosine else v
     s = cosine(q, regularizer.psi(phi, g, pooled))
-    log = {"support_loss": support_loss, "query_loss": query_loss, "gate_loss": gate_error,
+    log = {"support_loss": support_loss, "query_loss": query_loss, "gate_loss": penalty,
            "step_size": (adapted - theta).norm() / theta.norm(),
            "second_order": second.norm() / d_theta.norm().clamp_min(1e-37),     # 0 beside 0
            "phi_gradient_meta": whole_norm(through_psi),
@@ -434,20 +403,12 @@ def meta_gradient(t5, theta, phi, task, partner, lam, b, method):
     return TaskGradient(d_theta, d_phi, s, {name: float(value) for name, value in log.items()})
 
 
-def penalty_gradient(regularizer, phi, pooled, b):
-    """-> {name: dL_reg/dphi}, L_reg; zeros for a regularizer without a penalty."""
-    if regularizer.penalty is None:
-        return {name: torch.zeros_like(x) for name, x in phi.items()}, 0.0
-    return grad_and_value(regularizer.penalty)(phi, pooled, b)
-
-
 def whole_norm(tensors):
-    """The norm of {name: tensor} as one vector."""
-    squares = (x.square().sum() for x in tensors.values())
-    return sum(squares, torch.tensor(0.0)).sqrt()
+    """The norm of {name: tensor} as one vector; 0 for none."""
+    return sum((x.square().sum() for x in tensors.values()), torch.tensor(0.0)).sqrt()
 
 
-# ---------------------------------------------------------------------- meta-training's state
+# ------------------------------------------------------------------------ a step of meta-training
 
 @dataclass
 class MetaState:
@@ -469,18 +430,17 @@ def init_prompt(t5, length, seed):
 
 
 def init_phi(theta, method):
-    """phi at the start, of theta's dtype and on its device."""
-    return {name: x.to(theta)
-            for name, x in REGULARIZERS[method.regularizer].init(*theta.shape).items()}
+    """phi where its form starts, in theta's dtype and on its device."""
+    start = REGULARIZERS[method.regularizer].init(*theta.shape)
+    return {name: x.to(theta) for name, x in start.items()}
 
 
 def init_state(theta, method):
-    """A MetaState at step 0: the regularizer's first phi, and fresh optimizers."""
+    """A MetaState at step 0, with fresh optimizers."""
     phi = init_phi(theta, method)
-    theta_adam = torch.optim.Adam([theta], method.prompt_rate)
     phi_adam = torch.optim.Adam([{"params": [*phi.values()]}], method.regularizer_rate,
                                 eps=method.regularizer_eps)
-    return MetaState(theta, phi, theta_adam, phi_adam)
+    return MetaState(theta, phi, torch.optim.Adam([theta], method.prompt_rate), phi_adam)
 
 
 def meta_step(t5, state, pairs, method, seed, ranks=SOLO):
@@ -491,17 +451,14 @@ def meta_step(t5, state, pairs, method, seed, ranks=SOLO):
     the tasks. Raises InputError, with the state as it was, when a loss or a gradient is not finite.
     """
     b, n = curriculum(state.s, method.curve), len(pairs)
-    lams = [0.0] * n
-    if method.augmentation:
-        used = b if method.curriculum else 1.0
-        lams = [draw_lambda(used, method.alpha, seed, state.step, i) for i in range(n)]
+    mixing = (b if method.curriculum else 1.0) * method.augmentation
+    lams = [draw_lambda(mixing, method.alpha, seed, state.step, i) for i in range(n)]
 
     def task_gradient(drawn):
         (task, partner), lam = drawn
         part = meta_gradient(t5, state.theta, state.phi, task, partner, lam, b, method)
         return part._replace(d_theta=part.d_theta.cpu(), s=part.s.cpu(),
                              d_phi={name: x.cpu() for name, x in part.d_phi.items()})
-
     parts = share_tasks(ranks, task_gradient, list(zip(pairs, lams)))
     for part, (task, _) in zip(parts, pairs):
         numbers = (part.d_theta, *part.d_phi.values(), torch.tensor([*part.log.values()]))
@@ -514,29 +471,23 @@ def meta_step(t5, state, pairs, method, seed, ranks=SOLO):
     log = {"s": float(sum(part.s for part in parts) / n), "b": b, "lambda": lams,
            "theta_gradient": float(state.theta.grad.norm())}
     log |= {name: sum(part.log[name] for part in parts) / n for name in parts[0].log}
-    left = 1 - state.step / method.steps                        # linear decay, no warm-up
-    descend(state.theta_adam, method.prompt_rate * left, method.clip)
-    descend(state.phi_adam, method.regularizer_rate * left, method.clip)
+    for adam, rate in ((state.theta_adam, method.prompt_rate),
+                       (state.phi_adam, method.regularizer_rate)):
+        group, = adam.param_groups
+        torch.nn.utils.clip_grad_norm_(group["params"], method.clip)
+        group["lr"] = rate * (1 - state.step / method.steps)    # linear decay, no warm-up
+        adam.step()
+        adam.zero_grad(set_to_none=True)
     state.s, state.step = log["s"], state.step + 1
     return log
 
 
 def share_tasks(ranks, function, tasks):
-    """[function(task)], each computed by one rank, in the tasks' order; InputError if idle ranks
-    were to wait for the others."""
+    """[function(task)], each computed by one rank; InputError for more ranks than tasks."""
     if ranks.world > len(tasks):
         raise InputError(f"{ranks.world} processes share the {len(tasks)} tasks of a step: start "
                          f"fewer, or give --tasks {ranks.world}")
     return ranks.map(function, tasks)
-
-
-def descend(adam, rate, clip):
-    """Clip the gradient's norm, take one step of Adam."""
-    group, = adam.param_groups
-    torch.nn.utils.clip_grad_norm_(group["params"], clip)
-    group["lr"] = rate
-    adam.step()
-    adam.zero_grad(set_to_none=True)
 
 
 # -------------------------------------------------------------------------------------- measuring
@@ -570,23 +521,17 @@ def validate_task(t5, theta, phi, task, method):
 
 
 if __name__ == "__main__":
-    from dataclasses import replace
     from exercises import toy_world
-    t5, theta, task, partner, normal = toy_world(P=3, d=8)
+    t5, theta, *tasks, normal = toy_world(P=3, d=8)
     phi = {name: x.to(theta) for name, x in init_affine(3, 8).items()}
     phi["A"] += 0.3 * normal(8, 8)
-    exact = Method(inner_rate=20.0)
-
-    def loss(theta):
-        return meta_loss(t5, theta, phi, task, partner, 0.3, 0.0, exact)
-
-    def derivative(u, method):
-        return (meta_gradient(t5, theta, phi, task, partner, 0.3, 0.0, method).d_theta * u).sum()
-
+    exact, first_order = Method(inner_rate=20.0), Method(inner_rate=20.0, first_order=True)
     print("a task's loss after an inner step, its derivative along random directions of theta:")
     print("second order   finite difference     first order")
-    for _ in range(3):
-        u = normal(3, 8)
-        slope = (loss(theta + 1e-5 * u) - loss(theta - 1e-5 * u)) / 2e-5
-        first = derivative(u, replace(exact, first_order=True))
-        print(f"{derivative(u, exact):+.9f} {slope:+19.9f} {first:+15.9f}")
+    for u in normal(3, 3, 8):
+        d_theta, d_first = (meta_gradient(t5, theta, phi, *tasks, 0.3, 0.0, method).d_theta
+                            for method in (exact, first_order))
+        up, down = (meta_loss(t5, theta + step * u, phi, *tasks, 0.3, 0.0, exact)
+                    for step in (1e-5, -1e-5))
+        slopes = (d_theta * u).sum(), (up - down) / 2e-5, (d_first * u).sum()
+        print("{:+.9f} {:+19.9f} {:+15.9f}".format(*slopes))

@@ -1,6 +1,5 @@
 """Tests of corpus."""
 
-import baselines
 import common
 import corpus as corpus_module
 import data
@@ -10,7 +9,6 @@ import numpy as np
 import os
 import pytest
 import re
-import supmer
 import t5 as T
 import tarfile
 import threading
@@ -21,10 +19,9 @@ from corpus import documents, split_sentences
 from functools import partial
 from hypothesis import given, settings, strategies as st
 from pathlib import Path
-from supmer import Method
 from types import SimpleNamespace
 from conftest import (SUPMER_DATA, by_topic, held_out_documents, needs_data, openwebtext_tar,
-    planted_paths, random_t5, random_task, relative, sentence, tar_of, write_model)
+    planted_paths, sentence, tar_of, write_model)
 
 
 # ---------------------------------------------------------------------------------- data: sentences
@@ -589,28 +586,6 @@ def on_ranks(monkeypatch, world, work):
     for thread in threads:
         thread.join()
     return found
-
-
-@pytest.mark.parametrize("method", ["supmer", "ppt"])
-def test_a_step_is_the_same_on_any_number_of_ranks(method, monkeypatch):
-    """theta, phi, s and the log of a step over three tasks are equal to the bit on one, two and
-    three ranks, and each task is computed once; more ranks than tasks are refused."""
-    t5, pairs = random_t5(), [(random_task(i), random_task(9 + i)) for i in range(3)]
-    advance = baselines.ppt_step if method == "ppt" else supmer.meta_step
-    values = Method(micro_tokens=40, relative_step=0.1)
-
-    def step(ranks):
-        state = supmer.init_state(supmer.init_prompt(t5, 3, 0), values)
-        state.s = 0.3
-        log = advance(t5, state, pairs, values, 0, ranks)
-        return torch.cat([state.theta.flatten(), *(x.flatten() for x in state.phi.values())]), log
-
-    alone, log = step(common.SOLO)
-    for world in (2, 3):
-        for learned, their_log in on_ranks(monkeypatch, world, step):
-            assert torch.equal(learned, alone) and their_log == log
-    for error in on_ranks(monkeypatch, 4, step):
-        assert isinstance(error, InputError) and "--tasks 4" in str(error)
 
 
 def test_ranks_make_one_store(planted, tmp_path, monkeypatch):
