@@ -1,12 +1,12 @@
-"""Six exercises on SUPMER (arXiv 2303.12314), to be solved here, in the functions' bodies.
+"""Six exercises on SUPMER (arXiv 2303.12314). Write your solutions into the functions' bodies.
 
     python exercises.py    # for each one: right, off by how much, or not done yet; seconds
 
-Checks compare with finite differences or another formula, on a random T5 in float64; the status is
-0 when all six are right. Read supmer.py first; if you are stuck, test_supmer.py has the solutions.
+Checks compare with finite differences or another formula, on a random T5 in float64. The status is
+0 when all six are right. Read supmer.py first; tests/test_exercises.py has the solutions.
 
-theta (P, d) is the prompt; support_loss and query_loss are functions theta -> loss, and psi a
-function of a gradient (P, d) -> (P, d), all differentiable any number of times.
+theta (P, d) is the prompt; support_loss and query_loss: theta -> loss; psi: gradient (P, d) ->
+(P, d). All are differentiable any number of times.
 """
 
 import sys
@@ -21,11 +21,10 @@ from t5 import T5, T5Config, expected_shapes
 
 
 def first_order(support_loss, query_loss, psi, theta, rate):
-    """1. The first-order meta-gradient for theta -> (P, d). Do it by hand: no meta_gradient().
+    """1. The first-order meta-gradient for theta -> (P, d), without meta_gradient().
 
-    Section 3.4, Eq. 6 and 3: one inner step, and then the query loss's gradient, as if the step
-    did not depend on theta, as the released code has it. Hint: torch.func.grad twice, never one
-    inside the other. Where is the second one taken?
+    Section 3.4, Eq. 6 and 3: one inner step, then the query loss's gradient, as if the step did not
+    depend on theta. Hint: torch.func.grad twice, never nested. Where do you take the second one?
     """
     raise NotImplementedError
 
@@ -54,10 +53,10 @@ def which_first(documents, words, mask, end, n, seed):
 def row_steps(P, d):
     """4. Another regularizer: its own learned step length for each row of the prompt -> phi, psi.
 
-    Section 3.4, in place of Eq. 5. phi: {name: float64 tensor}, as at the start, P numbers in all;
-    psi(phi, g, H) (P, d): row p of g (P, d) times row p's step. At the start it is the identity, so
-    that training begins as plain MAML, and it must be able to learn from there. Hint: Adam makes of
-    phi any numbers, above and below 0, and a step must stay above 0 for all of them.
+    Section 3.4, in place of Eq. 5. phi: {name: float64 tensor} at the start, P numbers in all;
+    psi(phi, g, pooled) (P, d): row p of g (P, d) times row p's step. It starts as the identity, so
+    that training begins as plain MAML, and must be able to learn. Hint: Adam gives phi any numbers,
+    but a step must stay above 0. To train with it, make it an entry of supmer.REGULARIZERS.
     """
     raise NotImplementedError
 
@@ -65,9 +64,9 @@ def row_steps(P, d):
 def lambda_as_printed(b, alpha, seed, step, i):
     """5. Eq. 10 reversed, as it is printed: lambda ~ Beta(alpha, b alpha) -> lambda, its mean.
 
-    Section 3.5 and Alg. 2; supmer.draw_lambda() has what was meant. The same numbers give the same
-    draw. The mean is the distribution's, known without drawing: where does it go as b grows from 0
-    to 1, and is that a curriculum? Hint: what is the limit of b -> 0, where numpy raises?
+    Section 3.5 and Alg. 2; supmer.draw_lambda() does what was meant. Equal arguments give equal
+    draws. The mean is the distribution's, not the draws': where does it go as b grows from 0 to 1,
+    and is that a curriculum? Hint: what is the limit at b -> 0, where numpy raises?
     """
     raise NotImplementedError
 
@@ -85,18 +84,15 @@ def two_steps(support_loss, query_loss, psi, theta, rate):
 # -------------------------------------------------------------------------------------- the checks
 
 def toy_world(P, d):
-    """A random T5 in float64, theta (P, d), a task, its partner, and normal(*shape), which draws
-    more; always the same."""
+    """Always the same random T5 in float64, theta (P, d), task, partner; normal(*shape) draws more.
+    """
     generator = torch.Generator().manual_seed(0)
-
     def normal(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
-
     def examples():
         texts = torch.randint(8, 39, (4, 5), generator=generator).tolist()
         return Examples([[*ids, 39, 1] for ids in texts], [[]] * 4, torch.zeros(4, 0, d),
                         torch.arange(4) % 2, [[39, 5], [39, 6]])
-
     config = T5Config(d_model=d, d_kv=4, d_ff=12, num_layers=1, num_decoder_layers=1, num_heads=2,
                       vocab_size=40, gated=True, tied=False, scaled=False)
     t5 = T5(config, {name: 0.3 * normal(*shape) + ("layer_norm" in name)
@@ -125,8 +121,7 @@ def off(found, wanted):
 
 
 def slopes(function, x, step=1e-3):
-    """The gradient of function: x -> number, from values alone: central differences at two steps,
-    in Richardson's combination, whose error falls as step^4."""
+    """The gradient of function: x -> number, from its values: Richardson's central differences."""
     def change(u):
         return (function(x + u) - function(x - u)) / (2 * step)
     entries = step * torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape)
@@ -179,15 +174,15 @@ def check_which_first(solve):
 def check_row_steps(solve):
     """Identity at the start, dL/dphi in proportion to <v_p, g_p>, directions kept for any phi."""
     support, query, _, theta = toy()
-    (phi, psi), g, H = solve(*theta.shape), torch.func.grad(support)(theta), theta[0]
+    (phi, psi), g, pooled = solve(*theta.shape), torch.func.grad(support)(theta), theta[0]
     v = torch.func.grad(query)(theta - g)
-    learned = torch.func.grad(lambda phi: query(theta - psi(phi, g, H)))(phi)
+    learned = torch.func.grad(lambda phi: query(theta - psi(phi, g, pooled)))(phi)
     found = F.normalize(torch.cat([x.flatten() for x in learned.values()]), dim=0)
     wanted = F.normalize((v * g).sum(1), dim=0)
-    errors = [off(psi(phi, g, H), g), min(off(found, wanted), off(-found, wanted))]
+    errors = [off(psi(phi, g, pooled), g), min(off(found, wanted), off(-found, wanted))]
     for size in (-3, 3):
         moved = psi({name: x + size * torch.linspace(0.5, 1, x.numel(), dtype=x.dtype).view_as(x)
-                     for name, x in phi.items()}, g, H)
+                     for name, x in phi.items()}, g, pooled)
         errors.append(off(F.normalize(moved, dim=1), F.normalize(g, dim=1)))
     return np.max(errors)
 
@@ -229,13 +224,14 @@ def main():
     for name, (check, allowed) in CHECKS.items():
         try:
             error = check(globals()[name])
-            right += error <= allowed                           # NaN is not
-            says = f"off by {error:.1e}; {allowed:.1e} is allowed"
-            says = ("right, " if error <= allowed else "WRONG, ") + says
         except NotImplementedError:
             says = "not done yet"
-        except Exception as error:      # of whatever kind a solution raises
+        except Exception as error:      # a solution may raise anything
             says = f"WRONG, {type(error).__name__}: {error}"
+        else:
+            right += error <= allowed                           # NaN is not
+            verdict = "right" if error <= allowed else "WRONG"
+            says = f"{verdict}, off by {error:.1e}; {allowed:.1e} is allowed"
         print(f"{name:20}{says}")
     return int(right < len(CHECKS))
 

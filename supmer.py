@@ -129,6 +129,7 @@ def word_log_probs(t5, H, mask, words, words_only=False):
     words_only renormalizes it over the K words.
     """
     def after(prefix):                                                             # (B, vocabulary)
+        # not torch.tensor(): it detaches in place, which a dispatch mode inside torch.func refuses
         ids = torch.LongTensor([[PAD, *prefix]]).to(H.device).expand(len(H), -1)   # (B, L)
         return torch.log_softmax(next_token_logits(t5, decode(t5, ids, H, mask)[:, -1]), dim=-1)
     first, scores = after(words[0][:1]), []
