@@ -449,9 +449,13 @@ def meta_step(t5, state, pairs, method, seed, ranks=SOLO):
 
     The ranks share the tasks. Each adds up all TaskGradients in the tasks' order, and so all take
     the same step, whatever their number. -> a dict for the log: s, b, the lambdas, and means over
-    the tasks. Raises InputError, with the state as it was, when a loss or a gradient is not finite.
+    the tasks. Raises InputError, with the state as it was, when a loss or a gradient is not finite,
+    and for more ranks than tasks.
     """
     b, n = curriculum(state.s, method.curve), len(pairs)
+    if ranks.world > n:
+        raise InputError(f"{ranks.world} processes share the {n} tasks of a step: start fewer, or "
+                         f"give --tasks {ranks.world}")
     mixing = (b if method.curriculum else 1.0) * method.augmentation
     lams = [draw_lambda(mixing, method.alpha, seed, state.step, i) for i in range(n)]
 
@@ -460,7 +464,7 @@ def meta_step(t5, state, pairs, method, seed, ranks=SOLO):
         part = meta_gradient(t5, state.theta, state.phi, task, partner, lam, b, method)
         return part._replace(d_theta=part.d_theta.cpu(), s=part.s.cpu(),
                              d_phi={name: x.cpu() for name, x in part.d_phi.items()})
-    parts = share_tasks(ranks, task_gradient, list(zip(pairs, lams)))
+    parts = ranks.map(task_gradient, zip(pairs, lams))
     for part, (task, _) in zip(parts, pairs):
         numbers = (part.d_theta, *part.d_phi.values(), torch.tensor([*part.log.values()]))
         if not all(x.isfinite().all() for x in numbers):
@@ -472,23 +476,20 @@ def meta_step(t5, state, pairs, method, seed, ranks=SOLO):
     log = {"s": float(sum(part.s for part in parts) / n), "b": b, "lambda": lams,
            "theta_gradient": float(state.theta.grad.norm())}
     log |= {name: sum(part.log[name] for part in parts) / n for name in parts[0].log}
-    for adam, rate in ((state.theta_adam, method.prompt_rate),
-                       (state.phi_adam, method.regularizer_rate)):
-        group, = adam.param_groups
-        torch.nn.utils.clip_grad_norm_(group["params"], method.clip)
-        group["lr"] = rate * (1 - state.step / method.steps)    # linear decay, no warm-up
-        adam.step()
-        adam.zero_grad(set_to_none=True)
+    left = 1 - state.step / method.steps                        # linear decay, no warm-up
+    descend(state.theta_adam, method.prompt_rate * left, method.clip)
+    descend(state.phi_adam, method.regularizer_rate * left, method.clip)
     state.s, state.step = log["s"], state.step + 1
     return log
 
 
-def share_tasks(ranks, function, tasks):
-    """[function(task)], each computed by one rank; InputError for more ranks than tasks."""
-    if ranks.world > len(tasks):
-        raise InputError(f"{ranks.world} processes share the {len(tasks)} tasks of a step: start "
-                         f"fewer, or give --tasks {ranks.world}")
-    return ranks.map(function, tasks)
+def descend(adam, rate, clip):
+    """Clip the gradient's norm and take one step of Adam."""
+    group, = adam.param_groups
+    torch.nn.utils.clip_grad_norm_(group["params"], clip)
+    group["lr"] = rate
+    adam.step()
+    adam.zero_grad(set_to_none=True)
 
 
 # -------------------------------------------------------------------------------------- measuring

@@ -1013,8 +1013,9 @@ def test_ranks_share_tasks_and_change_no_bit(advance):
     for world in (2, 3):
         for learned, their_log in on_ranks(world, step):
             assert torch.equal(learned, alone) and their_log == log
-    with pytest.raises(InputError, match="4 processes.* --tasks 4"):
-        step(common.Ranks(0, 4))
+    if advance is supmer.meta_step:
+        with pytest.raises(InputError, match="4 processes.* --tasks 4"):
+            step(common.Ranks(0, 4))
 
 
 def test_ablations_leave_out_what_they_name():
