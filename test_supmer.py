@@ -51,7 +51,7 @@ from tasks import TASKS, load_test
 from tokenizers import pre_tokenizers
 from types import SimpleNamespace
 from conftest import (BOTH, GOLDEN_RUN, SENTINEL, SMALL, SUPMER_DATA, TEMPLATE_WORDS, V10, V11, WORDS, batch,
-    accuracies, affine_start, by_hand, context, eval_settings, formula, held_out_documents, logits, make_run, model, needs_data, needs_sklearn,
+    accuracies, affine_start, by_hand, context, eval_settings, held_out_documents, logits, make_run, model, needs_data, needs_sklearn,
     needs_transformers, parsed, posed, random_examples, random_t5, random_task, relative, save_model, sklearn, small_examples, small_state, small_t5, transformers, tune,
     rows_of, write_model, write_rows)
 from conftest import ended, log_without_times, outcome_of, start_train, wait_for_steps
