@@ -28,6 +28,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import field, fields
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -276,15 +277,15 @@ class Parser(argparse.ArgumentParser):
 def settings_parser(description, classes, tiny):
     """A Parser with one option for each knob of the dataclasses; options that are not given stay
     absent. tiny: {name: (value, why)}, the embedded model's values, for --help."""
-    parser = Parser(description=description, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, allow_abbrev=False, usage="%(prog)s [options]",
+                    formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=100))
     groups = {True: parser.add_argument_group("used first"), False: parser.add_argument_group(
         "more (what names no source is ours)")}
     for entry in (entry for cls in classes for entry in fields(cls)):
         many, about = isinstance(entry.default, tuple), entry.metadata
         kind = type(entry.default[0] if many else entry.default)
         if kind in (int, float):
-            how = {"type": number(kind, about["zero"], about["most"])}
+            how = {"type": number(kind, about["zero"], about["most"]), "metavar": "N"}
         else:
             how = {"type": kind, "choices": about["choices"]}
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {

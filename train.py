@@ -75,16 +75,13 @@ TINY_VALUES = {
     "bytes": (2_500_000, "half of it: the store is then made in under half a minute"),
     "clusters": (16, "so that the held-out documents still fill clusters of 32 sentences"),
     "prompt_length": (20, "its texts have some 30 tokens: 100 vectors would outnumber them"),
-    "max_tokens": (64, "a demonstration"),
-    "support": (16, "a demonstration"),
-    "query": (16, "a demonstration"),
     "relative_step": (0.03, "a1 = 0.1 moves this prompt by 1e-4 of its length, see README.md"),
     "exact_cosine": (True, "at this relative step v is a poor stand-in, see README.md"),
     "prompt_rate": (0.02, "about 0.1 of the embedding table's RMS"),
-    "steps": (30, "a demonstration"),
-    "validate_every": (15, "a demonstration"),
-    "validation_tasks": (2, "a demonstration"),
 }
+DEMONSTRATION = {"max_tokens": 64, "support": 16, "query": 16, "steps": 30, "validate_every": 15,
+                 "validation_tasks": 2}
+TINY_VALUES |= {name: (value, "a demonstration") for name, value in DEMONSTRATION.items()}
 KNOBS = {entry.name: entry for cls in (Training, Method) for entry in fields(cls)}
 
 

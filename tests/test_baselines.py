@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -401,19 +401,6 @@ def test_what_is_not_supmer_is_not_called_so(options, name):
     """A run without a part has the ablation's name, however it was asked for; none is "newest"."""
     training, method, _, _ = train.parse(options)
     assert baselines.name_of(training, method) == name
-
-
-def test_patience_ends_a_run(small_world, monkeypatch):
-    """After so many validations without a lower loss the run ends, is saved, and is not resumed."""
-    run = make_run(small_world, "patient", patience=2)
-    losses = iter([0.5, 0.6, 0.7, 0.1])
-    result = {"loss_before": 9.0, "step_size": 0.05, "queries": 1, "variants": {}}
-    monkeypatch.setattr(train, "validate", lambda *_: result | {"loss": next(losses)})
-    run.method = replace(run.method, steps=10)
-    assert run.train() is None and run.state.step == 6          # validated at 2, 4, 6
-    assert prompts.prompt_metadata(run.folder / "prompt.safetensors")["step"] == "2"
-    again = make_run(small_world, "patient", patience=2)
-    assert again.state.step == 6 and again.train() is None and again.state.step == 6
 
 
 # -------------------------------------------------------- eval.py: the comparison, on small things
