@@ -119,7 +119,8 @@ def open_candidate(name, config, settings):
     baseline = "unified" if about.get("method") == "unified-ppt" else "learned"
     starts = [partial(given_prompt, theta=theta)] * len(settings.seeds)
     about = {"file": str(path), **about}
-    print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in sorted(about.items())
+                                  if key != "model_sha256"))
     return Candidate(name, baseline, starts, psi, about)
 
 

@@ -39,7 +39,7 @@ from data import load_tokenizer
 from hub import fetch_list, model_folder, tokenizer_file
 from jobs import TUNED, find_devices, make_job, read_result, workers
 from predict import predict
-from studies import PRETRAINED, STUDIES, draw, figure, import_pyplot, table
+from studies import PRETRAINED, STUDIES, draw, import_pyplot, paper_lines
 from t5 import load_t5, model_fingerprint
 from tasks import GROUPS, TASKS, few_shot, load_test, load_train
 from tuning import Tuning, loss_and_accuracy, preference, score_job, tune_job
@@ -94,7 +94,8 @@ FOR_TINY = {"prompt_length": (20, "100 vectors would outnumber the tokens of its
             "rate_scale": ("rms", "its embeddings are small, see tiny/README.md")}
 QUICK = {"prompt": ("random", "vocab", "newest"), "seeds": (10,), "rates": (0.2,),
          "epochs": 60, "test_rows": 300}
-PLACES = {"model", "data", "labeled", "jobs", "device", "out", "plot"}       # not the protocol's
+CODE = ("eval", "tuning", "baselines", "supmer", "tasks", "tables", "data", "t5")   # results' own
+PLACES = {"model", "data", "labeled", "jobs", "device", "out", "plot", "quick", "study"}
 
 
 # ------------------------------------------------------------- the protocol: a task, tuned, tested
@@ -275,7 +276,8 @@ def main(argv):
     settings, differences = parse(argv)
     if settings.predict:
         return predict(settings)
-    print("\n  ".join(["differs from the paper's protocol (C.1):", *differences]))
+    print("\n  ".join(["differs from the paper's protocol (C.1):",
+                          *(differences or ["nothing"])]))
     if settings.plot:
         import_pyplot()                         # now, not after hours
     signal.signal(signal.SIGALRM, signal.default_int_handler)       # as Ctrl-C
@@ -293,15 +295,15 @@ def main(argv):
               if name not in PRETRAINED}
     made_of = {"model": model_fingerprint(folder), "dtype": settings.dtype,
                "device": devices[0].partition(":")[0], "torch": torch.__version__,
-               "code": fingerprint(Path(__file__).with_name(f"{name}.py") for name in (
-                   "eval", "tuning", "baselines", "supmer", "tasks", "tables", "data", "t5"))}
+               "code": fingerprint(Path(__file__).with_name(f"{name}.py") for name in CODE)}
     rms = t5.weights["shared.weight"].float().cpu().square().mean().sqrt()
+    unit = float(rms) if settings.rate_scale == "rms" else 1.0
+    tokenizer = load_tokenizer(tokenizer_file(folder), t5.config)
     written = {"command": shlex.join(["python", "eval.py", *argv]), "settings": asdict(settings),
                "not_run": not_run, "prompts": {}, "rows": []}
     out = output_path(settings, planned)
     with workers(t5, load, devices, number) as work, one_process(TUNED / out.name):
-        context = Context(settings, load_tokenizer(tokenizer_file(folder), t5.config), work,
-                          made_of, float(rms) if settings.rate_scale == "rms" else 1.0)
+        context = Context(settings, tokenizer, work, made_of, unit)
         work_through(context, planned, opened, t5.config, written, out)
     signal.setitimer(signal.ITIMER_REAL, 0)
     print(f"details: {out}")
@@ -336,8 +338,9 @@ def work_through(context, planned, opened, config, written, out):
         rows += new
         for line in result_lines(new):
             print(line)
-        written["prompts"] = {name: one.about if isinstance(one, Candidate) else {"not_run": one}
-                              for name, one in opened.items()}
+        for name, one in opened.items():
+            opens = isinstance(one, Candidate)
+            written["prompts"][name] = one.about if opens else {"not_run": one}
         if rows:
             with whole_file(out) as file:
                 file.write(json.dumps(written, indent=1).encode())
@@ -349,19 +352,61 @@ def work_through(context, planned, opened, config, written, out):
         raise InputError("none of these prompts can be run, see above")
 
 
+def figure(values):
+    """Mean and sample standard deviation: [60, 70, 80] -> 70.0 ± 10.0, [60] -> 60.0."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
 def result_lines(rows):
     """One line for each prompt of a task: accuracies, what each seed chose, the best's file."""
-    for prompt in dict.fromkeys(row["prompt"] for row in rows if row["split"] == "validation"):
-        tests, chosen = defaultdict(list), []
-        for row in rows:
-            if row["prompt"] == prompt and row["split"] == "test" and row["kind"] != "step":
+    for prompt in dict.fromkeys(row["prompt"] for row in rows if row["kind"] == "tuned"):
+        ours = [row for row in rows if row["prompt"] == prompt]
+        tests = defaultdict(list)
+        for row in ours:
+            if row["split"] == "test" and row["kind"] != "step":
                 tests[row["target"], row["kind"]].append(row["accuracy"])
-            elif row["prompt"] == prompt and row["kind"] == "tuned":
-                chosen.append(row)
         parts = [f"{target} {kind} {figure(found)}" for (target, kind), found in tests.items()]
-        steps = " ".join(f"{row['rate']}/{row['step']}" for row in chosen)
-        best = min(chosen, key=preference)["file"]
-        yield f"{prompt}: {'; '.join(parts)}; rate/step {steps}; best on validation: {best}"
+        chosen = [row for row in ours if row["split"] == "validation" and row["kind"] == "tuned"]
+        if chosen:
+            steps = [f"{row['rate']}/{row['step']}" for row in chosen]
+            best = min(chosen, key=preference)
+            parts += [f"rate/step {' '.join(steps)}", f"best on validation: {best['file']}"]
+        yield f"{prompt}, {ours[0]['shots']} shots: {'; '.join(parts)}"
+
+
+def table(written, settings, config):
+    """A call's results as a Markdown table, the paper's figures under ours."""
+    tests = [row for row in written["rows"] if row["split"] == "test"]
+    columns = [*dict.fromkeys((row["target"], row["shots"]) for row in tests)]
+    done = {*columns, *((row["task"], row["shots"]) for row in tests)}
+    tested = len(columns)
+    columns += [(name, shots) for shots in settings.shots for name in written["not_run"]
+                if (name, shots) not in done]
+    found = defaultdict(list)                   # (prompt, kind, target, shots): [%]
+    for row in tests:
+        found[row["prompt"], row["kind"], row["target"], row["shots"]].append(row["accuracy"])
+    lines = []                                  # (title, a text and a number for each column)
+    for prompt in (*settings.prompt, "no prompt", "most frequent label"):
+        asked = prompt in settings.prompt
+        for kind in ("tuned", "untuned"):
+            values = [found.get((prompt, kind, *column)) for column in columns]
+            title = f"{prompt}, untuned" if asked and kind == "untuned" else prompt
+            cells = [figure(x) if x else "not run" for x in values]
+            means = [x and statistics.mean(x) for x in values]
+            if any(values) or asked and kind == "tuned":
+                lines.append((title, cells, means))
+    lines += paper_lines(columns, settings, config)
+    several = len(settings.shots) > 1
+    heads = [f"{target}, {shots} shots" if several else target for target, shots in columns]
+    if tested > 1 and not several:              # the mean over what was run here
+        heads.append(f"mean of {tested}")
+        for _, cells, means in lines:
+            whole = None not in means[:tested]
+            cells.append(f"{statistics.mean(means[:tested]):.1f}" if whole else "")
+    texts = [["accuracy in %", *heads], ["---"] * (len(heads) + 1)]
+    texts += [[title, *cells] for title, cells, _ in lines]
+    return "\n".join(f"| {' | '.join(text)} |" for text in texts)
 
 
 def show(written, settings, config, out, argv):
@@ -376,8 +421,8 @@ def show(written, settings, config, out, argv):
     if settings.quick:
         whole = [word for word in argv if word != "--quick"]
         prompts = [] if "--prompt" in argv else ["--prompt", *settings.prompt]
-        print("A DEMONSTRATION, not the protocol: 1 seed of 5, 1 rate of 3, 60 epochs of 200, "
-              f"{settings.test_rows} test rows.\nThe protocol: "
+        print(f"A DEMONSTRATION, not the protocol: {len(settings.seeds)} seed of 5, 1 rate of 3, "
+              f"{settings.epochs} epochs of 200, {settings.test_rows} test rows.\nThe protocol: "
               + shlex.join(["python", "eval.py", *whole, *prompts]))
 
 

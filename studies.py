@@ -80,47 +80,9 @@ def is_finished(folder):
         return bool(run["finished"])
 
 
-# -------------------------------------------------------------------------------- rows -> tables
+# ------------------------------------------------------------------------------ the paper's figures
 
 BACKBONES = {("t5-base", 768, 12): "t5-base", ("flan-t5-xl", 2048, 24): "flan-t5-xl"}
-
-
-def figure(values):
-    """Mean and sample standard deviation: [60, 70, 80] -> 70.0 ± 10.0, [60] -> 60.0."""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
-
-
-def table(written, settings, config):
-    """A call's results as a Markdown table, the paper's figures under ours."""
-    tests = [row for row in written["rows"] if row["split"] == "test"]
-    columns = [*dict.fromkeys((row["target"], row["shots"]) for row in tests)]
-    done = {*columns, *((row["task"], row["shots"]) for row in tests)}
-    tested = len(columns)
-    columns += [(name, shots) for shots in settings.shots for name in written["not_run"]
-                if (name, shots) not in done]
-    found = defaultdict(list)                   # (prompt, kind, target, shots): [%]
-    for row in tests:
-        found[row["prompt"], row["kind"], row["target"], row["shots"]].append(row["accuracy"])
-    lines = []                                  # (title, a text and a number for each column)
-    for prompt in (*settings.prompt, "no prompt", "most frequent label"):
-        for kind, title in (("tuned", prompt), ("untuned", f"{prompt}, untuned")):
-            cells = [found.get((prompt, kind, *column)) for column in columns]
-            if any(cells) or kind == "tuned" and prompt in settings.prompt:
-                lines.append((title if prompt in settings.prompt else prompt,
-                              [figure(x) if x else "not run" for x in cells],
-                              [x and statistics.mean(x) for x in cells]))
-    lines += paper_lines(columns, settings, config)
-    several = len(settings.shots) > 1
-    heads = [f"{target}, {shots} shots" if several else target for target, shots in columns]
-    if tested > 1 and not several:              # the mean over what was run here
-        heads.append(f"mean of {tested}")
-        for _, cells, means in lines:
-            whole = None not in means[:tested]
-            cells.append(f"{statistics.mean(means[:tested]):.1f}" if whole else "")
-    texts = [["accuracy in %", *heads], ["---"] * (len(heads) + 1),
-             *([title, *cells] for title, cells, _ in lines)]
-    return "\n".join("| " + " | ".join(text) + " |" for text in texts)
 
 
 def paper_lines(columns, settings, config):
