@@ -12,8 +12,7 @@ Where the prompt starts, if not at random: it is meta-trained or pre-trained on 
     ppt, unified-ppt       by the plain loss on the same meta tasks     Gu et al. 2022
     metapt                 by MAML on labeled sentiment data            Huang et al. 2022
     supmer without a part of it: the ablations of Table 4
-Each of these is a set of train.py's numbers; the first two also take another step, ppt_step.
-
+Each is a set of train.py's numbers; the first two also take another step, ppt_step.
 Letters: P prompt or prefix tokens, d model width, h heads, k d_kv, m the MLP's width.
 """
 
@@ -123,9 +122,8 @@ def prefix_names(t5):
 def p_tuning_v2_start(t5, seed, length):
     """P-Tuning-v2 (Liu et al. 2022): P keys and values of each layer's self-attention, directly.
 
-    They start as each layer's keys and values of rows of the embedding table: near to Li & Liang's
-    activations on real words. Cross-attention gets none. 2 P h k numbers a layer: 737,280 at
-    t5-base with P = 20.
+    They start as each layer's keys and values of rows of the embedding table. Cross-attention gets
+    none. 2 P h k numbers a layer: 737,280 at t5-base with P = 20.
     """
     c, w, parameters = t5.config, t5.weights, {}
     rows = init_prompt(t5, length, seed)
@@ -147,8 +145,8 @@ def prefix_tuning_start(t5, seed, length):
     """Prefix-Tuning (Li & Liang 2021, 4.3): an MLP makes the same keys and values,
     tanh(E W1 + b1) W2 + b2. It is tuned in their place and folded away afterwards.
 
-    E (P, d), W1 (d, m), W2 (m, layers 2 h k): 19,320,320 numbers at t5-base with P = 20. W2 makes
-    keys and values start at the size of P-Tuning-v2's.
+    E (P, d), W1 (d, m), W2 (m, layers 2 h k): 19,320,320 numbers at t5-base with P = 20. Keys and
+    values start at the size of P-Tuning-v2's.
     """
     c, m, generator = t5.config, PREFIX_WIDTH, rng(seed, 0, 0, "prefix")
     direct = p_tuning_v2_start(t5, seed, length)
@@ -158,8 +156,7 @@ def prefix_tuning_start(t5, seed, length):
     def normal(*shape):
         return torch.from_numpy(generator.standard_normal(shape)).float().to(size.device)
 
-    return {"E": normal(length, c.d_model),
-            "W1": normal(c.d_model, m) * c.d_model ** -0.5,
+    return {"E": normal(length, c.d_model), "W1": normal(c.d_model, m) * c.d_model ** -0.5,
             "b1": torch.zeros(m, device=size.device),
             "W2": normal(m, len(size)) * m ** -0.5 * size / 0.63,   # tanh of a normal has RMS 0.63
             "b2": torch.zeros_like(size)}

@@ -385,8 +385,8 @@ from types import SimpleNamespace
 frozen = estimate.stand_in(t5.T5Config(*{tuple(config)}), torch.float32, "cpu")
 sizes = SimpleNamespace(prompt_length=0, micro_tokens=8)
 sample = [estimate.full_task(256, sizes, sizes, 4).support] * 2""", """
-start = partial(baselines.ft_start, seed=0, length=0)
-for _, kept in tune(frozen, "ft", start, None, sample, 0, 1e-5, Tuning(4, 2, 2, False)):
+begun = partial(baselines.ft_start, seed=0, length=0)
+for _, kept in tune(frozen, "ft", begun, None, sample, 0, 1e-5, Tuning(4, 2, 2, False)):
     best = {name: x.clone() for name, x in kept.items()}""", MALLOC_MMAP_THRESHOLD_="65536")
     said = baselines.ft_memory(config) / 2 ** 20
     assert grown - estimate.LIBRARIES / 2 ** 20 < 1.25 * said and grown > 0.75 * said
