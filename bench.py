@@ -4,29 +4,25 @@
     python bench.py --quick     # a small shape, in 3 minutes; its ratios are rough
     python bench.py --json result.json --threads 2 --device cuda
 
-It prints the machine and the sizes; this machine's rate at matrix products, and which part of it a
-step reaches; one line for each contender (median seconds of all repetitions, their spread, peak
-memory above what was there once model and data were loaded); the ratios between them beside what
-they should be at most; and how an exact step's cost grows. Each contender runs in a process of
-its own, and they take turns, so that a noisy machine is unfair to none. One that fails, or whose
-library (transformers, peft, scikit-learn, faiss) is not installed, is "not run", and why. Weights
+It prints the machine; its rate at matrix products, forward and backward; a line for each contender:
+median seconds, their spread, peak memory above that of the loaded model and data; the ratios
+between them, beside the largest that is wanted; ratios of operations, which hold on any machine.
+Each contender runs in a process of its own, and they take turns, so that a noisy machine is unfair
+to none. One that fails, or whose library is not installed, is "not run", with the reason. Weights
 and token ids are random; the tokenizer reads tiny/'s corpus.
 """
 
-import argparse
 import json
-import multiprocessing
 import os
 import platform
-import resource
 import statistics
-import sys
-import threading
 import time
+from argparse import RawDescriptionHelpFormatter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +34,10 @@ import common
 import corpus
 import data
 import t5 as T
-from kmeans import kmeans
-from supmer import (Method, gradient_and_hessian, init_phi, init_prompt, inner_step, meta_gradient, mix,
-    pool, prompt_gradient)
-from common import one_line, pick_device, run_script
 from estimate import stand_in
+from kmeans import kmeans
+from supmer import (Method, gradient_and_hessian, init_prompt, init_state, inner_step,
+                    meta_gradient, mix, pool, prompt_gradient)
 
 RATE, LAM = 50.0, 0.3               # an inner rate at which the second-order part is not noise
 
@@ -108,26 +103,56 @@ def random_examples(n, seed, s, share=1.0):
 
 def random_pairs(s):
     """s.tasks pairs (task, partner)."""
-    sets = [[random_examples(n, (i, j), s) for j, n in enumerate((s.support, s.query, s.query))]
-            for i in range(s.tasks)]
-    return [(data.Task("sp-cluster", (0,), a, b), data.Task("sp-cluster", (0,), a, c))
-            for a, b, c in sets]
+    pairs = []
+    for i in range(s.tasks):
+        support = random_examples(s.support, (i, 0), s)
+        pairs.append([data.Task("sp-cluster", (0,), support, random_examples(s.query, (i, j), s))
+                      for j in (1, 2)])
+    return pairs
 
 
 def hf_model(t5):
-    """transformers' T5, frozen, with eager attention and these weights."""
+    """transformers' T5, frozen, with eager attention and these weights, unless on "meta"."""
     from transformers import T5Config, T5ForConditionalGeneration
     c, table = t5.config, t5.weights["shared.weight"]
-    model = T5ForConditionalGeneration(T5Config(
-        d_model=c.d_model, d_kv=c.d_kv, d_ff=c.d_ff, num_layers=c.num_layers,
-        num_decoder_layers=c.num_decoder_layers, num_heads=c.num_heads, vocab_size=c.vocab_size,
-        relative_attention_num_buckets=c.num_buckets, dropout_rate=0.0, decoder_start_token_id=0,
-        relative_attention_max_distance=c.max_distance, tie_word_embeddings=c.tied,
-        feed_forward_proj="gated-gelu" if c.gated else "relu", attn_implementation="eager"))
-    found = model.load_state_dict(t5.weights, strict=False)         # it has the table three times
-    if found.unexpected_keys or not set(found.missing_keys) <= set(T.ALIASES[1:3]):
-        raise T.InputError(f"transformers' T5 has other tensors than ours: {found}")
+    with torch.device("meta" if table.is_meta else "cpu"):
+        model = T5ForConditionalGeneration(T5Config(
+            d_model=c.d_model, d_kv=c.d_kv, d_ff=c.d_ff, num_layers=c.num_layers,
+            num_decoder_layers=c.num_decoder_layers, num_heads=c.num_heads, dropout_rate=0.0,
+            vocab_size=c.vocab_size, relative_attention_num_buckets=c.num_buckets,
+            relative_attention_max_distance=c.max_distance, tie_word_embeddings=c.tied,
+            decoder_start_token_id=0, feed_forward_proj="gated-gelu" if c.gated else "relu",
+            attn_implementation="eager"))
+    if not table.is_meta:
+        found = model.load_state_dict(t5.weights, strict=False)     # it has the table three times
+        if found.unexpected_keys or not set(found.missing_keys) <= set(T.ALIASES[1:3]):
+            raise common.InputError(f"transformers' T5 has other tensors than ours: {found}")
     return model.to(table.device, table.dtype).eval().requires_grad_(False)
+
+
+def hf_states(model, theta, examples, padded):
+    """The encoder's last hidden states of [theta ; text], mask, labels, padded to that length."""
+    batch = data.collate(examples, range(len(examples.ids)), theta.device)
+    extra = max(0, padded - batch.ids.shape[1])
+    text = model.get_input_embeddings()(F.pad(batch.ids, (0, extra)))
+    x = torch.cat([theta.to(text.dtype).expand(len(text), -1, -1), text], 1)
+    mask = F.pad(F.pad(batch.mask, (0, extra)), (len(theta), 0), value=True)
+    H = model.encoder(inputs_embeds=x, attention_mask=additive(mask, model.dtype))[0]
+    return H, mask, batch.targets.to(theta.dtype)
+
+
+def additive(mask, dtype):
+    """What transformers makes of a mask (B, S), whose values it reads: "meta" has none."""
+    return (~mask[:, None, None]).to(dtype) * torch.finfo(dtype).min
+
+
+def hf_loss(model, words, H, mask, Y):
+    """The mean loss over the full vocabulary (Eq. 1)."""
+    start = torch.tensor([[T.PAD, words[0][0]]], device=H.device).expand(len(H), -1)
+    logits = model(encoder_outputs=(H.to(model.dtype),), decoder_input_ids=start,
+                   attention_mask=additive(mask, model.dtype)).logits[:, 1]
+    log_p = torch.log_softmax(logits.to(Y.dtype), -1)[:, [word[1] for word in words]]
+    return -(Y * log_p).sum() / len(Y)
 
 
 def hf_meta_gradient(model, theta, phi, task, partner, lam, method, padded=0):
@@ -135,30 +160,15 @@ def hf_meta_gradient(model, theta, phi, task, partner, lam, method, padded=0):
     at once, padded to its longest text, or to `padded` tokens -> d theta, d phi."""
     theta = theta.detach().requires_grad_()
     phi = {name: x.detach().requires_grad_() for name, x in phi.items()}
-
-    def states(theta, examples):
-        batch = data.collate(examples, range(len(examples.ids)), theta.device)
-        ids, mask = (F.pad(x, (0, max(0, padded - x.shape[1]))) for x in (batch.ids, batch.mask))
-        text = model.get_input_embeddings()(ids)
-        x = torch.cat([theta.to(text.dtype).expand(len(ids), -1, -1), text], 1)
-        mask = F.pad(mask, (len(theta), 0), value=True)
-        return model.encoder(inputs_embeds=x, attention_mask=mask)[0], mask, \
-            batch.targets.to(theta.dtype)
-
-    def loss(examples, H, mask, Y):
-        start = torch.tensor([[T.PAD, examples.words[0][0]]], device=H.device).expand(len(H), -1)
-        logits = model(encoder_outputs=(H.to(model.dtype),), attention_mask=mask,
-                       decoder_input_ids=start).logits[:, 1]
-        log_p = torch.log_softmax(logits.to(theta.dtype), -1)[:, [w[1] for w in examples.words]]
-        return -(Y * log_p).sum() / len(Y)
-
-    support = states(theta, task.support)
-    g, = torch.autograd.grad(loss(task.support, *support), theta,
-                             create_graph=not method.first_order)
-    pooled = pool(support[0], support[1]).mean(0).detach().to(theta.dtype)
+    H, mask, Y = hf_states(model, theta, task.support, padded)
+    loss = hf_loss(model, task.support.words, H, mask, Y)
+    g, = torch.autograd.grad(loss, theta, create_graph=not method.first_order)
+    pooled = pool(H, mask).mean(0).detach().to(theta.dtype)
     adapted = inner_step(theta, phi, g, pooled, method)
-    mixed = mix(*states(adapted, task.query), *states(adapted, partner.query), lam)
-    d_theta, *d_phi = torch.autograd.grad(loss(task.query, *mixed), [theta, *phi.values()])
+    mixed = mix(*hf_states(model, adapted, task.query, padded),
+                *hf_states(model, adapted, partner.query, padded), lam)
+    loss = hf_loss(model, task.query.words, *mixed)
+    d_theta, *d_phi = torch.autograd.grad(loss, [theta, *phi.values()])
     return d_theta, dict(zip(phi, d_phi))
 
 
@@ -168,12 +178,12 @@ def step(s, hf=False, padded=False, **how):
     """An exact step by this repository, or by transformers and autograd; with first_order and
     padded as the released code does it."""
     t5, pairs = random_t5(s), random_pairs(s)
-    theta, method = init_prompt(t5, s.prompt, 0), Method(inner_rate=RATE, micro_tokens=s.micro_tokens, **how)
-    phi = init_phi(theta, method)
-    if not hf:
-        return lambda: [meta_gradient(t5, theta, phi, *pair, LAM, 0.5, method) for pair in pairs]
-    model, length = hf_model(t5), s.padded if padded else 0
-    return lambda: [hf_meta_gradient(model, theta, phi, *pair, LAM, method, length)
+    method = Method(inner_rate=RATE, micro_tokens=s.micro_tokens, **how)
+    state = init_state(init_prompt(t5, s.prompt, 0), method)
+    if hf:
+        one, model = partial(hf_meta_gradient, padded=s.padded if padded else 0), hf_model(t5)
+        return lambda: [one(model, state.theta, state.phi, *pair, LAM, method) for pair in pairs]
+    return lambda: [meta_gradient(t5, state.theta, state.phi, *pair, LAM, 0.5, method)
                     for pair in pairs]
 
 
@@ -184,9 +194,9 @@ def embedding(s, hf=False):
     offsets = np.concatenate([[0], lengths.cumsum()])                       # (n + 1,)
     tokens = np.random.default_rng(6).integers(3, 32_000, offsets[-1]).astype(np.uint16)
     if not hf:
-        return lambda: [H for _, H in corpus._embedded(
-            tokens, offsets, np.arange(s.sentences),
-            lambda ids, mask: corpus.embed_sentences(t5, ids, mask), corpus.BATCH_TOKENS[s.device[:4]])]
+        embed, at_once = partial(corpus.embed_sentences, t5), corpus.BATCH_TOKENS[s.device[:4]]
+        return lambda: list(corpus._embedded(tokens, offsets, np.arange(s.sentences), embed,
+                                             at_once))
     model = hf_model(t5).encoder
     texts = sorted((torch.from_numpy(part.astype(np.int64))
                     for part in np.split(tokens, offsets[1:-1])), key=len)
@@ -300,6 +310,9 @@ def groups(s):
 
 EXACT, KEPT, HF, GROWN = ("exact, recomputed", "exact, graphs kept", "transformers, create_graph",
                           "1 layer, 2 x ")
+# label, against, operations at most: figures that do not depend on the machine
+FLOPS = [(EXACT, "first order", 1.9), (KEPT, "first order", 1.55), (EXACT, HF, 1.0),
+         (KEPT, HF, 0.80)]
 # label, against, what is compared, at most (at the full sizes)
 RATIOS = [
     (EXACT, "first order", "seconds", 1.9), (KEPT, "first order", "seconds", 1.55),
@@ -318,13 +331,13 @@ RATIOS = [
 
 
 def peak_bytes(device, reset=False):
-    """The most memory that this process held since the last reset."""
+    """The most memory that this process held since the last reset; on a CPU only Linux counts."""
     if device.startswith("cuda"):
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
-    if sys.platform != "linux":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if not Path("/proc/self/clear_refs").exists():
+        return 0
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
@@ -335,20 +348,19 @@ READY = []          # in a contender's process: the function to measure, the byt
 
 
 def measure(contender, s, threads):
-    """In a contender's process, which ends with its parent: run it -> (seconds, peak MB, value)."""
+    """In a contender's process: run it -> seconds, peak MB, its value if that is a number."""
     if not READY:
-        threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)),
-                         daemon=True).start()
         torch.set_num_threads(threads)
         contender(replace(s, **WARM))()         # libraries load parts of themselves at first use
         READY.extend((contender(s), peak_bytes(s.device, reset=True)))
-    (run, loaded), began = READY, time.perf_counter()
+    run, loaded = READY
+    began = time.perf_counter()
     value = run()
     if s.device.startswith("cuda"):
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
-    return (seconds, (peak_bytes(s.device) - loaded) / 2 ** 20,
-            value if isinstance(value, float) else None)
+    megabytes = (peak_bytes(s.device) - loaded) / 2 ** 20
+    return seconds, megabytes, value if isinstance(value, float) else None
 
 
 def measure_group(group, repetitions, threads):
@@ -356,8 +368,8 @@ def measure_group(group, repetitions, threads):
     {label: why it was not}."""
     found, failed = {label: [] for label in group}, {}
     with ExitStack() as stack:
-        pools = {label: stack.enter_context(ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"))) for label in group}
+        pools = {label: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+                 for label in group}
         for repetition in range(repetitions):
             for label, pool in pools.items():
                 if label in failed or repetition > 0 and "(once)" in label:
@@ -365,112 +377,151 @@ def measure_group(group, repetitions, threads):
                 try:
                     found[label].append(pool.submit(measure, *group[label], threads).result())
                 except Exception as error:      # of whatever kind a library raises; or it died
-                    found[label], failed[label] = [], f"{type(error).__name__}: {error}"
+                    found[label], failed[label] = [], common.first_line(error)
     return found, failed
 
 
 def summary(runs):
     """[(seconds, MB, value)] -> median seconds, their spread (largest - smallest) / median, the
     most MB, the last value."""
-    seconds = [run[0] for run in runs]
+    seconds, megabytes, values = zip(*runs)
     middle = statistics.median(seconds)
-    return middle, (max(seconds) - min(seconds)) / middle, max(run[1] for run in runs), runs[-1][2]
+    return middle, (max(seconds) - min(seconds)) / middle, max(megabytes), values[-1]
 
 
 def ratios(found):
     """{label: [(seconds, MB, value)]} -> [(label, against, what, ratio or None, at most)]."""
     rows = []
     for label, against, what, most in RATIOS:
-        ratio = None
+        ratio, place = None, 2 if what == "MB" else 0
         if found.get(label) and found.get(against):
-            a, b = (summary(found[name])[2 if what == "MB" else 0] for name in (label, against))
-            ratio = a / b / (2 if what.startswith("half") else 1)
+            ours, theirs = (summary(found[name])[place] for name in (label, against))
+            ratio = ours / theirs if theirs else None       # no memory where none is counted
+            if what.startswith("half"):
+                ratio /= 2
         rows.append((label, against, what, ratio, most))
     return rows
 
 
+# ------------------------------------------------------------- what the machine and the method do
+
 def product_rates(s):
-    """This machine's 1e9 operations a second in products of (1024, 768) and (3072, 768), the
-    better of 9 runs in the middle -> by F.linear, by t5.linear."""
-    x, w = (torch.randn(n, 768, device=s.device, dtype=getattr(torch, s.dtype))
-            for n in (1024, 3072))
-    times = {F.linear: [], T.linear: []}
-    for _ in range(9):
-        for function, taken in times.items():
-            began = time.perf_counter()
-            function(x, w)[0, 0].item()
-            taken.append(time.perf_counter() - began)
-    return [2e-9 * 1024 * 768 * 3072 / statistics.median(taken) for taken in times.values()]
+    """1e9 operations a second in products of 1,024 rows with a frozen weight (3072, 768), and with
+    it transposed, as the backward pass does, median of 9 -> {direction: {path: rate}}."""
+    make = partial(torch.randn, device=s.device, dtype=getattr(torch, s.dtype))
+    weight, rates = make(3072, 768), {}
+    for direction, w in (("forward", weight), ("backward", weight.T)):
+        x, times = make(1024, w.shape[1]), {"F.linear": [], "t5.linear": []}
+        for _ in range(9):
+            for (name, taken), function in zip(times.items(), (F.linear, T.linear)):
+                began = time.perf_counter()
+                function(x, w)[0, 0].item()
+                taken.append(time.perf_counter() - began)
+        rates[direction] = {name: 2e-9 * 1024 * weight.numel() / statistics.median(taken)
+                            for name, taken in times.items()}
+    return rates
 
 
 def operations(s):
-    """Those of an exact step's products, counted on meta tensors."""
+    """Those of the products of one task's step, counted on meta tensors -> {label: number}."""
     (task, partner), = random_pairs(replace(s, tasks=1))
     t5 = stand_in(shape(s), torch.float32, "meta")
-    theta, method = torch.empty(s.prompt, s.d, device="meta"), Method(micro_tokens=s.micro_tokens)
-    with FlopCounterMode(display=False) as counter:
+    theta, counts = torch.empty(s.prompt, s.d, device="meta"), {}
+
+    def ours(method):
         prompt_gradient(t5, theta, task.query, method, partner.query, LAM)
-        gradient_and_hessian(t5, theta, task.support, method)[3](theta)
-    return counter.get_total_flops()
+        *_, hessian = gradient_and_hessian(t5, theta, task.support, method)
+        if not method.first_order:
+            hessian(theta)
+
+    def theirs(method):
+        phi = init_state(theta, method).phi
+        hf_meta_gradient(hf_model(t5), theta, phi, task, partner, LAM, method)
+
+    whole = Method(micro_tokens=s.micro_tokens)
+    for label, count, method in (
+            (EXACT, ours, whole), (KEPT, ours, replace(whole, keep_graphs=1000)),
+            ("first order", ours, replace(whole, first_order=True)), (HF, theirs, whole)):
+        with suppress(ImportError), FlopCounterMode(display=False) as counter:
+            count(method)               # fails without transformers, which is not run then
+            counts[label] = counter.get_total_flops()
+    return counts
 
 
 def machine(threads, s):
-    """One line: processor, threads, versions."""
-    cpu = Path("/proc/cpuinfo")
-    name = cpu.read_text().partition("model name")[2].partition("\n")[0].lstrip("\t: ") \
-        if cpu.exists() else ""
+    """One line: processor, its instructions, threads, version."""
+    cpu, name = Path("/proc/cpuinfo"), platform.processor()
+    if cpu.exists():
+        name = cpu.read_text().partition("model name")[2].partition("\n")[0].lstrip("\t: ")
     name = torch.cuda.get_device_name() if s.device.startswith("cuda") else name
-    return f"{name or platform.processor()}, {threads} threads, torch {torch.__version__}"
+    features = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {features}, {threads} threads, torch {torch.__version__}"
+
+
+# -------------------------------------------------------------------------------------- printing
+
+def print_group(group, found, failed):
+    """A line for each contender."""
+    for label in group:
+        if label in failed:
+            print(f"{label:40}   not run: {failed[label]}", flush=True)
+            continue
+        seconds, spread, megabytes, value = summary(found[label])
+        inertia = f"  inertia {value:.7g}" if value else ""
+        print(f"{label:40}{seconds:10.3f}{spread:8.0%}{megabytes:9.0f}{inertia}", flush=True)
+
+
+def print_ratios(rows, counts):
+    """The tables of measured ratios and of operations."""
+    print("\n| what | against | of | ratio | at most |\n| --- | --- | --- | --- | --- |")
+    for label, against, what, ratio, most in rows:
+        shown = "not run" if ratio is None else f"{ratio:.2f}"
+        print(f"| {label} | {against} | {what} | {shown} | {most} |")
+    for label, against, most in FLOPS:
+        shown = f"{counts[label] / counts[against]:.2f}" if against in counts else "not run"
+        print(f"| {label} | {against} | operations | {shown} | {most} |")
 
 
 def main(argv):
     """Parse, measure group by group, print as it goes -> exit status 0."""
-    parser = one_line(argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter))
+    parser = common.Parser(description=__doc__, allow_abbrev=False,
+                           formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small shape, 2 repetitions, not 5")
-    parser.add_argument("--threads", type=int, default=1, help="of each process [1]")
+    parser.add_argument("--threads", type=common.number(int, False, os.cpu_count()), default=1,
+                        help="of each process [1]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
     parser.add_argument("--json", type=Path, help="write all that was measured to this file")
     given = parser.parse_args(argv)
-    if not 1 <= given.threads <= os.cpu_count():
-        raise T.InputError(f"--threads {given.threads}: 1 or more, at most {os.cpu_count()} here")
-    folder = given.json and f"{given.json.absolute().parent}/"
-    if folder and (given.json.is_dir() or not os.access(folder, os.W_OK)):
-        raise T.InputError(f"--json {given.json}: no such folder to write a file to; name another")
-    s = replace(QUICK if given.quick else Sizes(), device=str(pick_device(given.device)))
+    if given.json:
+        given.json.touch()                                  # better an error now than after all
+    s = replace(QUICK if given.quick else Sizes(), device=str(common.pick_device(given.device)))
     os.environ["OMP_NUM_THREADS"] = str(given.threads)      # of scikit-learn's and faiss's, too
     torch.set_num_threads(given.threads)
     print(machine(given.threads, s))
     print("sizes:", ", ".join(f"{name} {value}" for name, value in asdict(s).items()))
-    repetitions, rates, found = 2 if given.quick else 5, product_rates(s), {}
-    print(f"products of matrices: F.linear {rates[0]:.0f}, t5.linear {rates[1]:.0f} GFLOP/s\n\n"
-          f"{'median of ' + str(repetitions):40}{'seconds':>10}{'spread':>8}{'peak MB':>9}")
+    rates = product_rates(s)
+    for direction, paths in rates.items():
+        shown = ", ".join(f"{name} {rate:.0f}" for name, rate in paths.items())
+        print(f"products of matrices, {direction}: {shown} GFLOP/s")
+    repetitions, found = 2 if given.quick else 5, {}
+    print(f"\n{f'median of {repetitions}':40}{'seconds':>10}{'spread':>8}{'peak MB':>9}")
     for group in groups(s):
         runs, failed = measure_group(group, repetitions, given.threads)
+        print_group(group, runs, failed)
         found |= runs
-        for label in group:
-            if label in failed:
-                print(f"{label:40}   not run: {failed[label].splitlines()[0]}", flush=True)
-                continue
-            seconds, spread, mb, value = summary(found[label])
-            print(f"{label:40}{seconds:10.3f}{spread:8.0%}{mb:9.0f}"
-                  + (f"  inertia {value:.7g}" if value else ""), flush=True)
-    print("\n| what | against | of | ratio | at most |\n| --- | --- | --- | --- | --- |")
-    rows, share = ratios(found), None
-    for label, against, what, ratio, most in rows:
-        print(f"| {label} | {against} | {what} | "
-              f"{'not run' if ratio is None else f'{ratio:.2f}'} | {most} |")
+    rows, counts, share = ratios(found), operations(s), None
+    print_ratios(rows, counts)
     if found[EXACT]:
-        share = operations(s) * 1e-9 / summary(found[EXACT])[0] / max(rates)
+        best = max(rate for paths in rates.values() for rate in paths.values())
+        share = s.tasks * counts[EXACT] * 1e-9 / summary(found[EXACT])[0] / best
         print(f"\nThe exact step's products alone would take {share:.0%} of its time at that rate.")
     if given.json:
         values = {"machine": machine(given.threads, s), "sizes": asdict(s), "gflops": rates,
-                  "share": share, "runs": found, "ratios": rows}
-        text = json.dumps(values, indent=1)
-        common.atomic_write(given.json, lambda file: file.write(text.encode()))
+                  "share": share, "operations": counts, "runs": found, "ratios": rows}
+        with common.whole_file(given.json) as file:
+            file.write(json.dumps(values, indent=1).encode())
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main, "stopped; nothing is kept of it")
+    common.run_script(main, "stopped; nothing is kept of it")
