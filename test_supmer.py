@@ -2087,14 +2087,12 @@ class Thread(common.Ranks):
         return found
 
 
-@pytest.mark.parametrize("method", ["supmer", "ppt"])
-def test_the_number_of_ranks_changes_no_bit(small_world, method):
-    """1, 2 and 3 ranks, three tasks a step: the same log, validation and state to the bit."""
+def test_the_ranks_of_a_run_change_no_bit(small_world):
+    """1, 2 and 3 ranks, three tasks a step: the same log, validations and state to the bit."""
     def work(world, rank):
-        ranks = Thread(rank, world)
-        run = make_run(small_world, f"{method}-{world}-ranks", ranks, method=method, tasks=3)
-        for _ in range(2):
-            run.step()
+        run = make_run(small_world, f"{world}-ranks", Thread(rank, world), tasks=3)
+        run.step()
+        run.step()
         run.validate()
         run.save()
         return run.folder
@@ -2105,8 +2103,3 @@ def test_the_number_of_ranks_changes_no_bit(small_world, method):
             folder, *_ = pool.map(partial(work, world), range(world))
         found.append(outcome_of(folder))
     assert found[0] == found[1] == found[2]
-    if method == "supmer":
-        idle = make_run(small_world, "idle", tasks=3)
-        idle.ranks = Thread(3, 4)
-        with pytest.raises(InputError, match="4 processes share the 3 tasks.*--tasks 4"):
-            idle.step()
