@@ -26,7 +26,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from common import SOLO, InputError, rng
-from data import MASK, WORDS, compile_template, fill_template, template_fields, tokenize
+from data import MASK, VARIANTS, compile_template, fill_template, template_fields, tokenize
 from supmer import (descend, first_derivative, init_prompt, loss_share, micro_batches,
                     prompt_gradient)
 from t5 import T5, T5Config, count_weights, expected_shapes, linear, rms_norm
@@ -325,8 +325,9 @@ def ppt_step(t5, state, pairs, method, seed, ranks=SOLO):
 
 
 # Unified-PPT's meta tasks: all of them multiple choice, so that a pair's words become options.
-UNIFIED = {variant: (as_choice("{0} <X> . {1}", WORDS[variant]), LETTERS[:len(WORDS[variant])])
-           for variant in ("sp-next", "sp-cluster")}
+UNIFIED = {name: entry._replace(template=as_choice(entry.template, entry.words),
+                                words=LETTERS[:len(entry.words)])
+           for name, entry in VARIANTS.items() if entry.words != LETTERS[:len(entry.words)]}
 
 
 # ----------------------------------------------------- what is learned before, as train.py's knobs

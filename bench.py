@@ -270,7 +270,7 @@ def token_ids(s, library=False):
     """The sentences of tiny/'s first documents to token ids, as the corpus gets them, or by one
     call of the tokenizers library's own."""
     tokenizer = data.load_tokenizer(common.TINY, T.read_config(common.TINY))
-    documents = corpus.documents([common.TINY / "corpus.jsonl.gz"])
+    documents = corpus.documents(common.TINY / "corpus.jsonl.gz")
     texts = [sentence for _, document in zip(range(s.documents), documents)
              for paragraph in document for sentence in corpus.split_sentences(paragraph)]
     if library:

@@ -304,6 +304,8 @@ def write_model(folder, words):
 
 TEMPLATE_WORDS = [".", "?", "A.", "B.", "C.", "D.", "Answer:", "yes", "no", "maybe", "A", "B", "C",
                   "D"]
+TEMPLATE_WORDS += [word for entry in data.VARIANTS.values() for word in (
+    *re.sub(r"\{\w+\}|<X>", "", entry.template).split(), *entry.words)]
 
 
 def sentence(document, number):
@@ -339,7 +341,7 @@ def planted(tmp_path_factory):
     store = corpus_module.build_store(folder / "store", planted_paths(folder), tokenizer, None, 5, 0,
                              model=model,
                              embed=by_topic(tokenizer))
-    return tokenizer, store, TaskIndex(store, tokenizer)
+    return tokenizer, store, TaskIndex(store, tokenizer, variants=data.VARIANTS)
 
 
 # ---------------------------------------------------------------------------------- data: documents
@@ -575,7 +577,7 @@ def by_hand():
 def posed(w, variant):
     """An example of the planted corpus with s for each sentence, and the task's label words."""
     tokenizer, _, index = w.planted
-    task = meta_task(index, 0, 0, 0, variant=variant, stream=1)
+    task = meta_task(index, 0, 0, 0, variant=variant)
     source, _ = data.examples_as_text(tokenizer, task.support, 0)
     words = (tokenizer.decode(word[1:]) for word in task.support.words)
     return re.sub(r"T\d d\d+ s\d+ end\.", "s", source), *words
@@ -1040,3 +1042,31 @@ def contents(folder, *ends):
     """{path in the folder: bytes} of all files, or of those that end so."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name.endswith(ends or "")}
+
+
+def on_ranks(monkeypatch, world, work):
+    """work(ranks) on each of `world` ranks, threads here -> what each returns or raises. What
+    torch.distributed does between processes is done between the threads."""
+    slots, barrier, found = [None] * world, threading.Barrier(world), [None] * world
+    mine = threading.local()
+
+    def gather(values, value):
+        slots[mine.rank] = value
+        barrier.wait(20)
+        values[:] = slots
+        barrier.wait(20)
+
+    def run(rank):
+        mine.rank = rank
+        try:
+            found[rank] = work(common.Ranks(rank, world))
+        except InputError as error:
+            found[rank] = error
+    monkeypatch.setattr(common, "distributed", SimpleNamespace(
+        all_gather_object=gather, barrier=lambda group: barrier.wait(20)))
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found

@@ -1,4 +1,10 @@
-"""Text -> sentences -> token store -> clusters: the store that data.py draws from."""
+"""Text -> sentences -> tokens -> clusters: builds the store that data.py draws from.
+
+    store = build_store("cache", ["text/"], tokenizer, t5, clusters=250, seed=0, model=folder)
+
+An interrupted build resumes: after the last whole corpus file, or after the last whole CHUNK of
+cluster assignments. The same corpus, model and options give the same bytes, on any number of ranks.
+"""
 
 import gzip
 import hashlib
@@ -9,44 +15,47 @@ import shutil
 import tarfile
 from array import array
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from common import DAMAGE, Header, InputError, SOLO, atomic_write, fingerprint, lock, read_json
-from data import COLUMNS, FORMATS, MAX_TOKENS, _column, open_store, padded, tokenize
+from common import (InputError, SOLO, one_process, read_json, reading, remove_torn, rng,
+                    whole_file)
+from data import COLUMNS, FORMATS, MAX_TOKENS, column, open_store, padded, tokenize
 from kmeans import kmeans, nearest
 from t5 import embed_tokens, encode, model_fingerprint
 
+LONGEST = 1 << 24           # bytes of a document or line that are held at a time
+SHORT = 4                   # tokens; see join_short
+SAMPLE = 256                # sentences per centroid that K-means sees
+SLICE = 1 << 13             # sentences, of whole documents, that are tokenized together
+CHUNK = 1 << 14             # sentences that are sorted by length together, and saved together
+BATCH_TOKENS = {"cpu": 1 << 9, "cuda": 1 << 17}     # embedded together; a CPU's cache likes few
+TEXT = ("tokens", "offsets", "first", "label", "keys", "shares")    # columns that grow with the text
 
-# --------------------------------------------------------------------------- documents, sentences
+
+# ----------------------------------------------------------------- corpus files, documents
 def corpus_files(paths):
-    """Files and folders -> corpus files; of a folder, sorted, those whose ends READERS knows."""
+    """Files and folders -> corpus files; of a folder, sorted, those whose ends READERS knows.
+    Raises InputError for a path without any."""
     files = []
     for path in map(Path, paths):
-        if not path.exists():
-            raise InputError(f"{path} does not exist: give files or folders of text")
-        inside = sorted(filter(Path.is_file, path.rglob("*") if path.is_dir() else [path]))
-        found = [file for file in inside if file.name.endswith(tuple(READERS))]
-        if parquet := next((file for file in inside if file.suffix == ".parquet"), None):
-            raise InputError(f"{parquet}: parquet is not read; take the corpus's .tar or .json.gz, "
-                             "or with pandas read_parquet(FILE).to_json(FILE + '.jsonl', "
-                             "orient='records', lines=True)")
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found = [file for file in inside if file.is_file() and file.name.endswith(tuple(READERS))]
         if not found:
-            raise InputError(f"{path}: no text there; files, or folders of files, must be"
-                             f" {', '.join(READERS)}")
+            raise InputError(f"{path}: no text found; give files, or folders of files, that end in "
+                             f"{', '.join(READERS)} (of parquet, pandas makes .jsonl)")
         files += found
     return files
 
 
-LONGEST = 1 << 24           # bytes of a document or line that are held at a time
-
-
-def documents(paths, max_bytes=None, counts=None):
-    """Stream the documents of files and folders as lists of paragraphs, until max_bytes were read.
+def documents(path, counts=None):
+    """Yield the documents of one corpus file as lists of paragraphs.
 
     .txt: blank lines part documents, one paragraph each. .jsonl(.gz), .json.gz (C4's): a document a
     line, with `paragraphs` (a list) or `text` (a paragraph a line). .tar(.xz): OpenWebText's, .txt
@@ -54,41 +63,29 @@ def documents(paths, max_bytes=None, counts=None):
     a file "It rained.\\nWe left.\\n\\nThe sun rose." -> ["It rained. We left."], ["The sun rose."]
     counts: a Counter, receives "bytes", "broken UTF-8", lines that U+FFFD had to mend, and "long
     documents parted", texts that LONGEST made two or more of.
-    InputError for what is no text, for wrong JSON (file and line), and for a damaged archive.
+    Raises InputError for damage, and for a line that is not a document.
     """
     counts = Counter() if counts is None else counts
-    for path in corpus_files(paths):
-        read = next(READERS[end] for end in READERS if path.name.endswith(end))
-        with open(path, "rb") as file:
-            for paragraphs in _undamaged(read, file, path, counts):
-                if max_bytes is not None and counts["bytes"] >= max_bytes:
-                    return
-                raw = [p.encode("utf-8", "replace") for p in paragraphs]    # JSON's lone surrogates
-                counts["bytes"] += sum(map(len, raw))
-                yield [p.decode() for p in raw]
+    read = next(READERS[end] for end in READERS if path.name.endswith(end))
+    with reading(path, "readable text"), open(path, "rb") as file:
+        for paragraphs in read(file, path, counts):
+            raw = [p.encode("utf-8", "replace") for p in paragraphs]    # JSON's lone surrogates
+            counts["bytes"] += sum(map(len, raw))
+            yield [p.decode() for p in raw]
 
 
-def _undamaged(read, file, where, counts):
-    """read's documents of an open file; where, for errors: its path, and its name in an archive."""
-    try:
-        yield from read(file, where, counts)
-    except DAMAGE as error:
-        raise InputError(f"{where} is damaged or incomplete ({error}): fetch it again") from None
-
-
-def _decode(raw, where, counts):
+def _decode(raw, counts):
     text = raw.decode("utf-8-sig", errors="replace")
-    even, odd = (text[i::2].count("\0") for i in (0, 1))
-    if max(even, odd) > max(4, len(text) // 4, 4 * min(even, odd)):     # UTF-16's every other byte
-        raise InputError(f"{where}: NUL characters; give text in UTF-8")
     counts["broken UTF-8"] += "\0" in text or "\ufffd" in text and "\ufffd".encode() not in raw
     return text.replace("\0", "\ufffd")
 
 
 def _read_txt(file, path, counts):
+    if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError("UTF-16; give UTF-8")
     lines, size = [], 0
     while raw := file.readline(LONGEST):
-        line = _decode(raw, path, counts).strip()
+        line = _decode(raw, counts).strip()
         size += len(raw)
         counts["long documents parted"] += size >= LONGEST
         if line:
@@ -104,45 +101,61 @@ def _read_txt(file, path, counts):
 def _read_jsonl(file, path, counts):
     file = gzip.open(file) if path.suffix == ".gz" else file
     for number, raw in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
-        where = f"{path}, line {number}"
-        if len(raw) == LONGEST:
-            raise InputError(f"{where}: {LONGEST:,} bytes or more; give a document a line")
-        line = _decode(raw, where, counts)
-        if not line.strip():
-            continue
-        try:
+        with reading(f"{path}, line {number}", "a document", remedy="mend or drop it"):
+            if len(raw) == LONGEST:
+                raise ValueError(f"{LONGEST:,} bytes or more; give a document a line")
+            line = _decode(raw, counts)
+            if not line.strip():
+                continue
             record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({error}); mend or drop it") from None
-        record = record if isinstance(record, dict) else {}
-        text = record.get("text")
-        lines = text.split("\n") if isinstance(text, str) else None
-        paragraphs = record.get("paragraphs", lines)
-        if not isinstance(paragraphs, list) or not all(isinstance(p, str) for p in paragraphs):
-            raise InputError(f"{where}: no `text` (a string) or `paragraphs` (a list of them): "
-                             "mend or drop it")
+            paragraphs = record.get("paragraphs")
+            if paragraphs is None:
+                paragraphs = record["text"].split("\n")
+            if not isinstance(paragraphs, list) or not all(isinstance(p, str) for p in paragraphs):
+                raise TypeError("`paragraphs` must be a list of texts")
         yield paragraphs
 
 
+class Header(tarfile.TarInfo):
+    """A member's header. A damaged one is not the archive's end, and one that is read whole, such
+    as a long name, is short."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        """As TarInfo's; raises ReadError."""
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
+        if header.size > 1 << 20 and not header.isfile():
+            raise tarfile.ReadError(f"a header of {header.size:,} bytes")
+        return header
+
+
 def _read_tar(file, where, counts):
-    kinds = set()
+    known = False
     with tarfile.open(fileobj=file, mode="r|*", tarinfo=Header) as archive:
         for member in filter(tarfile.TarInfo.isfile, archive):
             content, name = archive.extractfile(member), f"{where}, {member.name}"
-            kind = Path(member.name).suffix
-            kinds.add(kind)
-            if kind == ".xz":
-                yield from _undamaged(_read_tar, content, name, counts)
-            elif kind == ".txt":
+            known |= member.name.endswith((".xz", ".txt"))
+            if member.name.endswith(".xz"):
+                with reading(name, "a tar of text"):
+                    yield from _read_tar(content, name, counts)
+            elif member.name.endswith(".txt"):
                 for part, raw in enumerate(iter(lambda: content.read(LONGEST), b"")):
                     counts["long documents parted"] += part > 0
-                    yield _decode(raw, name, counts).split("\n")
-    if kinds.isdisjoint({".txt", ".xz"}):
-        raise InputError(f"{where} has no document: its files must be .txt, or .xz tars of .txt")
+                    yield _decode(raw, counts).split("\n")
+    if not known:
+        raise ValueError("no .txt inside, and no .xz tar of .txt")
 
 
 READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl,
            ".json.gz": _read_jsonl, ".tar": _read_tar, ".tar.xz": _read_tar}
+
+
+# ------------------------------------------------------------------------------ sentences
 # A stop: . ! ? and the quotes and brackets that close after it, a space, and what opens the next.
 STOP = re.compile(
     r"""(?<![.!?…])([.!?…]+)["'”’»)\]]*\s(?=["'“‘«(\[—–-]*\s?(\w+))""")
@@ -185,14 +198,12 @@ def _ends_sentence(text, start, match):
     return following.lower() in STARTERS if initials or word in CLOSERS else True
 
 
-# --------------------------------------------------------------------------- the store on disk
-SHORT = 4                   # tokens; see join_short
-SAMPLE = 256                # sentences per centroid that K-means sees
-SLICE = 1 << 13             # sentences, of whole documents, that are tokenized together
-SAVED = 1 << 24             # tokens between saved states of the text
-CHUNK = 1 << 14             # sentences that are sorted by length together, and saved together
-BATCH_TOKENS = {"cpu": 1 << 9, "cuda": 1 << 17}     # embedded together; a CPU's cache likes few
-TEXT = ("tokens", "offsets", "first", "label", "keys", "shares")    # what _write_text appends to
+# ------------------------------------------------------------------- the store on the disk
+class Document(NamedTuple):
+    """What becomes a document of a store."""
+    share: float            # its hash_share
+    sentences: list[str]
+    label: int | None = None            # in a labeled set, where the text is one sentence
 
 
 def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes=None,
@@ -200,20 +211,17 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
                 ranks=SOLO):
     """Text files -> Store: sentences, K-means clusters of their embeddings (section 3.2, Eq. 16).
 
-    A store is a folder in cache, named by all that it is made of; the same one is made once only.
-    What is there of it after a kill is gone on with: each SAVED tokens of text, centroids, each
-    CHUNK of assignments. A second process that wants it waits for the first.
-    clusters: K; one clustering serves the three formats, or one_per_format has three, of seed,
-    seed + 1, seed + 2. model: the folder that holds tokenizer and t5, to be fingerprinted.
-    embed(ids (B, T), mask (B, T)) -> (B, d) may replace t5's embedding.
-    5 % of the documents, two at least (a pair from different documents needs two), are held out;
-    K-means sees a sample of the others. progress(stage, done, total or None): called now and then.
-    ranks share the embedding; all must see cache. Memory: SAMPLE * K embeddings, and while it
-    groups 20 bytes a sentence. InputError for too small a corpus.
+    clusters: K; one clustering serves all formats, or one_per_format makes one of seed, seed + 1,
+    ... for each. max_bytes: text read at most; the document that reaches it is the last. Some 5 %
+    of the documents are held out, and K-means sees a sample of the others. The rest: build_from.
     """
-    def read(counts):
-        return ((hash_share(text), [s for paragraph in text for s in split_sentences(paragraph)],
-                 None) for text in documents(files, max_bytes, counts))
+    def read(path, counts):
+        if max_bytes is None or counts["bytes"] < max_bytes:
+            for paragraphs in documents(path, counts):
+                sentences = [s for text in paragraphs for s in split_sentences(text)]
+                yield Document(hash_share(paragraphs), sentences)
+                if max_bytes is not None and counts["bytes"] >= max_bytes:
+                    return
     files = corpus_files(paths)
     inside = chain.from_iterable(Path(path).rglob("*") for path in paths)
     unread = sorted(file.name for file in {*filter(Path.is_file, inside)} - {*files})
@@ -221,56 +229,56 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
         progress(f"not read, {len(unread)} other file(s): {', '.join(unread)}", 0, None)
     options = {"clusters": clusters, "seed": seed, "max_bytes": max_bytes,
                "one_per_format": one_per_format}
-    return _build(cache, files, read, options, tokenizer, t5, model, embed, progress, ranks)
+    return build_from(cache, files, read, options, tokenizer, t5, model, embed, progress, ranks)
 
 
-def _build(cache, files, read, options, tokenizer, t5, model, embed, progress, ranks):
-    """Find or make the store of what read(counts) yields of files: (hash_share, [sentence], label
-    or None), see build_store."""
-    clusters, rows = options["clusters"], len(FORMATS) if options.get("one_per_format") else 1
-    seeds = [options["seed"] + row for row in range(rows)]
+def build_from(cache, files, read, options, tokenizer, t5, model, embed, progress, ranks):
+    """Find or make the store of the Documents that read(path, counts) yields of each file.
+
+    A store is a folder in cache, named by all that it is made of; meta.json is its last file. While
+    another process makes it, wait. model: the folder of tokenizer and t5, to be fingerprinted.
+    embed(ids (B, T), mask (B, T)) -> (B, d) may replace t5's embedding. progress(stage, done, total
+    or None) is called now and then. All ranks must see cache: the first one writes, all embed.
+    Memory: SAMPLE * K embeddings, and 20 bytes a sentence. Raises InputError for too little text.
+    """
     made_of = {"corpus": fingerprint(files), "model": model_fingerprint(model),
-               "tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(), "options": options}
-    name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
-    ranks.wait()
-    if not ranks.agree(name):
+               "tokenizer": _sha256(tokenizer.to_str().encode()), "options": options}
+    name = _sha256(json.dumps(made_of).encode())[:16]
+    if len(set(ranks.gather(name))) > 1:
         raise InputError("the ranks have different corpora, models or options: give all the same")
-    folder, new = Path(cache, name), Path(cache, f".building-{name}")
-    with ExitStack() as stack:
-        if ranks.rank == 0 and not folder.exists():
-            new.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(new / "lock", lambda owner: progress(
-                f"waiting for process {owner}, which makes the same store", 0, None)))
-            for torn in new.glob(".*.tmp"):     # a write that a kill cut off
-                torn.unlink()
-            if folder.exists():                 # made meanwhile
-                shutil.rmtree(new, ignore_errors=True)
-            elif not (new / "lock").exists():
-                raise InputError("the process that was making this store gave up: see its message")
-        ranks.wait()
-        if not ranks.gather(folder.exists())[0]:
-            if ranks.rank == 0:
-                try:
-                    counts = _write_text(new, read, tokenizer, progress)
-                    _choose(new, clusters, counts)
-                except InputError:      # it would come again: nothing here is of use
-                    shutil.rmtree(new)
-                    raise
+    folder = Path(cache, name)
+    whole, first = folder / "meta.json", ranks.rank == 0
+    if not ranks.gather(whole.exists())[0]:
+        folder.mkdir(parents=True, exist_ok=True)
+        waiting = "waiting for the process that makes the same store"
+        lock = one_process(folder, lambda: progress(waiting, 0, None)) if first else nullcontext()
+        with lock:
             ranks.wait()
-            _cluster(new, clusters, seeds, t5, embed, progress, ranks)
-            if ranks.rank == 0:
-                _group(new, clusters, rows, progress)
-                text = json.dumps({"made_of": made_of, "counts": counts}, indent=1)
-                atomic_write(new / "meta.json", lambda file: file.write(text.encode()))
-                os.rename(new, folder)
-    for file in ("keys.bin", "shares.bin", "read.json", "lock") if ranks.rank == 0 else ():
-        (folder / file).unlink(missing_ok=True)         # an earlier process was killed before that
+            if not ranks.gather(whole.exists())[0]:     # nor was it made while we waited
+                if first:
+                    _prepare(folder, files, read, options, tokenizer, progress)
+                ranks.wait()
+                _cluster(folder, options, t5, embed, progress, ranks)
+                if first:
+                    _finish(folder, made_of, options, progress)
     ranks.wait()
-    made = [folder / file for file in ("meta.json", "centroids.npy", "order.bin")]
-    if ranks.world > 1 and not ranks.agree(folder.exists() and fingerprint(made)):
-        raise InputError(f"{folder} is not the same for all ranks: put cache/ on a disk that they "
-                         "share, or copy it to each machine")
     return open_store(folder, made_of)
+
+
+def _sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def fingerprint(files):
+    """sha256 over each file's size and its first and last megabyte."""
+    whole = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            size = os.path.getsize(path)
+            whole.update(b"%d " % size + file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            whole.update(file.read())
+    return whole.hexdigest()
 
 
 def hash_share(paragraphs):
@@ -285,25 +293,6 @@ def hold_out(shares):
     chosen = np.zeros(len(shares), dtype=bool)
     chosen[np.argsort(shares, kind="stable")[:max(2, round(0.05 * len(shares)))]] = True
     return chosen
-
-
-def _choose(folder, clusters, counts):
-    """Choose held-out documents and, of equal sentences, the first as an anchor: writes held_out
-    and anchor."""
-    keys, first, shares = (_column(folder, name) for name in ("keys", "first", "shares"))
-    chosen, anchor = hold_out(shares), np.zeros(len(keys), dtype=bool)
-    counts["documents held out"] = int(chosen.sum())
-    for part in range(16):          # a sixteenth of the keys at a time, to be sorted
-        rows = np.flatnonzero(keys % 16 == part)
-        anchor[rows[np.unique(keys[rows], return_index=True)[1]]] = True
-    held_out = np.repeat(chosen, np.diff(first, append=len(keys)))
-    different = int((anchor & ~held_out).sum())
-    if different < clusters or len(first) < 4:
-        raise InputError(f"the corpus has {len(keys)} sentences in {len(first)} documents, of them "
-                         f"{different} different ones to train on; {clusters} clusters and 4 "
-                         "documents are wanted: give more text, or fewer clusters")
-    for name, values in (("held_out", held_out), ("anchor", anchor)):
-        atomic_write(folder / f"{name}.bin", lambda file: file.write(values))
 
 
 def join_short(sentences):
@@ -321,54 +310,47 @@ def join_short(sentences):
     return joined[:-1] + [joined[-1] + waiting] if joined else []
 
 
-def _write_text(folder, read, tokenizer, progress):
-    """Append the sentences of what read(counts) yields to the TEXT columns -> counts.
-    After each SAVED tokens read.json says what they hold of how many documents: the next call reads
-    those again, for it must, but does not tokenize them."""
-    path, counts = folder / "read.json", Counter()
+def _prepare(folder, files, read, options, tokenizer, progress):
+    """The text and what follows from it. A corpus that cannot be a store leaves nothing behind."""
+    remove_torn(folder)
     try:
-        whole, done, sizes, kept = read_json(path) if path.exists() else (False, 0, {}, {})
-    except (ValueError, TypeError) as error:        # InputError, too
-        raise InputError(f"{path} is damaged ({error}), so all is dropped that there was of this "
-                         "store: start again") from None
+        counts = write_text(folder, files, read, tokenizer, progress)
+        _choose(folder, options["clusters"], counts)
+    except InputError:
+        shutil.rmtree(folder)
+        raise
+
+
+def write_text(folder, files, read, tokenizer, progress):
+    """Append the sentences of read(path, counts) of each file to the TEXT columns -> counts.
+
+    After each file, read.json has the number of files, the columns' sizes and the counts: an
+    interrupted build resumes there.
+    """
+    notes = folder / "read.json"
+    done, sizes, counts = read_json(notes) if notes.exists() else (0, dict.fromkeys(TEXT, 0), {})
+    counts = Counter(counts)
     with ExitStack() as stack:
         columns = {name: stack.enter_context(open(folder / f"{name}.bin", "ab")) for name in TEXT}
         for name, file in columns.items():
-            if file.tell() < sizes.get(name, 0):
-                raise InputError(f"{file.name} has lost what it held, so all is dropped that there "
-                                 "was of this store: start again")
-            file.truncate(sizes.get(name, 0))
-        if not sizes:
+            file.truncate(sizes[name])
+        if not sizes["offsets"]:
             columns["offsets"].write(array("q", [0]))
-
-        def save(whole):
+        for number, path in enumerate(files[done:], done + 1):
+            items = read(path, counts)
+            while group := list(_next_documents(items)):
+                texts = chain.from_iterable(document.sentences for document in group)
+                encoded = iter(tokenize(tokenizer, texts))
+                for document in group:
+                    ids = list(islice(encoded, len(document.sentences)))
+                    _append(columns, document, ids, counts)
+                progress("reading text, bytes", counts["bytes"], None)
             for file in columns.values():
                 file.flush()
                 os.fsync(file.fileno())
             sizes = {name: os.path.getsize(file.name) for name, file in columns.items()}
-            state = json.dumps([whole, done, sizes, counts]).encode()
-            atomic_write(path, lambda file: file.write(state))
-
-        def tell():
-            progress("reading text, bytes", counts["bytes"], None)
-        items = iter(()) if whole else read(counts)
-        for _ in islice(items, done):
-            tell()
-        counts.clear()
-        counts.update(kept)     # the saved counts, not those of the documents just read again
-        tell()
-        while group := list(_next_documents(items)):
-            encoded = iter(tokenize(tokenizer, chain.from_iterable(texts for _, texts, _ in group)))
-            for share, texts, label in group:
-                sentences = list(islice(encoded, len(texts)))
-                for name, values in _document(share, sentences, label, counts):
-                    columns[name].write(array(COLUMNS[name], values))
-            done += len(group)
-            tell()
-            if counts["tokens"] - kept.get("tokens", 0) >= SAVED:
-                kept = dict(counts)
-                save(False)
-        save(True)
+            with whole_file(notes) as file:
+                file.write(json.dumps([number, sizes, counts]).encode())
     return counts
 
 
@@ -376,31 +358,51 @@ def _next_documents(items):
     """The next documents of an iterator that have SLICE sentences, an empty one counted as one:
     what the tokenizer gets in one call, for all cores to share."""
     sentences = 0
-    while sentences < SLICE and (item := next(items, None)):
-        sentences += max(1, len(item[1]))
-        yield item
+    while sentences < SLICE and (document := next(items, None)):
+        sentences += max(1, len(document.sentences))
+        yield document
 
 
-def _document(share, sentences, label, counts):
-    """What a document appends to the TEXT columns -> pairs: name, values; counts go on."""
-    joined = join_short(sentences) if label is None else list(filter(None, sentences))
-    counts["short sentences joined"] += len(sentences) - len(joined)
-    if not joined:
+def _append(columns, document, ids, counts):
+    """Append a document, of sentences `ids`, to the TEXT columns."""
+    def write(name, *values):
+        columns[name].write(array(COLUMNS[name], values))
+    kept = join_short(ids) if document.label is None else [tokens for tokens in ids if tokens]
+    counts["short sentences joined"] += len(ids) - len(kept)
+    if not kept:
         counts["empty documents"] += 1
         return
-    counts["long sentences cut"] += sum(len(ids) > MAX_TOKENS for ids in joined)
-    joined = [array("H", ids[:MAX_TOKENS]) for ids in joined]
-    yield "first", [counts["sentences"]]
-    yield "shares", [share]
-    for tokens in joined:
+    write("first", counts["sentences"])
+    write("shares", document.share)
+    if document.label is not None:
+        write("label", document.label)
+    for tokens in kept:
+        counts["long sentences cut"] += len(tokens) > MAX_TOKENS
+        tokens = array("H", tokens[:MAX_TOKENS])
         counts["tokens"] += len(tokens)
-        yield "tokens", tokens
-        yield "offsets", [counts["tokens"]]
-        yield "keys", [int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest())]
-    if label is not None:
-        yield "label", [label]
-    counts["sentences"] += len(joined)
+        columns["tokens"].write(tokens)
+        write("offsets", counts["tokens"])
+        write("keys", int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest()))
+    counts["sentences"] += len(kept)
     counts["documents"] += 1
+
+
+def _choose(folder, clusters, counts):
+    """Write held_out and anchor: of equal sentences the first is an anchor."""
+    keys, first, shares = (column(folder, name) for name in ("keys", "first", "shares"))
+    chosen, anchor = hold_out(shares), np.zeros(len(keys), dtype=bool)
+    for part in range(16):          # a sixteenth of the keys at a time, to be sorted
+        rows = np.flatnonzero(keys % 16 == part)
+        anchor[rows[np.unique(keys[rows], return_index=True)[1]]] = True
+    held_out = np.repeat(chosen, np.diff(first, append=len(keys)))
+    different = int((anchor & ~held_out).sum())
+    if different < clusters or len(first) < 4:
+        raise InputError(f"the corpus has {len(keys)} sentences in {len(first)} documents, of them "
+                         f"{different} different ones to train on; {clusters} clusters and 4 "
+                         "documents are wanted: give more text, or fewer clusters")
+    for name, values in (("held_out", held_out), ("anchor", anchor)):
+        with whole_file(folder / f"{name}.bin") as file:
+            file.write(values)
 
 
 def embed_sentences(t5, ids, mask):
@@ -413,95 +415,112 @@ def embed_sentences(t5, ids, mask):
         return torch.where(mask, H, 0).sum(1) / mask.sum(1)                         # (B, d)
 
 
-def _embedded(tokens, offsets, rows, embed, budget, ranks=SOLO):
-    """Embed the sentences `rows`, sorted by length -> pairs: their positions in rows, (B, d). The
-    ranks take the batches in turn: each is the same, to the bit, however many they are."""
-    def batches():
-        for begin in range(0, len(rows), CHUNK):
-            part = rows[begin:begin + CHUNK]
-            lengths = offsets[part + 1] - offsets[part]
-            order = np.argsort(lengths, kind="stable")
-            while len(order):       # lengths rise: the last sentence of a batch sets its width
-                padded = lengths[order[:budget]] * np.arange(1, len(order[:budget]) + 1)
-                size = max(1, np.searchsorted(padded, budget, "right"))
-                yield begin + order[:size]
-                order = order[size:]
-    for batch in ranks.share(batches()):
-        yield batch, embed(*padded([tokens[offsets[i]:offsets[i + 1]] for i in rows[batch]]))
+def embed_rows(tokens, offsets, embed, budget, rows):
+    """Sentences `rows` -> (len(rows), d). They are embedded sorted by length, in padded batches of
+    at most `budget` tokens, or one sentence."""
+    lengths = offsets[rows + 1] - offsets[rows]
+    order, begin, states = np.argsort(lengths, kind="stable"), 0, []
+    while begin < len(rows):        # lengths rise: the last sentence of a batch sets its width
+        widths = lengths[order[begin:begin + budget]]
+        fitting = np.searchsorted(widths * np.arange(1, len(widths) + 1), budget, "right")
+        batch = rows[order[begin:begin + max(1, fitting)]]
+        states.append(embed(*padded([tokens[offsets[i]:offsets[i + 1]] for i in batch])))
+        begin += len(batch)
+    return torch.cat(states)[np.argsort(order)]
 
 
-def _cluster(folder, clusters, seeds, t5, embed, progress, ranks):
-    """Fit K-means on a sample of training sentences, one for each seed, and assign all: writes
-    centroids.npy, shared (seeds, K, d), and cluster, (n, seeds), of which what is there is kept."""
-    tokens, offsets, held_out, anchor = (_column(folder, name) for name in (
+def by_chunks(work, rows, ranks):
+    """Yield work(part) of each CHUNK of rows, in order. The ranks share the chunks."""
+    for begin in range(0, len(rows), CHUNK * ranks.world):
+        group = rows[begin:begin + CHUNK * ranks.world]
+        yield from ranks.map(work, [group[i:i + CHUNK] for i in range(0, len(group), CHUNK)])
+
+
+def _cluster(folder, options, t5, embed, progress, ranks):
+    """Write centroids.npy (clusterings, K, d) and append to cluster (n, clusterings)."""
+    tokens, offsets, held_out, anchor = (column(folder, name) for name in (
         "tokens", "offsets", "held_out", "anchor"))
-    n, path = len(anchor), folder / "centroids.npy"
-    embed = embed or (lambda ids, mask: embed_sentences(t5, ids, mask))
-    budget = BATCH_TOKENS[t5.weights["shared.weight"].device.type if t5 else "cpu"]
+    device = t5.weights["shared.weight"].device if t5 else torch.device("cpu")
+    embed = embed or partial(embed_sentences, t5)
+    path, K = folder / "centroids.npy", options["clusters"]
+    seeds = range(options["seed"],
+                  options["seed"] + (len(FORMATS) if options.get("one_per_format") else 1))
 
-    def embedded(stage, rows, done, total):
-        progress(stage, done, total)
-        for positions, H in _embedded(tokens, offsets, rows, embed, budget, ranks):
-            yield positions, H
-            done += len(H) * ranks.world
+    def embedder(stage, done, total):
+        def counted(ids, mask):
+            nonlocal done
+            done += len(ids) * ranks.world
             progress(stage, min(done, total), total)
+            return embed(ids, mask)
+        progress(stage, done, total)
+        return partial(embed_rows, tokens, offsets, counted, BATCH_TOKENS[device.type])
+
     if not ranks.gather(path.exists())[0]:
         training = np.flatnonzero(anchor & ~held_out)
-        size = min(len(training), SAMPLE * clusters)
-        sample = np.random.default_rng((seeds[0], 0, 0, 2)).choice(training, size, replace=False)
-        _, H = next(_embedded(tokens, offsets, sample[:1], embed, budget))      # d, where it is
-        points = H.new_zeros(size, H.shape[1])
-        for positions, H in embedded("embedding a sample", sample, 0, size):
-            points[torch.from_numpy(positions).to(H.device)] = H
-        points = torch.cat([ranks.all_sum(part)[0] for part in points.split(CHUNK)])
+        size = min(len(training), SAMPLE * K)
+        sample = rng(seeds[0], 0, 0, "k-means sample").choice(training, size, replace=False)
+        embedded = embedder("embedding a sample", 0, size)
+        points = torch.cat(list(by_chunks(lambda part: embedded(part).cpu(), sample, ranks)))
         if not points.isfinite().all():
             raise InputError("sentence embeddings are not finite: the model's weights are damaged")
         if ranks.rank == 0:
-            progress("K-means", 0, size)
-            fitted = torch.stack([kmeans(points, clusters, seed).centroids for seed in seeds])
-            atomic_write(path, lambda file: np.save(file, fitted.float().cpu().numpy()))
-            progress("K-means", size, size)
+            _fit(path, points.to(device), K, seeds, progress)
         ranks.wait()
-    try:
-        centroids = torch.from_numpy(np.load(path))
-    except Exception as error:      # a damaged file raises almost anything
-        raise InputError(f"{path} is damaged ({error}): delete {folder}") from None
+    n, row = len(anchor), 4 * len(seeds)                    # bytes
     with open(folder / "cluster.bin", "ab") as file:        # only rank 0 writes
-        row = 4 * len(seeds)                        # bytes
         done = ranks.gather(min(file.tell() // row // CHUNK * CHUNK, n))[0]
+        centroids, embedded = np.load(path), embedder("assigning clusters", done, n)
         if ranks.rank == 0:
             file.truncate(row * done)
-        while done < n:
-            rows = np.arange(done, min(done + CHUNK * ranks.world, n))
-            found = torch.zeros(len(rows), len(seeds), dtype=torch.int64)
-            for positions, H in embedded("assigning clusters", rows, done, n):
-                for column, c in enumerate(centroids.to(H)):
-                    found[positions, column] = nearest(H, c)[0].cpu()
-            found = ranks.all_sum(found)[0].int().numpy()
-            done += len(found)
+        for found in by_chunks(lambda part: _assign(embedded(np.array(part)), centroids),
+                               range(done, n), ranks):
             if ranks.rank == 0:
                 file.write(found)
                 file.flush()
                 os.fsync(file.fileno())
 
 
-def _group(folder, clusters, rows, progress):
-    """Writes order and bounds for each of the `rows` clusterings."""
-    first, held_out, anchor, cluster = (_column(folder, name) for name in (
+def _fit(path, points, K, seeds, progress):
+    """Write the centroids of one K-means for each seed."""
+    progress("K-means", 0, len(points))
+    fitted = torch.stack([kmeans(points, K, seed).centroids for seed in seeds])
+    with whole_file(path) as file:
+        np.save(file, fitted.float().cpu().numpy())
+
+
+def _assign(H, centroids):
+    """Embeddings (B, d), centroids (clusterings, K, d) -> the nearest ones, (B, clusterings)."""
+    found = [nearest(H, c)[0] for c in torch.from_numpy(centroids).to(H)]
+    return torch.stack(found, 1).int().cpu().numpy()
+
+
+def _finish(folder, made_of, options, progress):
+    """Write order and bounds for each clustering, and meta.json."""
+    first, held_out, anchor, cluster = (column(folder, name) for name in (
         "first", "held_out", "anchor", "cluster"))
     progress("grouping", 0, None)
-    orders, bounds = zip(*(group_anchors(row, held_out, anchor, first, clusters)
-                           for row in cluster.reshape(-1, rows).T))
-    atomic_write(folder / "order.bin", lambda file: file.writelines(orders))
-    atomic_write(folder / "bounds.npy", lambda file: np.save(file, np.stack(bounds)))
-    progress("grouping", len(anchor), len(anchor))
+    grouped = [group_anchors(row, held_out, anchor, first, options["clusters"])
+               for row in cluster.reshape(len(anchor), -1).T]
+    with whole_file(folder / "order.bin") as file:
+        file.writelines(order for order, _ in grouped)
+    with whole_file(folder / "bounds.npy") as file:
+        np.save(file, np.stack([bounds for _, bounds in grouped]))
+    counts = Counter(read_json(folder / "read.json")[2])
+    counts["documents held out"] = int(held_out[first].sum())
+    for name in ("keys.bin", "shares.bin", "read.json"):
+        (folder / name).unlink(missing_ok=True)
+    files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.[bn]*"))}
+    with whole_file(folder / "meta.json") as file:
+        file.write(json.dumps({"made_of": made_of, "counts": counts, "files": files}).encode())
 
 
 def group_anchors(cluster, held_out, anchor, first, K):
     """A store's columns, one clustering -> order (anchors,) uint32, bounds (4 K + 1,) int64.
+
     order[bounds[k]:bounds[k + 1]] are the anchors, in rising order, of group k: the training ones
-    of cluster 0 that next-sentence variants can use (one follows in the document, and that has 4 or
-    more), its others, those of cluster 1, ...; from 2 K on the held-out ones."""
+    of cluster 0 that are followed (by a sentence, in a document of 4 or more), its others, those of
+    cluster 1, ...; from 2 K on the held-out ones.
+    """
     ends = np.append(first[1:], len(anchor))
     followed = np.repeat(ends - first >= 4, ends - first)
     followed[ends - 1] = False

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import common
 from common import InputError, SOLO, TINY, whole_file
-from corpus import _build, hash_share
-from data import (Examples, MAX_TOKENS, Task, _balanced, _shuffled, _usable, compile_template,
-                  decoder_targets, fill_template, template_fields, tokenize)
+from corpus import Document, build_from, hash_share
+from data import (Examples, MAX_TOKENS, Task, balanced, compile_template, decoder_targets,
+                  fill_template, shuffled, template_fields, tokenize, usable_clusters)
 from hub import archive_member, download
 from tables import read_table
 
@@ -300,12 +301,12 @@ def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, embed=No
     path = Path(path)
     task = own_task(path, LabeledTask("", "").template)
 
-    def read(counts):
+    def read(path, counts):
         for label, fields in read_rows(path, task):
             counts["bytes"] += len(fields["text"].encode())
-            yield hash_share([fields["text"]]), [fields["text"]], label
+            yield Document(hash_share([fields["text"]]), [fields["text"]], label)
     options = {"words": list(task.words), "clusters": clusters, "seed": seed}
-    return _build(cache, [path], read, options, tokenizer, t5, model, embed, progress, ranks)
+    return build_from(cache, [path], read, options, tokenizer, t5, model, embed, progress, ranks)
 
 
 class LabeledIndex:
@@ -331,16 +332,16 @@ class LabeledIndex:
                 self.rows[split, name] = np.split(rows[np.argsort(group, kind="stable")],
                                                   np.cumsum(counts)[:-1])
                 lacking = np.maximum(need - counts, 0).reshape(clusters, K).sum(1)
-                self.usable[split, name] = _usable(
+                self.usable[split, name] = usable_clusters(
                     f"{name}: {split} texts", lacking, f"{need} of each label",
                     1 + (mixing and split == "train"))
 
 
-def labeled_task(index, seed, step, i, *, variant=None, split="train", stream, avoid=()):
+def labeled_task(index, seed, step, i, *, variant=None, split="train", stream="task", avoid=()):
     """As meta_task, of a LabeledIndex: one cluster of one labeled set, which is the variant.
     Labels are balanced in each set, no text is in both.
     `A fine film. It was <extra_id_0> ?</s>` -> `great`"""
-    rng = np.random.default_rng((seed, step, i, stream))
+    rng = common.rng(seed, step, i, stream)
     drawn = index.variants[rng.integers(len(index.variants))]
     variant = variant or drawn
     store, words = index.stores[variant], index.words[variant]
@@ -348,11 +349,11 @@ def labeled_task(index, seed, step, i, *, variant=None, split="train", stream, a
     if not len(usable):
         raise InputError(f"{variant}: one usable {split} cluster, mixing needs two: give more rows")
     cluster, K = int(rng.choice(usable)), len(words)
-    texts = [_shuffled(rng, rows)
+    texts = [shuffled(rng, rows)
              for rows in index.rows[split, variant][cluster * K:(cluster + 1) * K]]
     sets = []
     for n in index.sizes:
-        labels = _balanced(rng, K, n)
+        labels = balanced(rng, K, n)
         rows = [next(texts[label]) for label in labels]
         ids = [fill_template(index.parts, {"text": store.sentence(r).tolist()}, index.max_tokens)[0]
                for r in rows]

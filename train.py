@@ -56,6 +56,8 @@ class Training:
     prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)", most=10 ** 4)
     max_tokens: int = knob(412, "text tokens of an example (Table 6: 512 with P)", most=10 ** 5)
     method: str = knob("supmer", "what to learn with", choices=tuple(METHODS), first=True)
+    variants: tuple = knob(data.PAPER_VARIANTS, "kinds of meta task; hidden is ours",
+                           choices=tuple(data.VARIANTS))
     only: str = knob("", "tasks of one format (Table 4)", choices=("", *data.FORMATS))
     tasks: int = knob(4, "n, tasks in a batch (Table 6)")
     support: int = knob(32, "examples of a support set (Table 6)")
@@ -98,7 +100,8 @@ class Run:
         self.advance = ppt_step if training.method in PLAIN else meta_step
         self.best, self.kept = math.inf, 0          # the lowest validation loss, and its step
         self.held_out = [
-            draw(source, training.seed, 0, i, variant=variant, stream=3, split="validation")
+            draw(source, training.seed, 0, i, variant=variant, stream="validation",
+                 split="validation")
             for draw, source in sources
             for variant in source.variants
             for i in range(training.validation_tasks)]
@@ -120,9 +123,9 @@ class Run:
         for i in range(self.training.tasks):
             chance = rng(*where, i, "labeled").random()
             draw, source = self.sources[-1 if chance < self.training.labeled_share else 0]
-            task = partner = draw(source, *where, i, stream=1)
+            task = partner = draw(source, *where, i)
             if mixes(self.training, self.method):
-                partner = draw(source, *where, i, variant=task.variant, stream=2,
+                partner = draw(source, *where, i, variant=task.variant, stream="partner",
                                avoid=task.clusters)
             pairs.append((task, partner))
         return pairs
@@ -270,7 +273,8 @@ def open_sources(training, method, model_folder, tokenizer, t5, ranks=SOLO):
                          one_per_format=training.one_per_format)
         sources.append((data.meta_task, data.TaskIndex(
             store, tokenizer, **sizes,
-            variants=[name for name in data.VARIANTS if name.startswith(training.only)],
+            variants=[name for name in training.variants
+                      if training.only in ("", data.VARIANTS[name].format)],
             recast=UNIFIED if training.method == "unified-ppt" else {})))
         made_of |= store.meta["made_of"]
     if training.labeled:

@@ -31,6 +31,7 @@ from common import InputError
 from corpus import documents
 from data import TaskIndex, load_tokenizer
 from dataclasses import asdict
+from itertools import repeat
 from pathlib import Path
 from safetensors.torch import save_file
 from t5 import load_t5
@@ -112,9 +113,9 @@ def of_corpora(folder, _):
     with tarfile.open(folder / "e.tar.xz", "w:xz") as packed:
         packed.add(folder / "a.txt", "a.txt")
     for path in sorted(folder.iterdir()):
-        yield tries(path, lambda path=path: list(documents([path])))
+        yield tries(path, lambda path=path: list(documents(path)))
     (folder / "f.jsonl").write_text('{"text": "a", "paragraphs": ["a", "b"]}')
-    yield tries(folder / "f.jsonl", lambda: list(documents([folder / "f.jsonl"])), variants)
+    yield tries(folder / "f.jsonl", lambda: list(documents(folder / "f.jsonl")), variants)
 
 
 def of_tasks(folder, _):
@@ -277,7 +278,7 @@ def saved(value):
 def read_tar(path):
     """What both readers of tars do with one."""
     if path.name[0] == "c":
-        return list(documents([path]))
+        return list(documents(path))
     return hubs.archive_member(path, "superglue/CB/val.jsonl")
 
 
@@ -302,9 +303,9 @@ def read_prompt(path):
     (read_tar, "a.tar", bent(tarfile.FIFOTYPE), "is not a whole archive"),
     (read_tar, "a.tar", bent(tarfile.GNUTYPE_LONGNAME, size=1 << 21), "is not a whole archive"),
     (read_tar, "c.tar.xz", bent(tarfile.XHDTYPE, size=1 << 26, packed=True), "a header of 67,108,"),
-    (read_tar, "c.tar", with_bit(TWO, 1024 + 150), "damaged or incomplete"),
+    (read_tar, "c.tar", with_bit(TWO, 1024 + 150), "is not readable text"),
     (read_tar, "a.tar", with_bit(TWO, 1024 + 150), "is not a whole archive"),
-    (read_tar, "c.tar", TWO[:1024], "damaged or incomplete"),
+    (read_tar, "c.tar", TWO[:1024], "is not readable text"),
     (read_pickle, "p", b"\x80\x02r\xff\xff\xff\x7f.", "no .* values"),
     (read_pickle, "p", b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".", "but only"),
     (read_pickle, "p", pickle.dumps((["\ud800"], [0])), "surrogates"),
@@ -366,15 +367,16 @@ def test_memory_is_bounded_whatever_a_file_claims(tmp_path):
             call(*arguments)
 
     def work():
-        assert sum(len(text) for text, in documents([tmp_path / "line.txt"])) == 10 ** 8
+        assert sum(len(text) for text, in documents(tmp_path / "line.txt")) == 10 ** 8
         for name in ("line.jsonl", "bomb.jsonl.gz"):
-            told(list, documents([tmp_path / name]))
+            told(list, documents(tmp_path / name))
         told(hubs.archive_member, tmp_path / "bomb.zip", "superglue/CB/val.jsonl")
         told(load_t5, model)
 
     def empty():
-        corpus_module._write_text(tmp_path, lambda counts: ((0.5, [], None) for _ in range(10 ** 6)),
-                         tokenizer, lambda *_: None)
+        nothing = corpus_module.Document(0.5, [])
+        corpus_module.write_text(tmp_path, [tmp_path], lambda *_: repeat(nothing, 10 ** 6), tokenizer,
+                                 lambda *_: None)
 
     def limited(more):
         pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -11,7 +11,7 @@ import pytest
 
 import exercises
 import supmer
-from data import VARIANTS
+from data import PAPER_VARIANTS
 
 HERE = Path(supmer.__file__).resolve().parent
 MODULES = sorted(path.stem for path in HERE.glob("*.py")
@@ -107,8 +107,8 @@ def test_each_module_shows_its_concept(capsys):
     for line in shown["t5"].splitlines():
         shares = [float(share) for share in re.findall(r"0\.\d\d", line)]
         assert len(shares) == 5 and shares == sorted(shares, reverse=True) and shares[0] > 0.2
-    assert all(f"{variant}, anchors of cluster" in shown["data"] for variant in VARIANTS)
-    assert shown["data"].count("</s> -> ") == 4 * len(VARIANTS) and "[centroid " in shown["data"]
+    assert all(f"{variant}, anchors of cluster" in shown["data"] for variant in PAPER_VARIANTS)
+    assert shown["data"].count("</s> -> ") == 4 * len(PAPER_VARIANTS) and "[centroid " in shown["data"]
     inertia = [float(line.rpartition(" ")[2]) for line in shown["kmeans"].splitlines()]
     assert len(inertia) > 3 and all(later < earlier for earlier, later in zip(inertia, inertia[1:]))
     assert inertia[-1] == pytest.approx(2, abs=0.05)      # of two unit normals around each centre

@@ -236,8 +236,8 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
     index = tasks.LabeledIndex({"set": store}, tokenizer, support=7, query=3)
     for step in range(20):
         split = ("train", "validation")[step % 2]
-        task = tasks.labeled_task(index, 0, step, 0, stream=1, split=split)
-        partner = tasks.labeled_task(index, 0, step, 0, stream=2, avoid=task.clusters)
+        task = tasks.labeled_task(index, 0, step, 0, split=split)
+        partner = tasks.labeled_task(index, 0, step, 0, stream="partner", avoid=task.clusters)
         assert task.variant == "set" and partner.clusters != task.clusters
         sources = []
         for examples, n in ((task.support, 7), (task.query, 3)):
@@ -250,7 +250,7 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
             assert set(counts) == {"good", "bad", "so-so"} and max(counts.values()) <= n // 3 + 1
         assert len(set(sources)) == 10 and len({text[:2] for text in sources}) == 1
     again = tasks.labeled_task(tasks.LabeledIndex({"set": store}, tokenizer, support=7, query=3),
-                              0, 19, 0, stream=1, split="validation")
+                              0, 19, 0, split="validation")
     assert again.support.ids == task.support.ids and again.query.ids == task.query.ids
     says = r"set: validation texts: .* 40 of each label, each one lacks (\d+, ){2}\d+: give more"
     with pytest.raises(InputError, match=says):
@@ -260,4 +260,4 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
     with pytest.raises(InputError, match="set: train texts: at least 2 .* lacks 0, 12, 12"):
         tasks.LabeledIndex(one, tokenizer, support=7, query=3, mixing=True)
     with pytest.raises(InputError, match="set: one usable train cluster, mixing needs two"):
-        tasks.labeled_task(index, 0, 0, 0, stream=2, variant="set", avoid=tuple(range(99)))
+        tasks.labeled_task(index, 0, 0, 0, stream="partner", variant="set", avoid=tuple(range(99)))

@@ -159,14 +159,14 @@ def test_meta_training_on_a_planted_corpus(tmp_path):
     values = {name: value for name, (value, _) in train.TINY_VALUES.items()}
     method = from_settings(supmer.Method, values | {"steps": 3})
     state = supmer.init_state(supmer.init_prompt(t5, 20, 0), method)
-    held = [meta_task(index, 0, 0, i, variant=variant, split="validation", stream=3)
+    held = [meta_task(index, 0, 0, i, variant=variant, split="validation", stream="validation")
             for variant in variants for i in range(6)]
     before = train.validate(t5, state, held, method)
     for step in range(3):
         pairs = []
         for i, variant in enumerate(variants):
-            task = meta_task(index, 0, step, i, variant=variant, stream=1)
-            pairs.append((task, meta_task(index, 0, step, i, variant=variant, stream=2,
+            task = meta_task(index, 0, step, i, variant=variant)
+            pairs.append((task, meta_task(index, 0, step, i, variant=variant, stream="partner",
                                           avoid=task.clusters)))
         supmer.meta_step(t5, state, pairs, method, 0)
     after = train.validate(t5, state, held, method)

@@ -17,7 +17,7 @@ import run_folder
 import train
 from common import InputError
 from conftest import (ended, log_without_times, make_run, run_train, sentence, start_train)
-from data import VARIANTS
+from data import PAPER_VARIANTS
 
 VALIDATION = {"loss_before": 9.0, "step_size": 0.05, "queries": 1, "variants": {}}
 
@@ -51,8 +51,8 @@ def test_each_step_is_logged_with_what_explains_it(small_world):
     assert first["b"] == 0 and first["lambda"] == [0.0, 0.0]
     assert second["step"] == 2 and second["b"] > 0
     assert second["step_size"] == pytest.approx(0.05, rel=1e-3)
-    assert set(validation["validation"]["variants"]) == set(VARIANTS)
-    assert validation["validation"]["queries"] == 4 * len(VARIANTS)
+    assert set(validation["validation"]["variants"]) == set(PAPER_VARIANTS)
+    assert validation["validation"]["queries"] == 4 * len(PAPER_VARIANTS)
 
 
 def test_the_lowest_validation_loss_is_kept(small_world, monkeypatch):
@@ -107,7 +107,7 @@ def test_the_screen_shows_what_differs_from_the_paper(small_world):
     settings, rest = said.split("corpus: ", 1)
     assert len(settings.splitlines()) <= 12 and "relative_step 0.05" in settings
     assert "micro_tokens" not in settings
-    assert all(f"\n{variant} " in rest for variant in VARIANTS)
+    assert all(f"\n{variant} " in rest for variant in PAPER_VARIANTS)
     assert "broken" not in said and "python eval.py --prompt shown" in rest
 
 
@@ -156,7 +156,7 @@ def test_labeled_sets_are_mixed_in(small_world, tmp_path):
     drawn = [variant for line in log for variant in line.get("variants", ())]
     assert status == 0, said
     assert len(drawn) == 20 and 2 <= drawn.count("topics.csv") <= 12
-    assert set(log[0]["validation"]["variants"]) == {*VARIANTS, "topics.csv"}
+    assert set(log[0]["validation"]["variants"]) == {*PAPER_VARIANTS, "topics.csv"}
     status, said = run_train(folder, *options, "--labeled-share", "1", "--steps", "1",
                              "--corpus", "nowhere", "--run", "labeled")
     assert status == 0, said

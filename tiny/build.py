@@ -34,7 +34,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import TINY, InputError, Parser, fingerprint, reading, run_script, whole_file
 from corpus import build_store, embed_sentences
-from data import (RELATIONS, TEMPLATES, VARIANTS, WORDS, TaskIndex, compile_template, fill_template,
+from data import (PAPER_VARIANTS, VARIANTS, TaskIndex, compile_template, fill_template,
                   load_tokenizer, meta_task, padded)
 from kmeans import kmeans
 from supmer import Method, measure, score
@@ -251,9 +251,10 @@ class Lessons:
         self.phrasings = [[pieces(half) for half in phrasing.split("{}")] for phrasing in PHRASINGS]
         self.opposites = [[pieces(word)[0] for word in pair] for pair in OPPOSITES]
         self.grades = [pieces(word)[0] for word in SENTIMENT[5]]
-        self.parts = {variant: compile_template(tokenizer, TEMPLATES[variant[:2]])
-                      for variant in VARIANTS}
-        self.words = {variant: [pieces(word)[0] for word in WORDS[variant]] for variant in VARIANTS}
+        self.parts = {variant: compile_template(tokenizer, VARIANTS[variant].template)
+                      for variant in PAPER_VARIANTS}
+        self.words = {variant: [pieces(word)[0] for word in VARIANTS[variant].words]
+                      for variant in PAPER_VARIANTS}
 
     def phrasing(self, rng):
         """What one of PHRASINGS has before and after the text: two lists of ids."""
@@ -365,16 +366,17 @@ class Lessons:
     def anchor_task(self, rng, variant, hard):
         """A lesson of one of data.VARIANTS. Where it is easy, texts are shorter and nearer, and no
         wrong choice is of the same document."""
-        pool, form, words = self.pool, variant[:2], self.words[variant]
+        pool, entry, words = self.pool, VARIANTS[variant], self.words[variant]
+        form, followed = entry.format, entry.followed
         cap = int(rng.choice([16, 24, 32, 40] if rng.random() < hard else [8, 12, 16, 24]))
-        relations, followed = RELATIONS[variant], variant.endswith("next")
+        relations = entry.beside[0] if entry.choice else entry.beside
         if form == "mc" and rng.random() > hard:
             relations = ["far" if kind == "near" else kind for kind in relations]
         drawn, target, vectors = [], [], []
         for i in range(min(60, 2600 // ({"sp": 2, "mc": 5, "ss": 1}[form] * cap + 14))):
             row = int(rng.choice(pool.followed)) if followed else self.anchor(rng)
             label = i % len(words)
-            kinds = [relations[label]] if form == "sp" else [*rng.permutation(relations[1:])]
+            kinds = [*relations[label]] if form == "sp" else [*rng.permutation(relations[1:])]
             if form == "mc":
                 kinds.insert(label, relations[0])
             texts = [self.beside(rng, row, kind, cap, hard) for kind in kinds]
@@ -806,7 +808,8 @@ def anchor_gate(t5, tokenizer, folder, corpus, work, count=20):
         store = build_store(cache, [corpus], tokenizer, t5, 16, 0, model=folder)
         index, found = TaskIndex(store, tokenizer, support=16, query=16, max_tokens=128), []
         for variant in ANCHORS:
-            tasks = [meta_task(index, SEED, 0, i, variant=variant, split="validation", stream=3)
+            tasks = [meta_task(index, SEED, 0, i, variant=variant, split="validation",
+                               stream="validation")
                      for i in range(count)]
             sets = [part for task in tasks for part in (task.support, task.query)]
             found.append(f"{variant} {accuracy(t5, sets):.1f}")

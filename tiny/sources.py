@@ -234,7 +234,7 @@ def read_text(path):
     """A file of text -> [(hash_share, rating, category, paragraphs)], read_records's or a .txt's.
     The rated ones first, then by hash_share, until SOURCE_BYTES; equal texts count once."""
     if path.suffix == ".txt":
-        records = ((0, "", paragraphs) for paragraphs in documents([path]))
+        records = ((0, "", paragraphs) for paragraphs in documents(path))
     else:
         records = read_records(path)
     known = {hash_share(record[2]): record for record in records}
