@@ -273,12 +273,15 @@ def test_padding_changes_nothing(config):
 
 
 def test_masked_keys_get_nothing():
-    """However large its score, a masked key weighs 0. The others share 1, in the scores' dtype."""
+    """However large its score, a masked key weighs 0. The others share 1, in the scores' dtype. A
+    bias is not rounded to it."""
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         scores = torch.tensor([[[[1e9, 2., 2., -1e9]]]], dtype=dtype)
         bias = T.padding_bias(torch.tensor([[False, True, True, False]]), torch.float32)
         p = T.attention_weights(scores, bias)
         assert p.dtype == dtype and p.flatten().tolist() == [0, 0.5, 0.5, 0]
+    narrow, bias = torch.zeros(2).bfloat16(), torch.tensor([100., 100.2])      # its ulp is 0.5
+    assert relative(T.attention_weights(narrow, bias).float(), bias.softmax(0)) < 1e-2
 
 
 @BOTH
