@@ -11,7 +11,7 @@ from prompts import load_prompt
 from studies import PRETRAINED, pretrained_run
 from supmer import REGULARIZERS
 from t5 import model_fingerprint
-from tasks import GROUPS, LabeledTask, TASKS, find, locate
+from tasks import GROUPS, LabeledTask, TASKS, find, locate, own_task
 
 
 # What "newest" is without a finished run of one's own.
@@ -42,8 +42,8 @@ def plans(settings):
     """The tasks to run -> [Plan], {task that is not run: why}. Training files are fetched; a test
     file is only looked for. Raises InputError for a task that is asked for by its own name."""
     if settings.template:
-        name, words = Path(settings.data[0]).stem, own_words(settings)
-        task = LabeledTask(settings.data[0], settings.data[-1], settings.template, words, 256)
+        name, path = Path(settings.data[0]).stem, settings.data[0]
+        task = own_task(path, settings.template, settings.words, test=settings.data[-1])
         return [Plan(name, shots, task, {name: task}) for shots in settings.shots], {}
     folder, found, absent = settings.data[0], {}, {}
     for group in settings.task:

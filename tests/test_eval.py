@@ -267,10 +267,10 @@ OWN = ["--template", "{text} It was <X> ?", "--model", "small", "--prompt-length
 
 @pytest.mark.parametrize("header", ["label,id,text\n", ""])
 def test_a_task_of_ones_own_and_its_labels(place, capsys, header):
-    """A CSV file with a header or without, three labels as words or numbers, a label word of two
+    """A CSV file with a header or without, three labels by name, a label word of two
     pieces: tuned, tested on the rows that were not sampled. The tuned prompt then labels texts,
     with probabilities over the three; those of the two pieces are multiplied."""
-    labels = {"bad": "terrible", "good": "1", "warm": "good warm"}
+    labels = {"bad": "terrible", "good": "great", "warm": "good warm"}
     lines = [f"{label},{'7,' * bool(header)}{word} {a} {b}" for word, label in labels.items()
              for a in FILLER[:3] for b in FILLER[3:6]]
     Path("my.csv").write_text(header + "\n".join(lines) + "\n")

@@ -38,8 +38,9 @@ def test_templates_and_words_literally():
     """What T5 reads of an example of each task, as the authors released their templates."""
     row = {"hypothesis": "h", "premise": "p", "text": "s", "sentence": "s", "question": "q",
            "sentence1": "s1", "sentence2": "s2", "word": "w", "a": "a", "b": "b"}
+    known = {name: task for name, task in TASKS.items() if task.groups}
     shown = {name: (task.template.replace("<X>", "X").format(**row), " ".join(task.words))
-             for name, task in TASKS.items()}
+             for name, task in known.items()}
     sentiment = ("s It was X ?", "terrible great")
     assert shown == {
         **dict.fromkeys(("sst2", "mr", "cr", *tasks.GROUPS["dg"], *tasks.GROUPS["offline"]), sentiment),
@@ -51,7 +52,7 @@ def test_templates_and_words_literally():
         "wic": ('" s1 " / " s2 " Similar sense of "w"? X .', "No Yes"),
         "mrpc": ("Do a and b have the same meaning? X .", "No Yes"),
         "qqp": ("Do a and b have the same meaning? X .", "No Yes")}
-    longer = {name for name, task in TASKS.items() if task.max_tokens == 256}
+    longer = {name for name, task in known.items() if task.max_tokens == 256}
     assert longer == {"cr", "subj", "cb", "rte", "wic", *tasks.GROUPS["dg"]}
 
 
@@ -60,7 +61,7 @@ def test_label_words_are_one_piece_of_the_official_t5():
     """Each task's words, word-initial, differ in their one piece; a template's quotes and points
     are pieces that T5 knows, its mask is <extra_id_0>."""
     tokenizer = Tokenizer.from_file(os.path.join(SUPMER_DATA, "t5_tokenizer", "tokenizer.json"))
-    for name, task in TASKS.items():
+    for task in (task for task in TASKS.values() if task.groups):
         targets = data.decoder_targets(tokenizer, task.words)
         assert len({piece for _, piece in targets}) == len(task.words)
         parts = data.compile_template(tokenizer, task.template)
