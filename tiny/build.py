@@ -487,8 +487,9 @@ def initial_weights(pool, fitted):
     # the middles of the buckets of distance, the same before and after
     distance = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 9.5, 13.5, 19, 27, 38, 54, 77, 110])
     bias = p["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
-    bias[:16, 0], bias[16:, 0] = -3 * (1 + distance).log(), -18
-    bias[:16, 1] = bias[16:, 1] = -0.25 * distance
+    bias[:16, 0] = -3 * (1 + distance).log()
+    bias[16:, 0] = -18
+    bias[:, 1] = -0.25 * distance.repeat(2)
     return p
 
 
@@ -500,12 +501,14 @@ def initial_tables(pool, fitted, rng):
     table, head = torch.zeros(V, D), torch.randn(V, D, generator=rng) * 0.1
     table[:, :S] = torch.cat([2.5 * meaning, 3 * sentiment], 1)
     table[:, :S] -= pool.share @ table[:, :S]                   # the average text means nothing
-    table[:, ONE], table[:, FREQUENCY] = 8, logs
+    table[:, ONE] = 8
+    table[:, FREQUENCY] = logs
     table[:, REST:] = 0.4 * torch.randn(V, D - REST, generator=rng)
     sentinels = torch.randn(100, D - REST, generator=rng)
     table[V - 100:, REST:] = 8 * F.normalize(sentinels, dim=1)
     marks = [pool.pieces.index(f"▁{letter}") for letter in "ABCD"] + [MASK]
-    table[marks, :S], table[marks, LETTER:MINE] = 0, 12 * torch.eye(5)
+    table[marks, :S] = 0
+    table[marks, LETTER:MINE] = 12 * torch.eye(5)
     seen = torch.from_numpy(pool.counts > 30)[:, None]
     head[:, :S] = torch.cat([8 * F.normalize(direction, dim=1) * seen, sentiment], 1)
     head[:, ONE] = logs * 0.5
@@ -528,8 +531,9 @@ def give_roles(p, name, block):
     last = rows_of(3)
 
     def seek(row, dims, query, key):        # whatever asks finds what has most (least) in dims
-        q[row], k[row] = 0, 0
-        q[row, ONE], k[row, dims] = query, key
+        q[row] = k[row] = 0
+        q[row, ONE] = query
+        k[row, dims] = key
 
     def compare(first, stop, scale):        # head 3 finds what is like it in these dimensions
         q[last] = 0
@@ -538,19 +542,19 @@ def give_roles(p, name, block):
 
     def copy(head, source, target, scale):  # what is found gives its five dimensions from source on
         rows = slice(rows_of(head).start, rows_of(head).start + 5)
-        v[rows], o[:, rows] = 0, 0
+        v[rows] = o[:, rows] = 0
         v[rows, source:source + 5] = torch.eye(5)
         o[target:target + 5, rows] = scale * torch.eye(5)
 
     for head in range(3):               # each passes on a third of the meaning, rare pieces first
         rows = rows_of(head)
-        v[rows], o[:, rows] = 0, 0
+        v[rows] = o[:, rows] = 0
         v[rows, rows] = torch.eye(CONFIG.d_kv)
         o[rows, rows] = (3.0 if block == -1 else 0.05) * torch.eye(CONFIG.d_kv)
         if head or block < 0:
             seek(rows.start, FREQUENCY, 0.5, -1)
     if block == 0:
-        q[rows_of(0)], k[rows_of(0)] = 0, 0
+        q[rows_of(0)] = k[rows_of(0)] = 0
         seek(0, slice(LETTER, LETTER + 5), 0.9, 1.2)
         copy(0, LETTER, MINE, 0.5)
     if block >= 0:
@@ -561,7 +565,7 @@ def give_roles(p, name, block):
     if block == -2:
         compare(REST, D, 1.1)
     if block == -1:
-        q[last], k[last] = 0, 0
+        q[last] = k[last] = 0
         seek(last.start, slice(MINE, MINE + 5), 0.7, -1.4)
         copy(3, VOTE, VOTE, 2)
 
@@ -606,7 +610,8 @@ def teacher_loss(t5, lesson, states, y, pool, to_teacher):
     """Distance of the mean states from the teacher's vectors, of their cosines among each other
     from the teacher's, and of the words at <X> from those near it -> loss, mean cosine."""
     h = mean_states(states, *lesson["span"])                                        # (B, d)
-    h, taught = h - h.mean(0).detach(), torch.from_numpy(pool.taught[lesson["rows"]])
+    h = h - h.mean(0).detach()
+    taught = torch.from_numpy(pool.taught[lesson["rows"]])
     cosine = F.cosine_similarity(h @ to_teacher, taught, dim=-1).mean()
     unit, off = F.normalize(h, dim=-1), ~torch.eye(len(h), dtype=torch.bool)
     loss = 1 - cosine + 10 * (unit @ unit.T - taught @ taught.T)[off].square().mean()
@@ -730,7 +735,9 @@ def train(pool, tokenizer, work, tasks, steps, dtype):
     p = initial_weights(pool, fit_embeddings(pool))
     p = {name: value.requires_grad_() for name, value in p.items()}
     lessons = Lessons(pool, tokenizer, p["shared.weight"].detach().clone())
-    optimizers, state, begin, smooth = make_optimizers(p, dtype), work / f"state-{steps}.pt", 0, {}
+    optimizers = make_optimizers(p, dtype)
+    state = work / f"state-{steps}.pt"
+    begin, smooth = 0, {}
     if state.exists():
         with reading(state, "a training's state", remedy="delete it, training starts again"):
             begin, clustered, values, *moments = torch.load(state, weights_only=True)
@@ -844,7 +851,8 @@ def build(data, tiny, work, steps, dtype):
              and path.name.split(".")[0] not in LEFT_OUT]
     if not files:
         raise InputError(f"{data} has no text: put .txt, .jsonl or .jsonl.gz files there")
-    out, made_of, key = work / "out", work / "made_of", fingerprint(files).encode()
+    out = work / "out"
+    made_of, key = work / "made_of", fingerprint(files).encode()
     if made_of.exists() and made_of.read_bytes() != key:
         raise InputError(f"{work} was made of other text: give another --work, or delete it")
     write(made_of, key)
