@@ -1768,6 +1768,15 @@ def test_rate_is_chosen_by_hand():
     assert sorted(reversed(order), key=tuning.preference) == order
 
 
+def test_validation_loss_by_hand():
+    """Log p of (1, 2) and (3, 1) nats for the label's word and the other one: a loss of 2 over the
+    vocabulary, and log(1 + e^-1), log(1 + e^2) over the words alone; one of two is right."""
+    scores, labels = torch.tensor([[-1.0, -2.0], [-3.0, -1.0]]), torch.tensor([0, 0])
+    words = (math.log1p(math.exp(-1)) + math.log1p(math.exp(2))) / 2
+    assert tuning.loss_and_accuracy(scores, labels, False) == pytest.approx((2, 50))
+    assert tuning.loss_and_accuracy(scores, labels, True) == pytest.approx((words, 50))
+
+
 def test_standard_deviation_is_the_samples():
     """Accuracies of 60, 70, 80 % have mean 70 and standard deviation 10 (n - 1), not 8.16."""
     assert evaluation.figure([60.0, 70.0, 80.0]) == "70.0 ± 10.0"
