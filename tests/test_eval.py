@@ -94,6 +94,8 @@ def test_first_test_rows_are_fixed(place):
     right = sum(a == b for a, b in zip(row["predictions"], row["labels"], strict=True))
     assert (row["rows"], row["of"], len(row["labels"])) == (7, 40, 7)
     assert row["accuracy"] == pytest.approx(100 * right / 7)
+    usual, = accuracies("one.json", prompt="most frequent label", kind="untuned")
+    assert usual == pytest.approx(100 * max(row["labels"].count(label) for label in (0, 1)) / 7)
 
 
 def a_test(task, prompt, accuracy, shots=16, kind="tuned"):
