@@ -253,15 +253,15 @@ def build_from(cache, files, read, options, tokenizer, t5, model, embed, progres
         waiting = "waiting for the process that makes the same store"
         lock = one_process(folder, lambda: progress(waiting, 0, None)) if first else nullcontext()
         with lock:
-            ranks.wait()
+            ranks.gather(None)
             if not ranks.gather(whole.exists())[0]:     # nor was it made while we waited
                 if first:
                     _prepare(folder, files, read, options, tokenizer, progress)
-                ranks.wait()
+                ranks.gather(None)
                 _cluster(folder, options, t5, embed, progress, ranks)
                 if first:
                     _finish(folder, made_of, options, progress)
-    ranks.wait()
+    ranks.gather(None)
     return open_store(folder, made_of)
 
 
@@ -465,7 +465,7 @@ def _cluster(folder, options, t5, embed, progress, ranks):
             raise InputError("sentence embeddings are not finite: the model's weights are damaged")
         if ranks.rank == 0:
             _fit(path, points.to(device), K, seeds, progress)
-        ranks.wait()
+        ranks.gather(None)
     n, row = len(anchor), 4 * len(seeds)                    # bytes
     with open(folder / "cluster.bin", "ab") as file:        # only rank 0 writes
         done = ranks.gather(min(file.tell() // row // CHUNK * CHUNK, n))[0]

@@ -167,7 +167,7 @@ class Run:
                 if signals or late or self.finished():
                     self.save()
                     saved = time.monotonic()
-        self.ranks.wait()                           # no rank ends before the first one has saved
+        self.ranks.gather(None)                           # no rank ends before the first one has saved
         return signals[0] if signals and not self.finished() else None
 
     def validate(self):
