@@ -27,7 +27,7 @@ from supmer import Method
     ("--dtype float16", "invalid choice: 'float16'"),
     ("--method pt", "'unified-ppt'"),
     ("--only xx", "invalid choice: 'xx'"),
-    ("--device nonsense", "--device nonsense: choose auto, cpu, cuda or"),
+    ("--device nonsense", "--device nonsense is not available"),
     ("--device cuda:99", "--device cuda:99 is not available"),
     ("--max-minutes 0", "0 must be above 0"),
     ("--examples 9 --steps 3", "leave --steps away"),
