@@ -82,6 +82,7 @@ def read_json(path, most=1 << 26):
 @contextmanager
 def whole_file(path):
     """Open a binary file that replaces `path` when the block ends: whole, or not at all."""
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -142,8 +143,12 @@ class Ranks(NamedTuple):
     def gather(self, value):
         """The values of all ranks, in their order; also a barrier."""
         values = [value] * self.world
-        if self.world > 1:
-            distributed.all_gather_object(values, value)
+        try:
+            if self.world > 1:
+                distributed.all_gather_object(values, value)
+        except RuntimeError as error:
+            raise InputError(f"rank {self.rank}: another rank stopped ({first_line(error)})"
+                             ) from None
         return values
 
 

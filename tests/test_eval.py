@@ -405,7 +405,7 @@ def test_a_study_makes_the_runs_that_are_missing(place, monkeypatch, capsys):
     ([*SMALL, "--data", "nowhere", "--prompt", "vocab"], "there is no such folder"),
     ([*OWN, "--data", "my.csv", "--words", "bad,bad"], "two or more that differ"),
     ([*OWN, "--data", "none.csv", "--words", "bad,good"], "none.csv"),
-    ([*OWN, "--data", "my.csv", "--words", "bad,good"], "my.csv, line 3"),
+    ([*OWN, "--data", "my.csv", "--words", "bad,good"], "my.csv has the labels 0 (1 rows), 1 (1 rows), 2 (1 rows); give two"),
     (["--predict", "my.csv", "--prompt", "my.csv"], "my.csv is not a result of eval.py")])
 def test_mistakes_end_in_one_line(place, monkeypatch, capsys, argv, said):
     """What the user got wrong is one line on stderr that names it, with exit status 2."""
