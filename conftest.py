@@ -319,7 +319,7 @@ def by_topic(tokenizer):
     return lambda ids, mask: torch.eye(5)[ids[:, 0] - first]
 
 
-def planted_paths(folder, documents=200, length=40):
+def planted_paths(folder, documents=280, length=40):
     path = folder / "corpus.jsonl"
     lines = [json.dumps({"text": " ".join(sentence(d, s) for s in range(length))})
              for d in range(documents)]
@@ -333,9 +333,9 @@ def held_out_documents(store):
 
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory):
-    """200 documents of 40 sentences on five topics -> (tokenizer, store, index)."""
+    """280 documents of 40 sentences on five topics -> (tokenizer, store, index)."""
     folder = tmp_path_factory.mktemp("planted")
-    words = [*(f"T{i}" for i in range(5)), *(f"d{i}" for i in range(200)),
+    words = [*(f"T{i}" for i in range(5)), *(f"d{i}" for i in range(280)),
              *(f"s{i}" for i in range(40)), "end."]
     model, tokenizer = write_model(folder / "model", words + TEMPLATE_WORDS)
     store = corpus_module.build_store(folder / "store", planted_paths(folder), tokenizer, None, 5, 0,

@@ -1313,15 +1313,15 @@ def test_each_variant_says_what_the_corpus_says(planted, variant):
 
 
 LITERAL = {     # of the first task: the first support example
-    "sp-next": ("T4 d182 s15 end. <extra_id_0> . T3 d182 s9 end.</s>", "maybe"),
-    "sp-cluster": ("T4 d187 s35 end. <extra_id_0> . T2 d13 s6 end.</s>", "no"),
-    "mc-next": ("T4 d182 s15 end. ? A. T3 d182 s9 end. B. T3 d47 s19 end. C. T4 d49 s36 end. "
-                "D. T0 d182 s16 end. . Answer: <extra_id_0></s>", "D"),
-    "mc-cluster": ("T4 d187 s35 end. ? A. T1 d197 s22 end. B. T0 d80 s25 end. C. T2 d2 s28 end. "
-                   "D. T4 d54 s1 end. . Answer: <extra_id_0></s>", "D"),
-    "ss-cluster": ("T1 d44 s3 end. ? A. [centroid 3] B. [centroid 4] C. [centroid 2] "
+    "sp-next": ("T1 d255 s31 end. <extra_id_0> . T4 d255 s9 end.</s>", "maybe"),
+    "sp-cluster": ("T1 d263 s5 end. <extra_id_0> . T4 d18 s38 end.</s>", "no"),
+    "mc-next": ("T1 d255 s31 end. ? A. T4 d255 s9 end. B. T4 d65 s29 end. C. T0 d69 s7 end. "
+                "D. T2 d255 s32 end. . Answer: <extra_id_0></s>", "D"),
+    "mc-cluster": ("T1 d263 s5 end. ? A. T0 d276 s23 end. B. T3 d113 s32 end. C. T4 d3 s33 end. "
+                   "D. T1 d74 s33 end. . Answer: <extra_id_0></s>", "D"),
+    "ss-cluster": ("T0 d60 s30 end. ? A. [centroid 3] B. [centroid 4] C. [centroid 2] "
                    "D. [centroid 0] . Answer: <extra_id_0></s>", "D"),
-    "hidden": ("T3 d187 s34 end. <extra_id_0> .</s>", "no")}
+    "hidden": ("T2 d262 s23 end. <extra_id_0> .</s>", "no")}
 
 
 @pytest.mark.parametrize("variant, literal", LITERAL.items())
@@ -1355,7 +1355,7 @@ def test_three_hundred_tasks_are_balanced_and_honest(planted):
     has ways; training tasks hold no held-out document, validation tasks no other; all variants come
     up alike."""
     tokenizer, store, index = planted
-    document_of = {tokenizer.token_to_id(f"d{d}"): d for d in range(200)}
+    document_of = {tokenizer.token_to_id(f"d{d}"): d for d in range(280)}
     held_out, mask = set(held_out_documents(store)), tokenizer.token_to_id(MASK)
     variants, labels, extras = Counter(), {}, Counter()
     for step in range(300):
@@ -1415,7 +1415,7 @@ def test_a_variant_is_one_entry(planted, monkeypatch):
     entry = data.Variant("sp", "{0} <X> . {1}", ("yes", "no"), (("next",), ()))
     monkeypatch.setitem(VARIANTS, "new", entry)
     index = TaskIndex(store, tokenizer, variants=("new",))
-    assert entry.followed and index.pools["train", "sp"].counts(entry).sum() == 190 * 39
+    assert entry.followed and index.pools["train", "sp"].counts(entry).sum() == 270 * 39
     for ids, label in zip(*meta_task(index, 0, 0, 0).support[:4:3]):
         anchor, *others = parsed(tokenizer.decode(ids))
         assert len(others) == (label == 0) and anchor[2] < 39

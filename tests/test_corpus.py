@@ -195,16 +195,26 @@ def test_a_store_holds_the_text_and_the_planted_clusters(planted):
     out, whole; the five topics are found, and centroids are their means; one clustering serves all
     formats."""
     tokenizer, store, index = planted
-    texts = tokenizer.decode_batch([index.store.sentence(i).tolist() for i in range(8000)])
-    assert texts == [sentence(d, s) for d in range(200) for s in range(40)]
-    assert store.first.tolist() == list(range(0, 8000, 40)) and store.anchor.all()
-    held_out, counts = store.held_out.reshape(200, 40), store.meta["counts"]
-    assert (counts["sentences"], counts["documents"]) == (8000, 200)
+    texts = tokenizer.decode_batch([index.store.sentence(i).tolist() for i in range(11200)])
+    assert texts == [sentence(d, s) for d in range(280) for s in range(40)]
+    assert store.first.tolist() == list(range(0, 11200, 40)) and store.anchor.all()
+    held_out, counts = store.held_out.reshape(280, 40), store.meta["counts"]
+    assert (counts["sentences"], counts["documents"]) == (11200, 280)
     assert held_out.all(1).sum() == held_out.any(1).sum() == counts["documents held out"] == 10
-    topics = np.array([(7 * d + s) % 5 for d in range(200) for s in range(40)])
+    topics = np.array([(7 * d + s) % 5 for d in range(280) for s in range(40)])
     for row in range(len(data.FORMATS)):
         assert len(set(zip(topics, store.cluster[row]))) == 5
         assert np.allclose(store.centroids[row][store.cluster[row]], np.eye(5)[topics])
+
+
+def test_a_document_is_held_out_by_its_own_hash():
+    """Below 0.05, and the two lowest where fewer are: of any part of a corpus with two below, the
+    same ones."""
+    shares = np.random.default_rng(0).random(400)
+    chosen = corpus_module.hold_out(shares)
+    assert np.array_equal(chosen, shares < 0.05) and 10 < chosen.sum() < 30
+    assert np.array_equal(corpus_module.hold_out(shares[:300]), chosen[:300])
+    assert corpus_module.hold_out(np.array([0.3, 0.06, 0.9, 0.02])).tolist() == [0, 1, 0, 1]
 
 
 def build(planted, folder, cache="cache", **changes):

@@ -210,7 +210,7 @@ class Document(NamedTuple):
 
 def held_out(share):
     """Whether a document of this hash_share is kept out of all training. Those that train.py holds
-    out, the lowest 5 % of a corpus, are among them."""
+    out, those below 0.05, are among them."""
     return share < 0.07
 
 
