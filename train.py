@@ -335,6 +335,9 @@ def parse(argv):
         raise InputError("--method unified-ppt does not recast labeled sets: leave --labeled away")
     if training.labeled and training.labeled_share == 1:
         training = replace(training, corpus=())
+    formats = {data.VARIANTS[name].format for name in training.variants}
+    if training.corpus and training.only not in ("", *formats):
+        raise InputError(f"--only {training.only}: --variants has none of this format")
     whys = {name: why for name, (_, why) in tiny.items()}
     whys |= dict.fromkeys(preset, f"of {options.ablation or training.method}")
     whys |= dict.fromkeys(given, "given")

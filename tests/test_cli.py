@@ -32,6 +32,7 @@ from supmer import Method
     ("--max-minutes 0", "0 must be above 0"),
     ("--examples 9 --steps 3", "leave --steps away"),
     ("--method metapt", "give --labeled FOLDER"),
+    ("--only sp --variants hidden mc-next", "--variants has none of this format"),
     ("--method unified-ppt --labeled sets", "leave --labeled away"),
     ("--resume nowhere", "nowhere/run.json is missing"),
     ("--resume nowhere --steps 3", "add nothing but --yes"),
