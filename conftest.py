@@ -1,55 +1,59 @@
 """Fixtures and small worlds that several test files share."""
 
-import baselines
-import common
+import os
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # small tensors: a second thread costs time
+
 import contextlib
 import copy
-import corpus as corpus_module
-import data
-import eval as evaluation
 import gzip
 import hashlib
 import http.server
-import huggingface_hub
 import io
-import jobs
 import json
 import math
-import numpy as np
-import os
 import pickle
-import prompts
-import pytest
 import re
 import runpy
 import shutil
 import signal
 import subprocess
-import supmer
 import sys
-import t5 as T
 import tarfile
-import tasks
 import threading
 import time
-import torch
 import traceback
-import train
-import tuning
 import urllib.parse
 import zipfile
-from common import InputError
-from data import TaskIndex, load_tokenizer, meta_task
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import baselines
+import common
+import corpus as corpus_module
+import data
+import eval as evaluation
+import jobs
+import prompts
+import supmer
+import t5 as T
+import tasks
+import train
+import tuning
+from common import InputError
+from data import TaskIndex, load_tokenizer, meta_task
 from supmer import Method
 from t5 import read_config
 from tasks import TASKS
-from tokenizers import Tokenizer, models, pre_tokenizers
-from types import SimpleNamespace
 
 
 try:

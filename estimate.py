@@ -11,7 +11,7 @@ import weakref
 from dataclasses import replace
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode      # it has no public name
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import corpus
 import data

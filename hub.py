@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download, logging, snapshot_download
-from huggingface_hub.errors import (DryRunError, EntryNotFoundError, HFValidationError,
-                                    HTTPError)
+from huggingface_hub.errors import DryRunError, EntryNotFoundError, HFValidationError, HTTPError
 
-from common import InputError, TINY, first_line, reading
+from common import TINY, InputError, first_line, reading
 from t5 import INDEX, SINGLE, read_config
 
 if "HF_HUB_VERBOSITY" not in os.environ:    # the client warns at each retry; we raise at the last

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 import common
-from common import InputError, SOLO, TINY, whole_file
+from common import SOLO, TINY, InputError, whole_file
 from corpus import Document, build_from, hash_share
-from data import (Examples, MAX_TOKENS, Task, balanced, compile_template, decoder_targets,
+from data import (MAX_TOKENS, Examples, Task, balanced, compile_template, decoder_targets,
                   fill_template, shuffled, template_fields, tokenize, usable_clusters)
 from hub import archive_member, download
 from tables import read_table

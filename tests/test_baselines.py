@@ -23,9 +23,9 @@ import train
 import tuning
 from common import InputError
 from conftest import (FILLER, NEGATIVE, PIECES, POSITIVE, SMALL, V11, accuracies, begin,
-    eval_settings, make_run, peak_of, random_task, relative, rows_of, small_config,
-    small_examples, small_state, small_t5, write_run)
-from data import TaskIndex, VARIANTS, meta_task
+                      eval_settings, make_run, peak_of, random_task, relative, rows_of,
+                      small_config, small_examples, small_state, small_t5, write_run)
+from data import VARIANTS, TaskIndex, meta_task
 from supmer import Method
 from t5 import load_t5
 from tasks import TASKS, load_test, task_examples

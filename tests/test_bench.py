@@ -8,8 +8,8 @@ import torch
 import bench
 import supmer
 from common import InputError
-from supmer import Method
 from conftest import Dies, affine_start, needs_transformers, relative
+from supmer import Method
 
 
 @needs_transformers

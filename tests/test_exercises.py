@@ -1,14 +1,16 @@
 """exercises.py: each check accepts the solution and refuses typical mistakes."""
 
-import data
-import exercises
 import math
+import runpy
+from functools import partial
+
 import numpy as np
 import pytest
-import runpy
 import torch
 import torch.nn.functional as F
-from functools import partial
+
+import data
+import exercises
 from conftest import grad, inner
 
 

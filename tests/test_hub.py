@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import eval as evaluation
-import hub as hubs
 import huggingface_hub
 import pytest
+
+import eval as evaluation
+import hub as hubs
 import t5 as T
 import tasks
 from common import InputError

@@ -26,9 +26,9 @@ import eval as evaluation
 import hub
 import tasks
 import train
-from conftest import (ANY, COMMIT, Files, Hub, PLANTED, SMALL, V11, contents, ended, forked,
-                      hub_files, outcome_of, rows_of, run_with_prompt, save_model,
-                      small_config, write_place, write_small_world)
+from conftest import (ANY, COMMIT, PLANTED, SMALL, V11, Files, Hub, contents, ended, forked,
+                      hub_files, outcome_of, rows_of, run_with_prompt, save_model, small_config,
+                      write_place, write_small_world)
 from data import load_tokenizer
 from t5 import load_t5
 

@@ -5,20 +5,21 @@ import json
 import math
 import pickle
 
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
 import eval as evaluation
 import hub as hubs
 import prompts
-import pytest
 import supmer
 import t5 as T
-import torch
-import torch.nn.functional as F
 import train
 from candidates import open_candidate
 from common import InputError
-from conftest import (Evil, SMALL, V11, affine_start, logits, peft, relative, released_files,
+from conftest import (SMALL, V11, Evil, affine_start, logits, peft, relative, released_files,
                       run_with_prompt, save_model, small_config, small_t5, transformers)
-from safetensors.torch import save_file
 from t5 import load_t5
 
 

@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+
 import tasks
 from common import InputError
 from conftest import Evil, write_task

@@ -6,15 +6,16 @@ import os
 import re
 from collections import Counter
 
-import data
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+
+import data
 import tasks
 from common import InputError
 from conftest import FORMATS, SUPMER_DATA, by_topic, needs_data, write_model, write_task
 from data import MASK
 from tasks import TASKS, Row, load_test, load_train
-from tokenizers import Tokenizer
 
 
 # ------------------------------------------------------------------------- the known sets

@@ -16,7 +16,7 @@ import prompts
 import run_folder
 import train
 from common import InputError
-from conftest import (ended, log_without_times, make_run, run_train, sentence, start_train)
+from conftest import ended, log_without_times, make_run, run_train, sentence, start_train
 from data import PAPER_VARIANTS
 
 VALIDATION = {"loss_before": 9.0, "step_size": 0.05, "queries": 1, "variants": {}}
