@@ -40,7 +40,7 @@ class Variant(NamedTuple):
     """A kind of meta task. An entry of VARIANTS says all that is special about it."""
     format: str                 # its clustering in the store, and its group in Table 4
     template: str               # {0} is the anchor; {1}, {2}, ... stand beside it; <X> is the mask
-    words: tuple[str, ...]      # the label words, a piece each
+    words: tuple[str, ...]      # the label words
     beside: tuple = ()          # by label: relations (see Draw.related) of {1}, {2}, ... to {0}
     choice: bool = False        # the first of `beside` is the right one: to the label's place
     ways: int = 1               # clusters of a task; above 1, label k has the k-th one's anchors
@@ -55,7 +55,7 @@ class Variant(NamedTuple):
 
 PAIR, YES_NO = "{0} <X> . {1}", ("yes", "no")
 CHOICE, LETTERS = "{0} ? A. {1} B. {2} C. {3} D. {4} . Answer: <X>", ("A", "B", "C", "D")
-VARIANTS = {
+VARIANTS = {        # the five of section 3.2 and A.2; an anchor is of the task's cluster
     "sp-next": Variant("sp", PAIR, (*YES_NO, "maybe"), (("next",), ("far",), ("near",))),
     "sp-cluster": Variant("sp", PAIR, YES_NO, (("same",), ("other",))),
     "mc-next": Variant("mc", CHOICE, LETTERS, (("next", "near", "far", "far"),) * 4, choice=True),
@@ -114,13 +114,14 @@ def load_tokenizer(path, config):
                  remedy="take the tokenizer.json and the weights of one model"):
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         tokenizer.encode("\ue000")          # fails without <unk>
-        special = [tokenizer.token_to_id(piece) for piece in ("<pad>", "</s>", "<unk>", MASK)]
-        pieces, rows = max(tokenizer.get_vocab().values()) + 1, config.vocab_size
+        vocabulary, rows = tokenizer.get_vocab(), config.vocab_size
+        pieces = max(vocabulary.values()) + 1
+        special = [vocabulary.get(piece) for piece in ("<pad>", "</s>", "<unk>", MASK)]
         # T5 pads its rows to a multiple of 128, and a store keeps ids in 16 bits.
-        if not (special[:3] == [PAD, EOS, UNK] and special[3] and
-                pieces <= rows < min(pieces + 128, 2 ** 16)):
-            raise ValueError(f"{pieces:,} pieces for {rows:,} embeddings; <pad>, </s>, <unk>, "
-                             f"{MASK} are {special}")
+        if not pieces <= rows < min(pieces + 128, 2 ** 16):
+            raise ValueError(f"{pieces:,} pieces for {rows:,} embeddings")
+        if special[:3] != [PAD, EOS, UNK] or special[3] is None:
+            raise ValueError(f"<pad>, </s>, <unk>, {MASK} are {special}")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -283,6 +284,13 @@ class Pool(NamedTuple):
         return self.followed if entry.followed else np.diff(self.start)
 
 
+def pool_of(order, bounds, split):
+    """One clustering's order and bounds in a store -> a split's Pool."""
+    half = len(bounds) // 2             # the training groups come first, then the held-out ones
+    part = bounds[half:] if split == "validation" else bounds[:half + 1]
+    return Pool(order[part[0]:part[-1]], part[::2] - part[0], np.diff(part)[::2])
+
+
 class TaskIndex:
     """What drawing a task needs, made once: a task costs the same whatever the corpus.
 
@@ -295,30 +303,27 @@ class TaskIndex:
     def __init__(self, store, tokenizer, *, support=32, query=32, variants=PAPER_VARIANTS,
                  max_tokens=MAX_TOKENS, recast={}, mixing=False):
         self.store, self.sizes, self.max_tokens = store, (support, query), max_tokens
-        self.variants, self.parts, self.words = tuple(variants), {}, {}
+        self.variants = tuple(variants)
         self.table = {name: (VARIANTS | recast)[name] for name in variants}
-        for name, entry in self.table.items():
-            self.parts[name] = compile_template(tokenizer, entry.template)
-            self.words[name] = decoder_targets(tokenizer, entry.words)
-            if any(len(target) != 2 for target in self.words[name]):
-                raise InputError(f"{', '.join(entry.words)} must be a piece each: take a "
-                                 "T5's tokenizer")
-        self.first = np.append(store.first, len(store.anchor))
+        self.parts = {name: compile_template(tokenizer, entry.template)
+                      for name, entry in self.table.items()}
+        self.words = {name: decoder_targets(tokenizer, entry.words)
+                      for name, entry in self.table.items()}
+        self.first = np.append(store.first, len(store.anchor))          # (documents + 1,)
         held_out = store.held_out[store.first]
         self.documents, self.pools, self.usable = {}, {}, {}
-        for half, split, chosen in ((0, "train", ~held_out), (1, "validation", held_out)):
+        for split, chosen in (("train", ~held_out), ("validation", held_out)):
             rows = np.flatnonzero(chosen)
             lengths = np.diff(self.first)[rows]
             self.documents[split] = rows, np.append(0, np.cumsum(lengths))
-            for order, bounds, form in zip(store.order, store.bounds, FORMATS):
-                part = bounds[half * (len(bounds) // 2):][:len(bounds) // 2 + 1]
-                self.pools[split, form] = Pool(order[part[0]:part[-1]], part[::2] - part[0],
-                                               np.diff(part)[::2])
+            for form, order, bounds in zip(FORMATS, store.order, store.bounds):
+                self.pools[split, form] = pool_of(order, bounds, split)
             for name, entry in self.table.items():
                 pool, wanted = self.pools[split, entry.format], support + query
+                clusters = max(entry.ways, 1 + (mixing and split == "train"))
                 self.usable[split, name] = usable_clusters(
                     f"{name}: {split} sentences", wanted - pool.counts(entry),
-                    f"{wanted} usable ones", max(entry.ways, 1 + (mixing and split == "train")))
+                    f"{wanted} usable ones", clusters)
                 others = len(pool.order) - np.diff(pool.start).max()
                 if others < 3 and "other" in chain(*entry.beside):
                     raise InputError(f"one cluster holds all {split} sentences: ask for more")
@@ -339,15 +344,8 @@ def meta_task(index, seed, step, i, *, variant=None, split="train", stream="task
 
     variant: None draws one of the index's. stream: of common.STREAMS. avoid: the `clusters` of the
     task whose partner in Eq. 4 this one is; its own differ (the index needs mixing). All sentences
-    are of the split. Labels are balanced in each set, and the sets share no anchor. The anchor (s1
-    of a pair, s0 of a choice) is of the task's ONE cluster, or of its label's in ss and hidden.
-    sp-next     s1 <X> . s2                                  yes: adjacent, no: another document,
-                                                             maybe: its document, not adjacent
-    sp-cluster  the same                                     yes: same cluster, no: another
-    mc-next     s0 ? A. s1 B. s2 C. s3 D. s4 . Answer: <X>   the letter of the sentence after s0
-    mc-cluster  the same                                     the letter of the one of s0's cluster
-    ss-cluster  the same, s1..s4 four centroids, as vectors  the letter of s0's
-    hidden      s0 <X> .                                     yes: of one cluster, no: of the other
+    are of the split. Labels are balanced in each set, and the sets share no anchor. VARIANTS says
+    what the sources are and what a label means.
     """
     rng = common.rng(seed, step, i, stream)
     drawn = index.variants[rng.integers(len(index.variants))]       # also if it is given

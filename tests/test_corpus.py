@@ -132,18 +132,14 @@ def test_no_document_is_held_beyond_a_limit(tmp_path, monkeypatch):
     a JSON line is refused."""
     monkeypatch.setattr(corpus_module, "LONGEST", 8)
     (tmp_path / "a.txt").write_text("1234\n5678\n90\n\nabcdefghijkl\n\nok")
-    (tmp_path / "b.txt").write_text("0123456789abcdefgh")
-    with tarfile.open(tmp_path / "c.tar", "w") as plain:
-        plain.add(tmp_path / "b.txt", "b.txt")
+    (tmp_path / "b.tar").write_bytes(tar_of({"b.txt": b"0123456789abcdefgh"}))
+    (tmp_path / "c.jsonl").write_text('{"text": ""}')
     counts = Counter()
-    found = [text for name in ("a.txt", "b.txt", "c.tar")
-             for [text] in documents(tmp_path / name, counts)]
-    parts = ["01234567", "89abcdef", "gh"]
-    assert found == ["1234 5678", "90", "abcdefgh", "ijkl", "ok", *parts, *parts]
-    assert counts["long documents parted"] == 1 + 1 + 2 + 2 and counts["bytes"] == 61
-    (tmp_path / "d.jsonl").write_text('{"text": ""}')
-    with pytest.raises(InputError, match="d.jsonl, line 1 is not a document .8 bytes or more"):
-        list(documents(tmp_path / "d.jsonl"))
+    found = [text for name in ("a.txt", "b.tar") for [text] in documents(tmp_path / name, counts)]
+    assert found == ["1234 5678", "90", "abcdefgh", "ijkl", "ok", "01234567", "89abcdef", "gh"]
+    assert counts["long documents parted"] == 1 + 1 + 2 and counts["bytes"] == 43
+    with pytest.raises(InputError, match="c.jsonl, line 1 is not a document .8 bytes or more"):
+        list(documents(tmp_path / "c.jsonl"))
 
 
 def test_broken_utf8_is_replaced_and_counted(tmp_path):
@@ -160,8 +156,6 @@ def test_broken_utf8_is_replaced_and_counted(tmp_path):
 @pytest.mark.parametrize("name, content, says", [
     ("a.jsonl", b'{"text": "ok"}\n{"text": ', "a.jsonl, line 2 is not a document"),
     ("a.jsonl", b'{"body": "ok"}', "line 1 is not a document"),
-    ("a.jsonl", b'["ok"]', "line 1 is not a document"),
-    ("a.jsonl", b'{"text": 5}', "line 1 is not a document"),
     ("a.jsonl", b'{"paragraphs": "ok"}', "line 1 is not a document (`paragraphs` must be"),
     ("a.jsonl", b'{"paragraphs": ["ok"]}\n{"paragraphs": [1]}', "line 2 is not a document"),
     ("a.txt", "not UTF-8".encode("utf-16"), "a.txt is not readable text (UTF-16"),
@@ -332,21 +326,17 @@ def test_a_store_is_made_once_for_the_same_things(planted, tmp_path):
 
 def test_a_fingerprint_is_of_the_size_and_both_ends(tmp_path):
     """A byte more, one of the first or of the last megabyte changes it; the order of files, too."""
-    whole = bytearray(3 << 20)
-
-    def changed(place):
-        content = whole[:]
-        content[place] = 1
-        return content
-    prints = []
-    for number, content in enumerate((whole, whole + b"\0", changed(0), changed((1 << 20) - 1),
-                                      changed(2 << 20), changed(-1))):
-        (tmp_path / "a").write_bytes(content)
-        prints.append(corpus_module.fingerprint([tmp_path / "a"]))
+    path, whole, prints = tmp_path / "a", bytes(3 << 20), set()
+    for place in (None, 0, (1 << 20) - 1, 2 << 20, (3 << 20) - 1, 3 << 20):
+        content = bytearray(whole)
+        if place is not None:
+            content[place:place + 1] = b"1"             # at 3 << 20 it is one more
+        path.write_bytes(content)
+        prints.add(corpus_module.fingerprint([path]))
     (tmp_path / "b").write_bytes(b"b")
-    for files in ("ab", "ba"):
-        prints.append(corpus_module.fingerprint([tmp_path / name for name in files]))
-    assert len(set(prints)) == 8
+    prints |= {corpus_module.fingerprint([tmp_path / name for name in names])
+               for names in ("ab", "ba")}
+    assert len(prints) == 8
 
 
 def test_reading_stops_after_max_bytes(planted, tmp_path):
@@ -366,14 +356,12 @@ def test_reading_stops_after_max_bytes(planted, tmp_path):
 
 @pytest.mark.parametrize("text, clusters, says", [
     ("", 2, "0 sentences in 0 documents"),
-    ("a a a a\n\nb b b b\n\na b a b", 2, "4 documents"),
     ("\n\n".join(["a a a a", "b b b b", "a b b b", "b a a a"]), 5,
-     "4 sentences in 4 documents, of them 2 different ones to train on; 5 clusters"),
-    ("\n\n".join(["a a a a"] * 9), 2, "9 documents, of them . different .*; 2 clusters and 4"),
-])
+     "4 sentences in 4 documents, of them 2 different ones to train on; 5 clusters and 4 documents"),
+    ("\n\n".join(["a a a a", "b b b b", "a b a b"]), 1, "3 documents, of them 1 different")])
 def test_too_small_a_corpus_is_refused(tmp_path, text, clusters, says):
-    """Empty, fewer sentences than clusters, few documents, all sentences equal: the message says
-    what is there and what is wanted, and nothing is left."""
+    """Empty, fewer sentences than clusters, few documents: the message says what is there and what
+    is wanted, and nothing is left."""
     model, tokenizer = write_model(tmp_path / "m", ["a", "b"])
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(InputError, match=says):
