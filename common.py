@@ -58,8 +58,10 @@ def reading(path, what, *more, remedy="fetch it again"):
     to the parsing of that one file: a bug of ours must stay a traceback. more: beyond DAMAGE."""
     try:
         yield
-    except InputError:
-        raise
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise InputError(f"{path} is missing: it should be {what}") from None
     except (*DAMAGE, *more) as error:

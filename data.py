@@ -19,6 +19,7 @@ import re
 import tempfile
 from itertools import chain, zip_longest
 from pathlib import Path
+from tokenize import TokenError
 from typing import NamedTuple
 
 import numpy as np
@@ -247,20 +248,22 @@ def column(folder, name):
 def open_store(folder, made_of=None):
     """Open a store. Raises InputError if it is damaged or was made of other things than made_of."""
     folder = Path(folder)
-    with reading(folder, "a whole store", remedy="delete it"):
+    # Of a damaged .npy's header numpy raises the last two.
+    with reading(folder, "a whole store", SyntaxError, TokenError, remedy="delete it"):
         meta = json.loads((folder / "meta.json").read_text())
         if any((folder / name).stat().st_size != size for name, size in meta["files"].items()):
             raise ValueError("its files do not fit together")
         other = [key for key in made_of or () if meta["made_of"][key] != made_of[key]]
         columns = {name: column(folder, name) for name in COLUMNS if name in Store._fields}
         columns |= {name: np.load(folder / f"{name}.npy") for name in ("centroids", "bounds")}
+        rows, n = len(columns["bounds"]), len(columns["anchor"])
+        columns["cluster"] = columns["cluster"].reshape(n, rows).T
+        columns["order"] = columns["order"].reshape(rows, -1)
+        for name in ("cluster", "order", "centroids", "bounds"):    # one clustering serves all
+            every = len(FORMATS), *columns[name].shape[1:]
+            columns[name] = np.broadcast_to(columns[name], every)
     if other:
         raise InputError(f"{folder} was built with another {', another '.join(other)}: delete it")
-    rows, n = len(columns["bounds"]), len(columns["anchor"])
-    columns["cluster"] = columns["cluster"].reshape(n, rows).T
-    columns["order"] = columns["order"].reshape(rows, -1)
-    for name in ("cluster", "order", "centroids", "bounds"):    # one clustering serves all formats
-        columns[name] = np.broadcast_to(columns[name], (len(FORMATS), *columns[name].shape[1:]))
     return Store(folder, **columns, meta=meta)
 
 
