@@ -4,7 +4,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # small tensors: a second thread costs time
 
 import contextlib
-import copy
 import gzip
 import hashlib
 import http.server
@@ -26,7 +25,6 @@ import urllib.parse
 import zipfile
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -978,34 +976,6 @@ def tokenizer():
 def corpus():
     with gzip.open(TINY / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
-
-
-MISFITS = [None, True, -1, 0, 3, 2 ** 40, 10 ** 30, 1e300, math.nan, "", "x\ny\x1b[2J", "\ud800",
-           [], {}, [1], {"a": 1}, [[[]]], "long " * 999]
-
-
-def variants(value):
-    """JSON with something MISFITS in each of its places, or without it; nested too deep."""
-    def places(x, path=()):
-        yield path
-        items = x.items() if isinstance(x, dict) else enumerate(x if isinstance(x, list) else ())
-        for key, part in islice(items, 12):
-            yield from places(part, (*path, key))
-    for number, path in enumerate(places(value)):
-        for wrong in MISFITS[number % 3::3]:
-            changed = copy.deepcopy(value)
-            if not path:
-                yield json.dumps(wrong).encode()
-                continue
-            inner = changed
-            for key in path[:-1]:
-                inner = inner[key]
-            inner[path[-1]] = wrong
-            yield json.dumps(changed).encode()
-            if isinstance(inner, dict):
-                del inner[path[-1]]
-                yield json.dumps(changed).encode()
-    yield b"[" * 10 ** 5
 
 
 # Five steps of Alg. 1 on random tasks: s, the query loss, the length of theta after it.
