@@ -1236,7 +1236,7 @@ def test_ids_equal_those_of_transformers():
     """1,000 sources from real sentences with the official tokenizer: ids put together from parts
     equal what transformers gives for the whole string, sentinel and </s> included; and the label
     words are single, word-initial pieces."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     folder = Path(SUPMER_DATA) / "t5_tokenizer"
     tokenizer = data.load_tokenizer(folder, SimpleNamespace(vocab_size=32128))
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"),

@@ -140,14 +140,14 @@ FORMS = ["The {} and the {} were near the {}.", "He saw a {}, then a {} and a {}
 
 
 def test_meta_training_on_a_planted_corpus(tmp_path):
-    """180 documents, each on one of six themes. From a vocabulary prompt, three meta-steps: the
+    """120 documents, each on one of six themes. From a vocabulary prompt, three meta-steps: the
     held-out loss after adaptation falls, adaptation lowers it, and on both same-cluster variants
     the adapted prompt beats chance by three standard errors, its label-word loss ln K."""
     rng, lines = np.random.default_rng(0), []
-    for document in range(180):
+    for document in range(120):
         words = THEMES[document % 6].split()
         sentences = [FORMS[rng.integers(4)].format(*rng.choice(words, 3, replace=False))
-                     for _ in range(14)]
+                     for _ in range(10)]
         lines.append(json.dumps({"text": " ".join(sentences)}))
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
     t5 = load_t5(TINY)

@@ -113,7 +113,7 @@ def test_the_screen_shows_what_differs_from_the_paper(small_world):
 
 def test_a_log_becomes_a_picture(small_world, capsys):
     """--plot draws the log of a run that still works, too: its last line is torn."""
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     run = unfinished(make_run(small_world, "drawn"))
     run.step()
     run.log.write('{"step": 2, "s"')
