@@ -318,10 +318,13 @@ def test_a_store_is_made_once_for_the_same_things(planted, tmp_path):
     for key in ("corpus", "tokenizer", "model", "options"):
         with pytest.raises(InputError, match=f"built with another {key}: delete it"):
             data.open_store(first.folder, first.meta["made_of"] | {key: "other"})
-    with open(first.folder / "order.bin", "ab") as file:
-        file.write(b"more")
-    with pytest.raises(InputError, match="not a whole store .*: delete it"):
-        build(planted, tmp_path)
+    bounds = first.folder / "bounds.npy"
+    torn = bytearray(bounds.read_bytes())
+    torn[40:80] = bytes(40)
+    for damaged in (torn, torn + b"more"):
+        bounds.write_bytes(damaged)
+        with pytest.raises(InputError, match="not a whole store .*: delete it"):
+            build(planted, tmp_path)
 
 
 def test_a_fingerprint_is_of_the_size_and_both_ends(tmp_path):
