@@ -46,7 +46,6 @@ import supmer
 import t5 as T
 import tasks
 import train
-import tuning
 from common import InputError
 from data import TaskIndex, load_tokenizer, meta_task
 from supmer import Method
@@ -674,8 +673,8 @@ def small_examples(n, seed=0):
 
 
 def tune(t5, start, *rest):
-    """tuning.tune() of a prompt from start (P, d) -> its records, theta at each (n, P, d)."""
-    found = [(record, kept["theta"].clone()) for record, kept in tuning.tune(
+    """eval.tune() of a prompt from start (P, d) -> its records, theta at each (n, P, d)."""
+    found = [(record, kept["theta"].clone()) for record, kept in evaluation.tune(
         t5, "learned", partial(baselines.given_prompt, theta=start), *rest)]
     records, thetas = zip(*found)
     return list(records), torch.stack(thetas)
@@ -797,10 +796,9 @@ def write_run(folder, model="small", finished=True, ended=1.0, P=3, d=16, name="
 
 
 def rows_of(path, **wanted):
-    """The rows of an evaluation's JSON file with these values, without what a clock said."""
+    """The rows of an evaluation's JSON file with these values."""
     rows = json.loads(Path(path).read_text())["rows"]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows
-            if all(row.get(key) == value for key, value in wanted.items())]
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
 
 def accuracies(path, **wanted):

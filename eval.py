@@ -11,17 +11,17 @@ For each task, prompt and seed: sample the examples, tune at each rate, let the 
 choose rate and step. After the last tuning run of a task its test file is opened, and each choice
 is tested once. Every result is a row of one flat list in runs/eval/<model>-<task>.json:
     {"task", "target", "shots", "prompt", "seed", "rate", "step", "split", "kind", "loss", ...}
-The table is a selection of those rows. Finished work is kept in runs/eval/tuned under a hash of its
-inputs: the same command resumes. On the embedded T5 a prompt takes some 15 minutes of one core.
+Finished work is kept: the same command resumes. The embedded T5 takes 15 core-minutes a prompt.
 """
 
 import hashlib
 import json
+import math
 import os
 import shlex
 import signal
 import statistics
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import count
@@ -30,49 +30,46 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from baselines import BASELINES, pose, with_prompt
-from candidates import (Candidate, NAMES, candidates, newest_run, open_candidate, own_words,
-                        plans)
-from common import (InputError, fingerprint, from_settings, knob, one_process, run_script,
-                    settings_parser, whole_file)
+from baselines import BASELINES, ft_memory, given_prompt, pose, tuning_gradient, with_prompt
+from common import (GIB, InputError, TINY, fingerprint, from_settings, knob, one_process, rng,
+                    run_script, settings_parser, whole_file)
 from data import load_tokenizer
-from hub import fetch_list, model_folder, tokenizer_file
+from hub import RELEASED, fetch_list, model_folder, released_folder, tokenizer_file
 from jobs import TUNED, find_devices, make_job, read_result, workers
 from predict import predict
-from studies import PRETRAINED, STUDIES, draw, import_pyplot, paper_lines
+from prompts import load_prompt
+from studies import (PRETRAINED, STUDIES, figure, import_pyplot, newest_run, pretrained_run, show)
+from supmer import Method, REGULARIZERS, cosine, measure, score
 from t5 import load_t5, model_fingerprint
-from tasks import GROUPS, TASKS, few_shot, load_test, load_train
-from tuning import Tuning, loss_and_accuracy, preference, score_job, tune_job
+from tasks import (GROUPS, LabeledTask, TASKS, few_shot, find, load_test, load_train, locate,
+                   own_task)
+
+NAMES = ("shipped", "released", *(name for name, one in BASELINES.items() if one.start),
+         *PRETRAINED)
 
 
 @dataclass(frozen=True)
 class Settings:
     """The options of an evaluation, with the paper's values."""
-    model: str = knob("tiny", "tiny, a short name such as flan-t5-xl, a hub id, or a T5's folder",
-                      first=True)
+    model: str = knob("tiny", "tiny, flan-t5-xl, ..., a hub id, or a T5's folder", first=True)
     task: tuple = knob(("movie",), "names, or groups: all (Table 1), dg (Table 2)", first=True)
-    prompt: tuple = knob(("newest", "random"), "a run; a prompt's file or folder, PEFT's and the "
-                         "authors' too; or newest (this model's last finished run), "
-                         f"{', '.join(NAMES)}", first=True)
+    prompt: tuple = knob(("newest", "random"), "a run; a prompt of ours, PEFT's or the authors'; "
+                         f"newest (last finished run), {', '.join(NAMES)}", first=True)
     study: str = knob("", "of the paper, see studies.py", first=True, choices=tuple(STUDIES))
-    data: tuple = knob((os.environ.get("SUPMER_DATA") or "data",), "folder of the tasks' files, "
-                       "others are fetched; for a task of your own its file, and a second one to "
-                       "test on (or the rows that are not sampled)", first=True)
+    data: tuple = knob((os.environ.get("SUPMER_DATA") or "data",), "folder of the tasks' files; or "
+                       "your own task's file, and a second one to test on", first=True)
     template: str = knob("", "of your own task: \"{text} It was <X> .\"; a file without a header "
                          "has the label first, then the template's texts", first=True)
     words: str = knob("", "of your own task, by label 0, 1, ...: terrible,great", first=True)
     predict: str = knob("", "only label this file's texts with one tuned --prompt", first=True)
     quick: bool = knob(False, "a demonstration: one seed, one rate, 60 epochs", first=True)
-    max_minutes: float = knob(0.0, "then stop tuning, the same command resumes; 0: never",
-                              zero=True, first=True)
+    max_minutes: float = knob(0.0, "then stop tuning; 0: never", zero=True, first=True)
     labeled: str = knob("", "folder of labeled sentiment sets, for metapt")
     prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)", most=10_000)
     shots: tuple = knob((16,), "examples per label to tune on, as many to validate on (4.1)")
-    seeds: tuple = knob((10, 20, 30, 40, 50), "of examples, batches and random prompts (C.1)",
-                        zero=True)
+    seeds: tuple = knob((10, 20, 30, 40, 50), "of examples, batches, prompts (C.1)", zero=True)
     same_examples: bool = knob(False, "the first seed's examples and batches for all seeds")
-    rates: tuple = knob((0.0,), "AdamW's rates to choose from; 0: each method's own, for prompts "
-                        "0.1 0.2 0.3, for ft 1e-5 2e-5 3e-5 (C.1)", zero=True)
+    rates: tuple = knob((0.0,), "AdamW's, to choose from; 0: each method's own (C.1)", zero=True)
     rate_scale: str = knob("absolute", "of prompts' rates: absolute (C.1), or in units of the "
                            "embedding table's RMS", choices=("absolute", "rms"))
     epochs: int = knob(200, "passes over the examples, while the rate falls linearly to 0 (C.1)")
@@ -82,8 +79,7 @@ class Settings:
     test_rows: int = knob(0, "test on so many rows, always the same ones; 0: on all", zero=True)
     predictions: bool = knob(False, "write each test row's predicted label, too")
     plot: bool = knob(False, "a PNG beside the JSON file (needs matplotlib)")
-    jobs: int = knob(0, "processes; the result is the same; 0: one for each GPU or core",
-                     zero=True)
+    jobs: int = knob(0, "processes; 0: one for each GPU or core", zero=True)
     dtype: str = knob("float32", "of the frozen T5", choices=("float32", "bfloat16"))
     device: str = knob("auto", "auto (all GPUs if there are any), cpu, cuda, cuda:1, ...")
     out: str = knob("", "of predictions; or the JSON file [runs/eval/<model>-<task>.json]")
@@ -94,26 +90,130 @@ FOR_TINY = {"prompt_length": (20, "100 vectors would outnumber the tokens of its
             "rate_scale": ("rms", "its embeddings are small, see tiny/README.md")}
 QUICK = {"prompt": ("random", "vocab", "newest"), "seeds": (10,), "rates": (0.2,),
          "epochs": 60, "test_rows": 300}
-CODE = ("eval", "tuning", "baselines", "supmer", "tasks", "tables", "data", "t5")   # results' own
+CODE = ("eval", "baselines", "supmer", "tasks", "tables", "data", "t5")     # results depend on it
 PLACES = {"model", "data", "labeled", "jobs", "device", "out", "plot", "quick", "study"}
+
+
+# ------------------------------------------------------------------------------ one tuning run
+
+Tuning = namedtuple("Tuning", "epochs batch validate_every words_only")      # of the Settings
+
+
+def batch_rows(n, step, seed, size):
+    """A step's rows, steps counted from 0: each epoch is a permutation of n rows, cut into batches.
+    A pure function. n 5, size 2: steps 0, 1, 2 -> for example [3, 0], [4, 1], [2]"""
+    epoch, place = divmod(step, math.ceil(n / size))
+    order = rng(seed, epoch, 0, "batches").permutation(n)
+    return order[place * size:(place + 1) * size].tolist()
+
+
+def preference(validation):
+    """A sort key, lowest first: best accuracy, lowest loss, earliest step, smallest rate."""
+    return -validation["accuracy"], validation["loss"], validation["step"], validation["rate"]
+
+
+def tune(t5, baseline, start, psi, sample, seed, rate, tuning, unit=1.0):
+    """Tune at one rate. Yields at each validation its record and {name: tensor} to keep, which is
+    valid until the next step.
+
+    A step: the gradient g of a batch (Eq. 1) -> psi(g, H) (Eq. 5; phi frozen, the gate's H from
+    that batch; psi None: g itself) -> norm clipped -> AdamW, whose rate falls linearly to 0.
+    baseline: a name of BASELINES. start: t5 -> parameters, which count as step 0. sample: training
+    and validation Examples. unit: a prompt's rate is in units of it. Raises InputError for a loss
+    that is not finite; a gradient that is not finite shows in the next loss.
+    """
+    examples, held_out = sample
+    method = Method(words_only=tuning.words_only)
+    baseline, n = BASELINES[baseline], len(examples.ids)
+    parameters, psi_cosine = {name: x.clone() for name, x in start(t5).items()}, None
+    steps = tuning.epochs * math.ceil(n / tuning.batch)
+    optimizer = torch.optim.AdamW(parameters.values(), eps=1e-8, weight_decay=0.0)
+    largest_rate = rate * unit if baseline.model is with_prompt else rate
+    for step in range(steps + 1):
+        if step % tuning.validate_every == 0 or step == steps:
+            kept = baseline.fold(t5, parameters)
+            scores = score(*baseline.model(t5, kept), held_out, method)
+            loss, accuracy = loss_and_accuracy(scores, held_out.labels, tuning.words_only)
+            if not math.isfinite(loss):
+                raise InputError(f"the loss is {loss} at step {step}, rate {rate}, seed {seed}: "
+                                 "try smaller --rates")
+            yield {"rate": rate, "step": step, "loss": loss, "accuracy": accuracy,
+                   "psi_cosine": psi_cosine}, kept
+        if step < steps:
+            batch = select(examples, batch_rows(n, step, seed, tuning.batch))
+            gradient, H = tuning_gradient(t5, baseline, parameters, batch, method)
+            for name, x in parameters.items():
+                x.grad = psi(gradient[name], H) if psi else gradient[name]
+                psi_cosine = float(cosine(x.grad, gradient[name])) if psi else None
+            torch.nn.utils.clip_grad_norm_(parameters.values(), method.clip)
+            optimizer.param_groups[0]["lr"] = largest_rate * (1 - step / steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def loss_and_accuracy(scores, labels, words_only):
+    """Log-probabilities of the label words (n, K), labels (n,) -> mean loss, accuracy in %."""
+    found = measure(scores, labels)
+    return found["word_loss" if words_only else "loss"], 100 * found["correct"] / len(labels)
+
+
+def select(examples, rows):
+    """The Examples of these rows."""
+    ids, slots = ([part[row] for row in rows] for part in (examples.ids, examples.slots))
+    return examples._replace(ids=ids, slots=slots, vectors=examples.vectors[rows],
+                             labels=examples.labels[rows])
+
+
+def tune_job(t5, baseline, start, psi, sample, seed, rate, tuning, unit, all_steps, about):
+    """tune() -> {name: tensor} of its best validation, with all_steps also of each as "step:name";
+    the validations, and about: what a reader of the file needs to use it."""
+    device = t5.weights["shared.weight"].device
+    if psi:
+        psi = partial(psi.func, {name: x.to(device) for name, x in psi.args[0].items()})
+    records, best, every = [], {}, {}
+    for record, kept in tune(t5, baseline, start, psi, sample, seed, rate, tuning, unit):
+        records.append(record)
+        chosen = min(records, key=preference) is record
+        for name, x in kept.items() if chosen or all_steps else ():
+            x = x.cpu().contiguous()
+            if chosen:
+                best[name] = x.clone()
+            if all_steps:
+                every[f"{record['step']}:{name}"] = x.clone()
+    return best | every, {"validations": records, "baseline": baseline, **about}
+
+
+def score_job(t5, baseline, kept, examples):
+    """score() of what tune() kept, or of a start -> {"scores": log p of each label word (n, K)}."""
+    device = t5.weights["shared.weight"].device
+    kept = kept(t5) if callable(kept) else {name: x.to(device) for name, x in kept.items()}
+    return {"scores": score(*BASELINES[baseline].model(t5, kept), examples, Method()).cpu()}, {}
 
 
 # ------------------------------------------------------------- the protocol: a task, tuned, tested
 
-class Sample(NamedTuple):
-    """The rows that are drawn from a task's training file."""
-    seed: int
-    train: list
-    held_out: list
+class Plan(NamedTuple):
+    """What is tuned on one task and tested on one or several."""
+    name: str
+    shots: int
+    task: LabeledTask
+    targets: dict[str, LabeledTask]     # their test sets
+    folder: str = "."
 
 
-class Context(NamedTuple):
-    """What all tasks of a call share."""
-    settings: Settings
-    tokenizer: object
-    work: Callable          # of jobs.workers()
-    made_of: dict           # what every result depends on
-    unit: float             # of a prompt's rates
+class Candidate(NamedTuple):
+    """What is compared: a way to use the few examples, and where it starts."""
+    name: str
+    baseline: str               # a name of BASELINES
+    starts: list[Callable]      # for each seed t5 -> parameters to start from, {name: tensor}
+    psi: Callable | None        # a learned prompt's regularizer (g, H) -> g; None for the others
+    about: dict                 # a learned prompt's file and its metadata
+
+
+Sample = namedtuple("Sample", "seed train held_out")        # rows of a task's training file
+# What all tasks of a call share. work: of jobs.workers(); made_of: what every result depends on;
+# unit: of a prompt's rates.
+Context = namedtuple("Context", "settings tokenizer work made_of unit")
 
 
 def evaluate(context, plan, candidates):
@@ -139,15 +239,10 @@ def draw_samples(settings, plan):
     rows = load_train(task, plan.folder, print)
     for seed in settings.seeds:
         seed = settings.seeds[0] if settings.same_examples else seed
-        try:
-            samples.append(Sample(seed, *few_shot(rows, plan.shots, seed, len(task.words))))
-        except InputError as error:
-            raise InputError(f"{task.train}: {error}") from None
-    found = Counter(row.label for row in samples[0].train)
-    counts = [found[label] for label in range(len(task.words))]
-    if min(counts) < plan.shots:
-        print(f"{plan.name}: {counts} examples by label instead of {plan.shots}, as many for "
-              "validation: smaller classes give half to each")
+        samples.append(Sample(seed, *few_shot(rows, plan.shots, seed, len(task.words))))
+    fewest = min(Counter(row.label for row in samples[0].train).values())
+    if fewest < plan.shots:
+        print(f"{plan.name}: a label has only {fewest} examples, and as many for validation")
     return samples
 
 
@@ -177,8 +272,7 @@ def tune_candidate(context, plan, candidate, samples):
         rows += [{**row, "seed": seed, **record, "file": str(job.path)}
                  for record in result["validations"]]
     for seed in settings.seeds if rows else ():
-        best = min((row for row in rows if row["seed"] == seed), key=preference)
-        best["kind"] = "tuned"
+        min((row for row in rows if row["seed"] == seed), key=preference)["kind"] = "tuned"
     return rows
 
 
@@ -262,11 +356,119 @@ def test_jobs(context, plan, target, rows, tuned, chosen, samples):
 
 def kept_of(row):
     """A choice's file -> {its step: {name: tensor}}; with --study steps of all validations."""
-    kept = {}
+    kept = defaultdict(dict)
     for key, x in read_result(row["file"])[0].items():
         step, _, name = key.rpartition(":")
-        kept.setdefault(int(step or row["step"]), {})[name] = x
+        kept[int(step or row["step"])][name] = x
     return dict(sorted(kept.items()))
+
+
+# ---------------------------------------------------- what is asked for: tasks, prompts, settings
+
+def plans(settings):
+    """The tasks to run -> [Plan], {task of a group that is not run: why}. Training files are
+    fetched; a test file is only looked for. Raises InputError for the others."""
+    folder, found, not_run = settings.data[0], {}, {}
+    if settings.template:
+        name = Path(folder).stem
+        task = own_task(folder, settings.template, settings.words, test=settings.data[-1])
+        return [Plan(name, shots, task, {name: task}) for shots in settings.shots], {}
+    if settings.words or Path(folder).is_file():
+        raise InputError("a task of your own needs --data FILE and --template, see --help")
+    for group in settings.task:
+        for name in GROUPS.get(group, (group,)):
+            plan, tuned_on = ("dg", "airlines") if group == "dg" else (name, name)
+            try:
+                if name not in TASKS:
+                    raise InputError(f"no task {name}: there are {', '.join([*TASKS, *GROUPS])}")
+                locate(TASKS[tuned_on], "train", folder)
+                if not (find(TASKS[name].test, folder) or TASKS[name].urls):
+                    raise InputError(f"{TASKS[name].test} is not in {folder}: put it there")
+                found.setdefault(plan, (TASKS[tuned_on], {}))[1][name] = TASKS[name]
+            except InputError as error:
+                if group not in GROUPS:
+                    raise
+                not_run[name] = str(error)
+                print(f"{name}: not run; {error}")
+    if not found:
+        raise InputError("none of these tasks can be run, see above")
+    return [Plan(name, shots, *what, folder) for shots in settings.shots
+            for name, what in found.items()], not_run
+
+
+def candidates(opened, config, settings):
+    """Yield the Candidates of --prompt in order. What train.py has to make is made at its turn; if
+    that fails in a study, it is not run. opened: {name: Candidate, or why it is not run}."""
+    for name in settings.prompt:
+        try:
+            opened[name] = opened.get(name) or open_candidate(name, config, settings)
+        except InputError as error:
+            if not settings.study:
+                raise
+            opened[name] = str(error)
+            print(f"{name}: not run; {error}")
+        if isinstance(opened[name], Candidate):
+            yield opened[name]
+
+
+def open_candidate(name, config, settings):
+    """A name of --prompt -> Candidate. InputError for a prompt of another model or length."""
+    if name in BASELINES and BASELINES[name].start:
+        length = BASELINES[name].length or settings.prompt_length
+        if name == "ft":
+            print(f"ft: {ft_memory(config) / GIB:.2f} GiB more in each process")
+        starts = [partial(BASELINES[name].start, seed=seed, length=length)
+                  for seed in settings.seeds]
+        return Candidate(name, name, starts, None, {})
+    path = Path(name)
+    if name in PRETRAINED:
+        path = pretrained_run(name, settings)
+    elif name == "shipped":
+        path = TINY
+    elif name == "released":
+        path = released_folder(config)
+    theta, phi, about = load_prompt(path, config.d_model)
+    ours = about.get("model_sha256") == model_fingerprint(model_folder(settings.model))
+    if about["regularizer"] == "released":
+        ours = RELEASED.get((config.d_model, config.d_ff)) == about["model"]
+    elif about["regularizer"] == "none" and "model_sha256" not in about:
+        ours = True                             # PEFT's says nothing that could be checked
+    if not ours:
+        raise InputError(f"{path} was learned on another {about.get('model')} than "
+                         f"{settings.model} is now: take a prompt of this model")
+    if len(theta) != settings.prompt_length:
+        raise InputError(f"{path} has {len(theta)} vectors, not {settings.prompt_length}: "
+                         f"--prompt-length {len(theta)}?")
+    psi = phi and partial(REGULARIZERS[about["regularizer"]].psi, phi)
+    baseline = "unified" if about.get("method") == "unified-ppt" else "learned"
+    starts = [partial(given_prompt, theta=theta)] * len(settings.seeds)
+    shown = [f"{key} {value}" for key, value in sorted(about.items()) if key != "model_sha256"]
+    print(f"{name}: {path}, {', '.join(shown)}")
+    return Candidate(name, baseline, starts, psi, {"file": str(path), **about})
+
+
+def parse(argv):
+    """Command line -> Settings, lines that say what differs from the paper's protocol, and why.
+    Raises InputError for a user's mistakes."""
+    given = vars(settings_parser(__doc__, [Settings], FOR_TINY).parse_args(argv))
+    preset, why = STUDIES.get(given.get("study"), {}), f"--study {given.get('study')}"
+    tiny = FOR_TINY if given.get("model", "tiny") == "tiny" else {}
+    if given.get("quick"):
+        preset, why = QUICK | {"prompt": (*QUICK["prompt"], *["shipped"] * bool(tiny))}, "--quick"
+    values = {name: value for name, (value, _) in tiny.items()} | preset | given
+    prompts = [newest_run(values.get("model", "tiny")) if name == "newest" else name
+               for name in values.get("prompt", Settings.prompt)]
+    settings = from_settings(Settings, values | {"prompt": prompts})
+    settings = replace(settings, **{name: tuple(dict.fromkeys(getattr(settings, name)))
+                                    for name in ("task", "prompt", "shots", "seeds", "rates")})
+    reasons = {name: reason for name, (_, reason) in tiny.items()}
+    reasons |= dict.fromkeys(preset, why) | dict.fromkeys(given, "given")
+    lines = defaultdict(list)
+    for name in sorted(reasons.keys() - PLACES):
+        value = getattr(settings, name)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        lines[reasons[name]].append(f"{name} {shown}")
+    return settings, [f"{', '.join(found)}: {reason}" for reason, found in lines.items()]
 
 
 # ---------------------------------------------------------------------------------- the script
@@ -276,8 +478,7 @@ def main(argv):
     settings, differences = parse(argv)
     if settings.predict:
         return predict(settings)
-    print("\n  ".join(["differs from the paper's protocol (C.1):",
-                          *(differences or ["nothing"])]))
+    print("\n  ".join(["differs from the paper's protocol (C.1):", *(differences or ["nothing"])]))
     if settings.plot:
         import_pyplot()                         # now, not after hours
     signal.signal(signal.SIGALRM, signal.default_int_handler)       # as Ctrl-C
@@ -288,8 +489,7 @@ def main(argv):
         print(line)
     folder = model_folder(settings.model)
     load = partial(load_t5, folder, getattr(torch, settings.dtype))
-    cores = torch.get_num_threads() if devices == ["cpu"] else len(devices)
-    number = settings.jobs or cores
+    number = settings.jobs or (torch.get_num_threads() if devices == ["cpu"] else len(devices))
     t5 = load(device=torch.device(devices[0] if number == 1 else "cpu"))
     opened = {name: open_candidate(name, t5.config, settings) for name in settings.prompt
               if name not in PRETRAINED}
@@ -301,180 +501,59 @@ def main(argv):
     tokenizer = load_tokenizer(tokenizer_file(folder), t5.config)
     written = {"command": shlex.join(["python", "eval.py", *argv]), "settings": asdict(settings),
                "not_run": not_run, "prompts": {}, "rows": []}
-    out = output_path(settings, planned)
+    tasks = planned[0].name if settings.template else "-".join(settings.task)
+    stem = f"{Path(settings.model).name}-{settings.study or tasks}{'-quick' * settings.quick}"
+    out = Path(settings.out or f"runs/eval/{stem}.json").with_suffix(".json")
+    out.parent.mkdir(parents=True, exist_ok=True)
     with workers(t5, load, devices, number) as work, one_process(TUNED / out.name):
         context = Context(settings, tokenizer, work, made_of, unit)
         work_through(context, planned, opened, t5.config, written, out)
     signal.setitimer(signal.ITIMER_REAL, 0)
     print(f"details: {out}")
     if any(row["split"] == "test" for row in written["rows"]):
-        show(written, settings, t5.config, out, argv)
-
-
-def output_path(settings, planned):
-    """The JSON file's path, in a folder that exists."""
-    tasks = [planned[0].name] if settings.template else settings.task
-    if settings.study:
-        tasks = [settings.study]
-    stem = "-".join([Path(settings.model).name, *tasks, *["quick"] * settings.quick])
-    out = Path(settings.out or f"runs/eval/{stem}.json").with_suffix(".json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out
+        show(written, settings, t5.config, out)
 
 
 def work_through(context, planned, opened, config, written, out):
-    """Evaluate each Plan; print and write its rows. What a stop leaves is not run; with no row at
-    all KeyboardInterrupt."""
-    settings, rows, stopped = context.settings, written["rows"], False
+    """Evaluate each Plan; print and write its rows. KeyboardInterrupt if a stop left no row."""
+    settings, stopped = context.settings, False
     for plan in planned:
-        new = []
-        if not stopped:
-            new, stopped = evaluate(context, plan, candidates(opened, config, settings))
+        new, stopped = ([], True) if stopped else evaluate(
+            context, plan, candidates(opened, config, settings))
         if stopped and not new:
             written["not_run"][plan.name] = "stopped before it was done"
-        if new and not rows and out.exists():           # an earlier call's results stay
+        if new and not written["rows"] and out.exists():        # an earlier call's results stay
             free = (out.with_suffix(f".{number}.json") for number in count(1))
             out.rename(next(path for path in free if not path.exists()))
-        rows += new
+        written["rows"] += new
+        written["prompts"] = {name: one.about if isinstance(one, Candidate) else {"not_run": one}
+                              for name, one in opened.items()}
         for line in result_lines(new):
             print(line)
-        for name, one in opened.items():
-            opens = isinstance(one, Candidate)
-            written["prompts"][name] = one.about if opens else {"not_run": one}
-        if rows:
+        if written["rows"]:
             with whole_file(out) as file:
                 file.write(json.dumps(written, indent=1).encode())
     if stopped:
         print("stopped: the same command resumes")
-    if stopped and not rows:
-        raise KeyboardInterrupt
-    if not rows:
-        raise InputError("none of these prompts can be run, see above")
-
-
-def figure(values):
-    """Mean and sample standard deviation: [60, 70, 80] -> 70.0 ± 10.0, [60] -> 60.0."""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+    if not written["rows"]:
+        raise KeyboardInterrupt if stopped else InputError("no prompt can be run, see above")
 
 
 def result_lines(rows):
     """One line for each prompt of a task: accuracies, what each seed chose, the best's file."""
     for prompt in dict.fromkeys(row["prompt"] for row in rows if row["kind"] == "tuned"):
-        ours = [row for row in rows if row["prompt"] == prompt]
+        ours = [row for row in rows if row["prompt"] == prompt and row["kind"] != "step"]
         tests = defaultdict(list)
         for row in ours:
-            if row["split"] == "test" and row["kind"] != "step":
-                tests[row["target"], row["kind"]].append(row["accuracy"])
-        parts = [f"{target} {kind} {figure(found)}" for (target, kind), found in tests.items()]
-        chosen = [row for row in ours if row["split"] == "validation" and row["kind"] == "tuned"]
+            tests[row["split"], row["target"], row["kind"]].append(row["accuracy"])
+        parts = [f"{' '.join(key[1:])} {figure(found)}" for key, found in tests.items()
+                 if key[0] == "test"]
+        chosen = [row for row in ours if row["split"] == "validation"]
         if chosen:
-            steps = [f"{row['rate']}/{row['step']}" for row in chosen]
-            best = min(chosen, key=preference)
-            parts += [f"rate/step {' '.join(steps)}", f"best on validation: {best['file']}"]
+            steps = " ".join(f"{row['rate']}/{row['step']}" for row in chosen)
+            best = min(chosen, key=preference)["file"]
+            parts += [f"rate/step {steps}", f"best on validation: {best}"]
         yield f"{prompt}, {ours[0]['shots']} shots: {'; '.join(parts)}"
-
-
-def table(written, settings, config):
-    """A call's results as a Markdown table, the paper's figures under ours."""
-    tests = [row for row in written["rows"] if row["split"] == "test"]
-    columns = [*dict.fromkeys((row["target"], row["shots"]) for row in tests)]
-    done = {*columns, *((row["task"], row["shots"]) for row in tests)}
-    tested = len(columns)
-    columns += [(name, shots) for shots in settings.shots for name in written["not_run"]
-                if (name, shots) not in done]
-    found = defaultdict(list)                   # (prompt, kind, target, shots): [%]
-    for row in tests:
-        found[row["prompt"], row["kind"], row["target"], row["shots"]].append(row["accuracy"])
-    lines = []                                  # (title, a text and a number for each column)
-    for prompt in (*settings.prompt, "no prompt", "most frequent label"):
-        asked = prompt in settings.prompt
-        for kind in ("tuned", "untuned"):
-            values = [found.get((prompt, kind, *column)) for column in columns]
-            title = f"{prompt}, untuned" if asked and kind == "untuned" else prompt
-            cells = [figure(x) if x else "not run" for x in values]
-            means = [x and statistics.mean(x) for x in values]
-            if any(values) or asked and kind == "tuned":
-                lines.append((title, cells, means))
-    lines += paper_lines(columns, settings, config)
-    several = len(settings.shots) > 1
-    heads = [f"{target}, {shots} shots" if several else target for target, shots in columns]
-    if tested > 1 and not several:              # the mean over what was run here
-        heads.append(f"mean of {tested}")
-        for _, cells, means in lines:
-            whole = None not in means[:tested]
-            cells.append(f"{statistics.mean(means[:tested]):.1f}" if whole else "")
-    texts = [["accuracy in %", *heads], ["---"] * (len(heads) + 1)]
-    texts += [[title, *cells] for title, cells, _ in lines]
-    return "\n".join(f"| {' | '.join(text)} |" for text in texts)
-
-
-def show(written, settings, config, out, argv):
-    """Print and write the table; draw the picture; say what a demonstration is not."""
-    text = table(written, settings, config)
-    with whole_file(out.with_suffix(".md")) as file:
-        file.write(f"{text}\n".encode())
-    print(f"\n{text}\n\n±: sample standard deviation (n - 1) over the seeds")
-    if settings.plot:
-        draw(written["rows"], settings, out.with_suffix(".png"))
-        print(f"picture: {out.with_suffix('.png')}")
-    if settings.quick:
-        whole = [word for word in argv if word != "--quick"]
-        prompts = [] if "--prompt" in argv else ["--prompt", *settings.prompt]
-        print(f"A DEMONSTRATION, not the protocol: {len(settings.seeds)} seed of 5, 1 rate of 3, "
-              f"{settings.epochs} epochs of 200, {settings.test_rows} test rows.\nThe protocol: "
-              + shlex.join(["python", "eval.py", *whole, *prompts]))
-
-
-def parse(argv):
-    """Command line -> Settings, lines that say what differs from the paper's protocol, and why.
-    Raises InputError for a user's mistakes."""
-    given = vars(settings_parser(__doc__, [Settings], FOR_TINY).parse_args(argv))
-    preset, why = STUDIES.get(given.get("study"), {}), f"--study {given.get('study')}"
-    tiny = FOR_TINY if given.get("model", "tiny") == "tiny" else {}
-    if given.get("quick"):
-        ours = ("shipped",) if tiny else ()
-        preset, why = QUICK | {"prompt": (*QUICK["prompt"], *ours)}, "--quick"
-    values = {name: value for name, (value, _) in tiny.items()} | preset | given
-    for name in ("task", "shots", "seeds", "rates"):        # no seed twice
-        values[name] = tuple(dict.fromkeys(values.get(name, getattr(Settings, name))))
-    settings = from_settings(Settings, values)
-    check(settings, "data" in given)
-    if not settings.predict:
-        prompts = [newest_run(settings.model) if name == "newest" else name
-                   for name in settings.prompt]
-        settings = replace(settings, prompt=tuple(dict.fromkeys(prompts)))
-    reasons = {name: reason for name, (_, reason) in tiny.items()}
-    reasons |= dict.fromkeys(preset, why) | dict.fromkeys(given, "given")
-    lines = defaultdict(list)
-    for name, reason in reasons.items():
-        value = getattr(settings, name)
-        if name not in PLACES:
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            lines[reason].append(f"{name} {shown}")
-    return settings, [f"{', '.join(found)}: {reason}" for reason, found in lines.items()]
-
-
-def check(settings, data_given):
-    """Raise InputError for what would otherwise fail late, or read another task than is meant."""
-    unknown = set(settings.task) - TASKS.keys() - GROUPS.keys()
-    missing = [name for name in settings.prompt
-               if name not in ("newest", *NAMES) and not Path(name).exists()]
-    own, words = bool(settings.template or settings.words), own_words(settings)
-    complete = settings.template and len(set(words)) == len(words) > 1
-    for wrong, why in (
-            (unknown, f"no task {', '.join(unknown)}: there are {', '.join([*TASKS, *GROUPS])}; "
-             "or your own: --data FILE --template --words"),
-            (missing, f"prompt {', '.join(missing)} is missing: give RUN, newest, "
-             f"{', '.join(NAMES)}"),
-            (own and not complete, "a task of your own needs --template, with one <X>, and "
-             "--words, two or more that differ: --template \"{text} It was <X> .\" --words "
-             "terrible,great"),
-            (not own and data_given and not Path(settings.data[0]).is_dir(),
-             f"--data {settings.data[0]}: there is no such folder; of a task of your own give "
-             "--template and --words, too")):
-        if wrong:
-            raise InputError(why)
 
 
 if __name__ == "__main__":

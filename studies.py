@@ -19,6 +19,8 @@ from common import InputError, read_json, reading, whole_file
 
 # What a name of --prompt has train.py make.
 PRETRAINED = {**{name: "--method" for name in METHODS}, **dict.fromkeys(ABLATIONS, "--ablation")}
+# What "newest" is without a finished run of one's own.
+FALLBACK = {"tiny": "shipped", "t5-base": "released", "flan-t5-xl": "released"}
 STUDIES = {     # the Settings of eval.py
     "steps": {"task": ("cb", "mrpc"), "plot": True},                                    # Fig. 3
     "shots": {"task": ("sst5", "subj"), "shots": (4, 8, 16, 32, 64), "plot": True},     # Fig. 4
@@ -43,8 +45,8 @@ def pretrained_run(name, settings):
     """The folder of a method's or ablation's run under runs/compared, which train.py makes or
     resumes. All of a model's have the same numbers but for the method's own.
 
-    Ctrl-C, and the time that is left until SIGALRM, are passed on. Raises KeyboardInterrupt if the
-    run was stopped, InputError if train.py refuses."""
+    Ctrl-C, and the end of --max-minutes, are passed on. Raises KeyboardInterrupt if the run was
+    stopped, InputError if train.py refuses."""
     folder = Path("runs/compared") / f"{Path(settings.model).name}-{name}"
     if is_finished(folder):
         return folder
@@ -52,9 +54,6 @@ def pretrained_run(name, settings):
         "--model", settings.model, PRETRAINED[name], name, "--run", str(folder),
         *(STUDY_RUN if settings.model == "tiny" else ()),
         *(("--labeled", settings.labeled) if name == "metapt" else ())]
-    seconds, _ = signal.getitimer(signal.ITIMER_REAL)
-    if seconds:
-        argv += ["--max-minutes", f"{max(seconds / 60, 0.01):.2f}"]
     print(f"{name} comes first: {shlex.join(['python', 'train.py', *argv])}", flush=True)
     process = subprocess.Popen([sys.executable, str(TRAIN), *argv])
     try:
@@ -70,14 +69,31 @@ def pretrained_run(name, settings):
     return folder
 
 
-def is_finished(folder):
-    """Whether a folder holds a finished run."""
+def read_record(folder):
+    """A run's method or ablation, its model's name, and when it finished: 0.0 if it has not."""
     path = folder / "run.json"
-    if not path.exists():
-        return False
     run = read_json(path)
     with reading(path, "a run's record", remedy="move the folder away"):
-        return bool(run["finished"])
+        return run["name"], Path(run["model"]).name, float(run["ended"]) if run["finished"] else 0.0
+
+
+def is_finished(folder):
+    """Whether a folder holds a finished run."""
+    return (folder / "run.json").exists() and read_record(folder)[-1] > 0
+
+
+def newest_run(model):
+    """The folder under runs/ of this model's SUPMER run, with all its parts, that finished last;
+    without one FALLBACK's. Raises InputError for other models."""
+    name, ended = Path(model).name, {}
+    for path in Path("runs").glob("*/run.json"):
+        method, learned_on, when = read_record(path.parent)
+        if (method, learned_on) == ("supmer", name) and when:
+            ended[str(path.parent)] = when
+    if not ended and name not in FALLBACK:
+        raise InputError(f"runs/ has no finished run of {model}: make one (python train.py), or "
+                         "give --prompt RUN|released|random|vocab")
+    return max(ended, key=ended.get) if ended else FALLBACK[name]
 
 
 # ------------------------------------------------------------------------------ the paper's figures
@@ -98,6 +114,58 @@ def paper_lines(columns, settings, config):
             lines.append((f"the paper's {ours or 'T5-base, another model'}: {method}", cells,
                           [pair and pair[0] for pair in pairs]))
     return lines
+
+
+def figure(values):
+    """Mean and sample standard deviation: [60, 70, 80] -> 70.0 ± 10.0, [60] -> 60.0."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def table(written, settings, config):
+    """A call's results as a Markdown table, the paper's figures under ours."""
+    tests = [row for row in written["rows"] if row["split"] == "test"]
+    columns = [*dict.fromkeys((row["target"], row["shots"]) for row in tests)]
+    tested, several = len(columns), len(settings.shots) > 1
+    done = {(row[name], row["shots"]) for row in tests for name in ("task", "target")}
+    columns += [(name, shots) for shots in settings.shots for name in written["not_run"]
+                if (name, shots) not in done]
+    found = defaultdict(list)                   # (prompt, kind, target, shots): [%]
+    for row in tests:
+        found[row["prompt"], row["kind"], row["target"], row["shots"]].append(row["accuracy"])
+    lines = []                                  # (title, a text and a number for each column)
+    for prompt in (*settings.prompt, "no prompt", "most frequent label"):
+        asked = prompt in settings.prompt
+        for kind in ("tuned", "untuned"):
+            values = [found.get((prompt, kind, *column)) for column in columns]
+            title = f"{prompt}, untuned" if asked and kind == "untuned" else prompt
+            cells = [figure(x) if x else "not run" for x in values]
+            means = [x and statistics.mean(x) for x in values]
+            if any(values) or asked and kind == "tuned":
+                lines.append((title, cells, means))
+    lines += paper_lines(columns, settings, config)
+    heads = [f"{target}, {shots} shots" if several else target for target, shots in columns]
+    if tested > 1 and not several:              # the mean over what was run here
+        heads.append(f"mean of {tested}")
+        for _, cells, means in lines:
+            whole = None not in means[:tested]
+            cells.append(f"{statistics.mean(means[:tested]):.1f}" if whole else "")
+    texts = [["accuracy in %", *heads], ["---"] * (len(heads) + 1)]
+    texts += [[title, *cells] for title, cells, _ in lines]
+    return "\n".join(f"| {' | '.join(text)} |" for text in texts)
+
+
+def show(written, settings, config, out):
+    """Print and write the table; draw the picture; say what a demonstration is not."""
+    text = table(written, settings, config)
+    with whole_file(out.with_suffix(".md")) as file:
+        file.write(f"{text}\n".encode())
+    print(f"\n{text}\n\n±: sample standard deviation (n - 1) over the seeds")
+    if settings.plot:
+        draw(written["rows"], settings, out.with_suffix(".png"))
+        print(f"picture: {out.with_suffix('.png')}")
+    if settings.quick:
+        print("A DEMONSTRATION, not the protocol: for that leave out --quick")
 
 
 # -------------------------------------------------------------------------------------- pictures
@@ -156,40 +224,34 @@ def draw_panel(axis, title, names, entries):
 
 
 def draw(rows, settings, path):
-    """The rows of a study as a PNG: lines over steps (Fig. 3) or shots (Fig. 4), else each seed's
-    accuracy."""
-    along = "step" if settings.study == "steps" else "shots"
-    kinds = ("tuned", "step") if along == "step" else ("tuned",)
-    lines = along == "step" or len(settings.shots) > 1
+    """The rows of a study as a PNG: each seed's test accuracy, mean and deviation, over steps
+    (Fig. 3), shots (Fig. 4) or prompts (Fig. 1a)."""
+    along = "shots" if len(settings.shots) > 1 else "prompt"
+    along = "step" if settings.study == "steps" else along
     found = defaultdict(lambda: defaultdict(list))      # (target, prompt): {step or shots: [%]}
     for row in rows:
-        if row["split"] == "test" and row["kind"] in kinds:
+        if row["split"] == "test" and row["prompt"] in settings.prompt and (
+                row["kind"] == "tuned" or along == row["kind"]):
             found[row["target"], row["prompt"]][row[along]].append(row["accuracy"])
     targets = [*dict.fromkeys(target for target, _ in found)]
     picture, axes = import_pyplot().subplots(
         1, len(targets), squeeze=False, sharey=len(targets) > 2,
         figsize=(max(4 * len(targets), 5), 4), layout="constrained")
-    for axis, target in zip(axes[0], targets):
-        names = [name for name in settings.prompt if (target, name) in found]
-        for place, name in enumerate(names):
-            points = sorted(found[target, name].items())
-            if lines:
-                x, y = zip(*points)
-                spread = [statistics.stdev(one) if len(one) > 1 else 0 for one in y]
-                axis.errorbar(x, [statistics.mean(one) for one in y], spread, label=name,
-                              marker="o", markersize=3, capsize=2)
-                axis.legend()
-            else:
-                (_, y), = points
-                axis.boxplot([y], positions=[place], widths=0.5, showfliers=False)
-                axis.plot([place] * len(y), y, "o", alpha=0.6)
-        if not lines:
-            axis.set_xticks(range(len(names)), names, rotation=20)
-        elif along == "shots":
+    for (target, name), points in found.items():
+        axis = axes[0][targets.index(target)]
+        x, y = zip(*sorted(points.items()))
+        spread = [statistics.stdev(one) if len(one) > 1 else 0 for one in y]
+        axis.errorbar(x, [statistics.mean(one) for one in y], spread, label=name, marker="o",
+                      markersize=3, capsize=2)
+        if along == "prompt":
+            axis.plot([name] * len(y[0]), y[0], "o", alpha=0.4)
+            axis.tick_params(axis="x", rotation=20)
+        else:
+            axis.legend()
+        if along == "shots":
             axis.set_xscale("log", base=2)
             axis.set_xticks(settings.shots, settings.shots)
-        axis.set_xlabel("" if not lines else "tuning steps" if along == "step" else
-                        "samples per label")
+        axis.set_xlabel({"step": "tuning steps", "shots": "samples per label"}.get(along, ""))
         axis.set_title(target)
     axes[0][0].set_ylabel(f"test accuracy in %, {len(settings.seeds)} seeds, {settings.model}")
     save_picture(picture, path, dpi=120)

@@ -20,7 +20,6 @@ import supmer
 import t5 as T
 import tasks
 import train
-import tuning
 from common import InputError
 from conftest import (FILLER, NEGATIVE, PIECES, POSITIVE, SMALL, V11, accuracies, begin,
                       eval_settings, make_run, peak_of, random_task, relative, rows_of,
@@ -75,7 +74,7 @@ def test_each_method_learns_what_no_word_alone_tells(name, rate):
         assert 0.4 < (there.long() == new.labels).float().mean() < 0.6
     best, highest = None, (-1.0, 0.0)
     settings = eval_settings(epochs=80, batch=32, words_only=True, validate_every=20)
-    for record, kept in tuning.tune(t5, name, begin(name), None, sample, 10, rate, settings):
+    for record, kept in evaluation.tune(t5, name, begin(name), None, sample, 10, rate, settings):
         if (record["accuracy"], -record["loss"]) > highest:
             highest = record["accuracy"], -record["loss"]
             best = {key: x.clone() for key, x in kept.items()}
@@ -356,7 +355,7 @@ def test_only_prompts_follow_the_tables_scale():
     """With a unit of 0 a prompt stays where it is; the other methods' rates have no unit."""
     t5, sample = small_t5(), (small_examples(4), small_examples(4))
     for name in TUNED_BY:
-        records = [record["loss"] for record, _ in tuning.tune(
+        records = [record["loss"] for record, _ in evaluation.tune(
             t5, name, begin(name), None, sample, 10, 0.01, eval_settings(), 0.0)]
         assert (records[0] == records[-1]) == (name == "vocab")
 
@@ -367,7 +366,7 @@ def test_fts_memory_is_what_it_takes():
     config = V11._replace(d_model=256, d_kv=64, d_ff=1024, num_heads=4, vocab_size=20_000)
     grown = peak_of(f"""
 import baselines, estimate, t5, torch
-from tuning import Tuning, tune
+from eval import Tuning, tune
 from functools import partial
 from types import SimpleNamespace
 frozen = estimate.stand_in(t5.T5Config(*{tuple(config)}), torch.float32, "cpu")
@@ -412,7 +411,7 @@ def test_every_method_in_one_table(place, monkeypatch, capsys):
         "vocab", "no prompt", "most frequent label"}
     orders = rows_of(path, prompt="few-shot", kind="order")
     assert len(orders) == baselines.ORDERS - 1 and {row["seed"] for row in orders} == {10}
-    assert "ft: 0.00 GiB in each process" in printed
+    assert "ft: 0.00 GiB more in each process" in printed
     t5, tokenizer = load_t5(Path("small")), data.load_tokenizer("small", small_config())
     examples = task_examples(tokenizer, TASKS["planted"], load_test(TASKS["planted"], "data"))
     for name in EVERY[2:]:
@@ -423,7 +422,7 @@ def test_every_method_in_one_table(place, monkeypatch, capsys):
                                  supmer.Method()).argmax(-1)
             assert about["baseline"] == name and found.tolist() == test["predictions"]
     for name in ("tune", "score"):
-        monkeypatch.setattr(tuning, name, lambda *_: pytest.fail("done again"))
+        monkeypatch.setattr(evaluation, name, lambda *_: pytest.fail("done again"))
     evaluation.main(argv)
     assert rows_of(path) == rows_of("runs/eval/small-planted.1.json")
 
@@ -433,8 +432,8 @@ def test_unified_prompts_are_tuned_as_multiple_choice(place, monkeypatch):
     for name in ("unified-ppt", "ppt"):
         write_run(f"runs/compared/small-{name}", name=name)
     monkeypatch.setattr(baselines, "LETTERS", ("nice", "warm"))     # pieces of this tokenizer
-    seen, original = [], tuning.tune
-    monkeypatch.setattr(tuning, "tune", lambda *a: (seen.append(a), original(*a))[1])
+    seen, original = [], evaluation.tune
+    monkeypatch.setattr(evaluation, "tune", lambda *a: (seen.append(a), original(*a))[1])
     evaluation.main([*SMALL, "--prompt", "unified-ppt", "ppt", "--seeds", "10", "--rates", "0.1",
                      "--task", "planted"])
     unified, plain = ([a[4][0] for a in seen if a[1] == name][0] for name in ("unified", "learned"))

@@ -16,7 +16,7 @@ import prompts
 import supmer
 import t5 as T
 import train
-from candidates import open_candidate
+from eval import open_candidate
 from common import InputError
 from conftest import (SMALL, V11, Evil, affine_start, logits, peft, relative, released_files,
                       run_with_prompt, save_model, small_config, small_t5, transformers)
