@@ -461,6 +461,13 @@ def parse(argv):
     settings = from_settings(Settings, values | {"prompt": prompts})
     settings = replace(settings, **{name: tuple(dict.fromkeys(getattr(settings, name)))
                                     for name in ("task", "prompt", "shots", "seeds", "rates")})
+    known = ("shipped", "released", *(name for name in BASELINES if BASELINES[name].start),
+             *PRETRAINED)
+    for name in settings.prompt:
+        if name not in known and not Path(name).exists():
+            raise InputError(f"prompt {name} is missing: give RUN, newest, {', '.join(known)}")
+    if "data" in given and not Path(settings.data[0]).exists():
+        raise InputError(f"--data {settings.data[0]} is missing: give a folder, or your task's file")
     reasons = {name: reason for name, (_, reason) in tiny.items()}
     reasons |= dict.fromkeys(preset, why) | dict.fromkeys(given, "given")
     lines = defaultdict(list)

@@ -165,7 +165,8 @@ def show(written, settings, config, out):
         draw(written["rows"], settings, out.with_suffix(".png"))
         print(f"picture: {out.with_suffix('.png')}")
     if settings.quick:
-        print("A DEMONSTRATION, not the protocol: for that leave out --quick")
+        print("A DEMONSTRATION, not the protocol, which is: python eval.py --task "
+              f"{' '.join(settings.task)} --prompt {' '.join(settings.prompt)}")
 
 
 # -------------------------------------------------------------------------------------- pictures

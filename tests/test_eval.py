@@ -395,11 +395,11 @@ def test_a_study_makes_the_runs_that_are_missing(place, monkeypatch, capsys):
 @pytest.mark.parametrize("argv, said", [
     (["--task", "sst3"], "no task sst3: there are movie, "),
     (["--model", "elsewhere"], "RUN|released|random|vocab"),            # no finished run
-    (["--prompt", "randm"], "randm is missing"),
+    (["--prompt", "randm"], "randm is missing: give RUN, newest, shipped, released, random"),
     ([*SMALL, "--prompt", "released"], "released prompts for t5-base and flan-t5-xl only"),
     ([*SMALL, "--prompt", "runs/other"], "was learned on another other than small"),
     ([*SMALL, "--prompt", "runs/long"], "--prompt-length 5"),
-    ([*SMALL, "--data", "nowhere", "--prompt", "vocab"], "planted/train.csv is not in nowhere"),
+    ([*SMALL, "--data", "nowhere", "--prompt", "vocab"], "--data nowhere is missing"),
     ([*OWN, "--data", "my.csv", "--words", "bad,bad"], "give two or more a word each"),
     ([*OWN, "--data", "none.csv", "--words", "bad,good"], "none.csv"),
     ([*OWN, "--data", "my.csv", "--words", "bad,good"], "my.csv has the labels 0"),
