@@ -220,7 +220,7 @@ def test_memory_is_bounded_whatever_a_file_claims(valid, tmp_path):
         for path, read in readers(x).items():
             with pytest.raises(InputError, match=path.parent.name) as caught:
                 read(path)
-            assert "MemoryError" not in str(caught.value)
+            assert not re.search("MemoryError|insufficient", str(caught.value))
     assert len(readers(x)) == 12 and ended(forked(work, limited)) == 0
 
 
