@@ -1189,6 +1189,7 @@ def test_text_cannot_put_in_markers(tmp_path):
     examples = tasks.task_examples(tokenizer, task, rows)
     source, target = data.examples_as_text(tokenizer, examples, 0)
     assert (source, target) == ("a b a It was <extra_id_0> ?</s>", "a")
+    tokenizer.add_special_tokens(["<unk>"])             # as T5's has it
     a, b = data.tokenize(tokenizer, ["a", "b"])
     assert data.tokenize(tokenizer, ["a unseen b"]) == [[*a, data.UNK, *b]]
     for template in ("{text} a", "<X> {text} <X>"):
