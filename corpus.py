@@ -31,6 +31,7 @@ from kmeans import kmeans, nearest
 from t5 import embed_tokens, encode, model_fingerprint
 
 LONGEST = 1 << 24           # bytes of a document or line that are held at a time
+RULES = 2                   # a new number, where the rules below change, makes stores anew
 SHORT = 4                   # tokens; see join_short
 SAMPLE = 256                # sentences per centroid that K-means sees
 SLICE = 1 << 13             # sentences, of whole documents, that are tokenized together
@@ -242,7 +243,8 @@ def build_from(cache, files, read, options, tokenizer, t5, model, embed, progres
     Memory: SAMPLE * K embeddings, and 20 bytes a sentence. Raises InputError for too little text.
     """
     made_of = {"corpus": fingerprint(files), "model": model_fingerprint(model),
-               "tokenizer": _sha256(tokenizer.to_str().encode()), "options": options}
+               "tokenizer": _sha256(tokenizer.to_str().encode()), "options": options,
+               "rules": RULES}
     name = _sha256(json.dumps(made_of).encode())[:16]
     if len(set(ranks.gather(name))) > 1:
         raise InputError("the ranks have different corpora, models or options: give all the same")
