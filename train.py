@@ -81,7 +81,7 @@ TINY_VALUES = {
     "exact_cosine": (True, "at this relative step v is a poor stand-in, see README.md"),
     "prompt_rate": (0.02, "about 0.1 of the embedding table's RMS"),
 }
-DEMONSTRATION = {"max_tokens": 64, "support": 16, "query": 16, "steps": 30, "validate_every": 15,
+DEMONSTRATION = {"max_tokens": 64, "support": 16, "query": 16, "steps": 20, "validate_every": 10,
                  "validation_tasks": 2}
 TINY_VALUES |= {name: (value, "a demonstration") for name, value in DEMONSTRATION.items()}
 KNOBS = {entry.name: entry for cls in (Training, Method) for entry in fields(cls)}
