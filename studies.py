@@ -3,7 +3,6 @@
     python studies.py               # lists the studies: python eval.py --study NAME
 """
 
-import json
 import shlex
 import signal
 import statistics
@@ -16,6 +15,7 @@ import numpy as np
 
 from baselines import ABLATIONS, METHODS
 from common import InputError, read_json, reading, whole_file
+from run_folder import read_log
 
 # What a name of --prompt has train.py make.
 PRETRAINED = {**{name: "--method" for name in METHODS}, **dict.fromkeys(ABLATIONS, "--ablation")}
@@ -191,13 +191,10 @@ def plot(folder):
     """Draw a run's log, finished or not, as log.png beside it -> the picture's path.
 
     Dots are steps, or tasks' lambdas; a line is the mean of 19 steps."""
-    pyplot, path = import_pyplot(), folder / "log.jsonl"
+    entries = [entry | entry.get("validation", {}) for entry in read_log(folder)]
+    pyplot = import_pyplot()
     picture, axes = pyplot.subplots(1, len(PANELS), figsize=(17, 3.2), layout="constrained")
-    with reading(path, "the log of a run", remedy="give a folder that train.py made"):
-        text = path.read_text(encoding="utf-8")
-        whole, _, _ = text.rpartition("\n")             # a last line may be on its way
-        entries = [json.loads(line) for line in whole.splitlines()]
-        entries = [entry | entry.get("validation", {}) for entry in entries]
+    with reading(folder / "log.jsonl", "the log of a run", remedy="give a run's folder"):
         for axis, (title, names) in zip(axes, PANELS.items()):
             draw_panel(axis, title, names, entries)
     return save_picture(picture, folder / "log.png", dpi=90)

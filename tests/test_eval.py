@@ -246,6 +246,7 @@ def test_what_a_group_lacks_is_not_run(place, monkeypatch, capsys):
 
 def test_domain_generalization_tunes_on_airlines_alone(place, monkeypatch):
     """`dg`: one tuning for all domains, whose training files are not needed; each is tested."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     small_group(monkeypatch, "airlines")
     for name, seed in (("books", 3), ("kitchen", 4)):
         write_rows(place / f"data/{name}.csv", 30, seed)
