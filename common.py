@@ -177,8 +177,8 @@ def pick_device(name):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     with reading(f"--device {name}", "available", AssertionError, remedy="try --device cpu"):
         torch.zeros(1, device=name).item()
-    if name != "cpu":
-        torch.cuda.set_device(name)
+        if name != "cpu":
+            torch.cuda.set_device(name)
     return torch.device(name)
 
 

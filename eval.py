@@ -90,7 +90,8 @@ FOR_TINY = {"prompt_length": (20, "100 vectors would outnumber the tokens of its
             "rate_scale": ("rms", "its embeddings are small, see tiny/README.md")}
 QUICK = {"prompt": ("random", "vocab", "newest"), "seeds": (10,), "rates": (0.2,),
          "epochs": 40, "test_rows": 300}
-CODE = ("eval", "baselines", "supmer", "tasks", "tables", "data", "t5")     # results depend on it
+CODE = ("eval", "baselines", "prompts", "supmer", "tasks", "tables", "data", "t5", "onednn",
+        "common")                                                       # results depend on it
 PLACES = {"model", "data", "labeled", "jobs", "device", "out", "plot", "quick", "study"}
 
 

@@ -49,7 +49,7 @@ def test_benchs_ratios_by_hand():
 
 
 def test_a_contender_that_dies_loses_no_others_figures():
-    """It is told as not run, with the reason; its neighbour's run is there."""
+    """It is not run, with the reason; its neighbour's run is there."""
     s = replace(bench.QUICK, documents=1)
     found, failed = bench.measure_group({"dies": (Dies(), s), "tokens": (bench.token_ids, s)}, 1, 1)
     assert found["dies"] == [] and list(failed) == ["dies"]

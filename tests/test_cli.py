@@ -28,6 +28,7 @@ from supmer import Method
     ("--method pt", "'unified-ppt'"),
     ("--only xx", "invalid choice: 'xx'"),
     ("--device nonsense", "--device nonsense is not available"),
+    ("--device cpu:0", "--device cpu:0 is not available"),
     ("--device cuda:99", "--device cuda:99 is not available"),
     ("--max-minutes 0", "0 must be above 0"),
     ("--examples 9 --steps 3", "leave --steps away"),
