@@ -33,9 +33,16 @@ LIBRARIES = 110 << 20       # bytes that CPU libraries hold beside the tensors, 
 
 
 def prepare(training, method, device, control):
-    """Print what a run needs. Raises InputError if the memory is missing, or for a long run on a
+    """Print what a run needs -> the Method: it keeps all graphs if they fit easily.
+
+    control: train.py's options. Raises InputError if the memory is missing, or for a long run on a
     CPU without --yes. A dry run only prints, whatever the machine and the network."""
     config = model_shape(training.model)
+    everything = replace(method, keep_graphs=training.support)
+    needed = sum(memory_needed(config, training, everything).values())
+    if not hasattr(control, "keep_graphs") and needed < free_bytes(device) / 2:
+        method = everything
+        print("graphs:   all are kept, which saves a pass: half of the memory holds them")
     line, lacking = memory_line(config, training, method, device)
     print(line)
     if lacking and not control.dry_run:
@@ -44,13 +51,14 @@ def prepare(training, method, device, control):
         print(line)
     if lacking:
         print(f"time:     cannot be measured: {lacking}")
-        return
+        return method
     t5 = stand_in(config, getattr(torch, training.dtype), device)
     hours = print_time(t5, training, method)
     long = hours > 1 or any(name in hub.CORPORA for name in training.corpus)
     if long and device.type == "cpu" and not (control.yes or control.dry_run):
         raise InputError("there is no GPU here: add --yes to start all the same, "
                          "or begin with the embedded model: python train.py")
+    return method
 
 
 def model_shape(name):
@@ -134,13 +142,20 @@ def memory_needed(config, training, method):
             "program": program}
 
 
+def free_bytes(device):
+    """A GPU's free memory; for a CPU the machine's whole memory, shared by torchrun's processes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def memory_line(config, training, method, device):
     """memory_needed() as text; what would fit if the device has less, else ""."""
     parts = memory_needed(config, training, method)
     total, longest = sum(parts.values()), training.prompt_length + training.max_tokens
     size = max(method.micro_tokens, longest)
-    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else \
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = free_bytes(device)
     needs = f"{total / GIB:.1f} GiB with micro-batches of {size} positions"
     named = ", ".join(f"{part / GIB:.2f} {name}" for name, part in parts.items() if part)
     fits = int(size * (there - total + parts["micro-batch"]) / parts["micro-batch"])

@@ -84,6 +84,20 @@ def test_as_many_graphs_are_kept_as_there_are_micro_batches(monkeypatch):
         assert f"{graphs} kept graphs" in estimate.memory_needed(SMALL, training, method)
 
 
+def test_all_graphs_are_kept_where_half_of_the_memory_holds_them(monkeypatch):
+    """32 graphs of 1 GiB fit into half of 80 GiB and not of 60; a number that is given stays."""
+    monkeypatch.setattr(estimate, "micro_batch_bytes", lambda *_: (1, 1, 1 << 30))
+    monkeypatch.setattr(estimate, "model_shape", lambda _: SMALL)
+    monkeypatch.setattr(hubs, "fetch_list", lambda _: [])
+    monkeypatch.setattr(estimate, "print_time", lambda *_: 0)
+    training, method = train.Training(model="m", support=32, corpus=()), Method(micro_tokens=100)
+    for there, given, kept in ((80, {}, 32), (60, {}, 0), (80, {"keep_graphs": 0}, 0)):
+        monkeypatch.setattr(estimate, "free_bytes", lambda _: there << 30)
+        control = SimpleNamespace(dry_run=False, yes=True, **given)
+        found = estimate.prepare(training, method, torch.device("cpu"), control)
+        assert found == replace(method, keep_graphs=kept)
+
+
 @pytest.mark.parametrize("layers, tokens", [(1, 412), pytest.param(12, 90, marks=needs_data)])
 def test_the_memory_estimate_is_what_a_step_takes(layers, tokens):
     """An exact meta-gradient at t5-base's widths takes within 15 % of the estimate for one task,
@@ -170,7 +184,8 @@ def test_a_long_run_needs_a_gpu_or_yes(monkeypatch, capsys):
         estimate.prepare(training, Method(), torch.device("cpu"), control)
     with pytest.raises(InputError, match="no GPU here: add --yes"):
         prepare(bytes=10 ** 9)
-    assert re.fullmatch(r"""memory: +[\d.]+ GiB with micro-batches of 2048 positions: .+ micro-batch.*
+    assert re.fullmatch(r"""graphs: .*
+memory: +[\d.]+ GiB with micro-batches of 2048 positions: .+ micro-batch.*
 download: 242 MB of t5-small
 time: +[\d.]+ s a step, [\d,.]+ hours for 100,000 steps.*
  +[\d,.]+ hours before that, .* 1 GB of text.*
