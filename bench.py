@@ -193,8 +193,7 @@ def embedding(s, hf=False):
     tokens = np.random.default_rng(6).integers(3, 32_000, offsets[-1]).astype(np.uint16)
     if not hf:
         embed, at_once = partial(corpus.embed_sentences, t5), corpus.BATCH_TOKENS[s.device[:4]]
-        return lambda: list(corpus._embedded(tokens, offsets, np.arange(s.sentences), embed,
-                                             at_once))
+        return lambda: corpus.embed_rows(tokens, offsets, embed, at_once, np.arange(s.sentences))
     model = hf_model(t5).encoder
     texts = sorted((torch.from_numpy(part.astype(np.int64))
                     for part in np.split(tokens, offsets[1:-1])), key=len)

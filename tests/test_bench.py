@@ -8,7 +8,7 @@ import torch
 import bench
 import supmer
 from common import InputError
-from conftest import Dies, affine_start, needs_transformers, relative
+from conftest import Dies, affine_start, needs_sklearn, needs_transformers, relative
 from supmer import Method
 
 
@@ -43,6 +43,16 @@ def test_benchs_ratios_by_hand():
     assert ratios and set(ratios.values()) == {None}
     names = {name for group in bench.groups(bench.QUICK) for name in group}
     assert all({row[0], row[1]} <= names for row in bench.RATIOS)
+
+
+@needs_transformers
+@needs_sklearn
+def test_each_contender_runs():
+    """At the smallest sizes; PEFT and transformers are there where CI compares with them."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    for group in bench.groups(bench.QUICK):
+        for contender, s in group.values():
+            contender(replace(s, **bench.WARM))()
 
 
 def test_a_contender_that_dies_loses_no_others_figures():
