@@ -73,9 +73,9 @@ def first_line(error):
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def read_json(path, most=1 << 26):
+def read_json(path, most=1 << 26, remedy="fetch it again"):
     """The value of a JSON file of fewer than `most` bytes. Raises InputError."""
-    with reading(path, "JSON"):
+    with reading(path, "JSON", remedy=remedy):
         if path.stat().st_size >= most:
             raise ValueError("it is too large")
         return json.loads(path.read_text(encoding="utf-8"))
@@ -126,6 +126,11 @@ def fingerprint(files):
         with open(path, "rb") as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()
+
+
+def text_sha256(text):
+    """hashlib's sha256 of a text in UTF-8; a lone surrogate counts as "?"."""
+    return hashlib.sha256(text.encode("utf-8", "replace"))
 
 
 class Ranks(NamedTuple):

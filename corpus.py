@@ -1,159 +1,42 @@
-"""Text -> sentences -> tokens -> clusters: builds the store that data.py draws from.
+"""Text -> sentences -> tokens -> clusters: the store that data.py draws from.
 
     store = build_store("cache", ["text/"], tokenizer, t5, clusters=250, seed=0, model=folder)
 
-An interrupted build resumes: after the last whole corpus file, or after the last whole CHUNK of
-cluster assignments. The same corpus, model and options give the same bytes, on any number of ranks.
+Sentence i of a store has the tokens tokens[offsets[i]:offsets[i + 1]]. An interrupted build
+resumes: after the last whole corpus file, or after the last whole CHUNK of cluster assignments.
+The same corpus, model and options give the same bytes, on any number of ranks.
 """
 
-import gzip
 import hashlib
 import json
 import os
 import re
 import shutil
-import tarfile
 from array import array
 from collections import Counter
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from tokenize import TokenError
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from common import (InputError, SOLO, one_process, read_json, reading, remove_torn, rng,
+from common import (InputError, SOLO, one_process, read_json, reading, remove_torn, rng, text_sha256,
                     whole_file)
-from data import COLUMNS, FORMATS, MAX_TOKENS, column, open_store, padded, tokenize
+from data import FORMATS, MAX_TOKENS, padded, tokenize
+from documents import corpus_files, documents, unread_files
 from kmeans import kmeans, nearest
 from t5 import embed_tokens, encode, model_fingerprint
 
-LONGEST = 1 << 24           # bytes of a document or line that are held at a time
 RULES = 2                   # a new number, where the rules below change, makes stores anew
 SHORT = 4                   # tokens; see join_short
 SAMPLE = 256                # sentences per centroid that K-means sees
 SLICE = 1 << 13             # sentences, of whole documents, that are tokenized together
 CHUNK = 1 << 14             # sentences that are sorted by length together, and saved together
 BATCH_TOKENS = {"cpu": 1 << 9, "cuda": 1 << 17}     # embedded together; a CPU's cache likes few
-TEXT = ("tokens", "offsets", "first", "label", "keys", "shares")    # columns that grow with the text
-
-
-# ----------------------------------------------------------------- corpus files, documents
-def corpus_files(paths):
-    """Files and folders -> corpus files; of a folder, sorted, those whose ends READERS knows.
-    Raises InputError for a path without any."""
-    files = []
-    for path in map(Path, paths):
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found = [file for file in inside if file.is_file() and file.name.endswith(tuple(READERS))]
-        if not found:
-            raise InputError(f"{path}: no text found; give files, or folders of files, that end in "
-                             f"{', '.join(READERS)} (of parquet, pandas makes .jsonl)")
-        files += found
-    return files
-
-
-def documents(path, counts=None):
-    """Yield the documents of one corpus file as lists of paragraphs.
-
-    .txt: blank lines part documents, one paragraph each. .jsonl(.gz), .json.gz (C4's): a document a
-    line, with `paragraphs` (a list) or `text` (a paragraph a line). .tar(.xz): OpenWebText's, .txt
-    documents, or .xz files that each are a tar of them. Nothing is unpacked to the disk.
-    a file "It rained.\\nWe left.\\n\\nThe sun rose." -> ["It rained. We left."], ["The sun rose."]
-    counts: a Counter, receives "bytes", "broken UTF-8", lines that U+FFFD had to mend, and "long
-    documents parted", texts that LONGEST made two or more of.
-    Raises InputError for damage, and for a line that is not a document.
-    """
-    counts = Counter() if counts is None else counts
-    read = next(READERS[end] for end in READERS if path.name.endswith(end))
-    with reading(path, "readable text"), open(path, "rb") as file:
-        for paragraphs in read(file, path, counts):
-            raw = [p.encode("utf-8", "replace") for p in paragraphs]    # JSON's lone surrogates
-            counts["bytes"] += sum(map(len, raw))
-            yield [p.decode() for p in raw]
-
-
-def _decode(raw, counts):
-    text = raw.decode("utf-8-sig", errors="replace")
-    counts["broken UTF-8"] += "\0" in text or "\ufffd" in text and "\ufffd".encode() not in raw
-    return text.replace("\0", "\ufffd")
-
-
-def _read_txt(file, path, counts):
-    if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError("UTF-16; give UTF-8")
-    lines, size = [], 0
-    while raw := file.readline(LONGEST):
-        line = _decode(raw, counts).strip()
-        size += len(raw)
-        counts["long documents parted"] += size >= LONGEST
-        if line:
-            lines.append(line)
-        if size >= LONGEST or lines and not line:
-            yield [" ".join(lines)]
-            lines = []
-        size *= bool(lines)
-    if lines:
-        yield [" ".join(lines)]
-
-
-def _read_jsonl(file, path, counts):
-    file = gzip.open(file) if path.suffix == ".gz" else file
-    for number, raw in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
-        with reading(f"{path}, line {number}", "a document", remedy="mend or drop it"):
-            if len(raw) == LONGEST:
-                raise ValueError(f"{LONGEST:,} bytes or more; give a document a line")
-            line = _decode(raw, counts)
-            if not line.strip():
-                continue
-            record = json.loads(line)
-            paragraphs = record.get("paragraphs")
-            if paragraphs is None:
-                paragraphs = record["text"].split("\n")
-            if not isinstance(paragraphs, list) or not all(isinstance(p, str) for p in paragraphs):
-                raise TypeError("`paragraphs` must be a list of texts")
-        yield paragraphs
-
-
-class Header(tarfile.TarInfo):
-    """A member's header. A damaged one is not the archive's end, and one that is read whole, such
-    as a long name, is short."""
-
-    @classmethod
-    def frombuf(cls, buf, encoding, errors):
-        """As TarInfo's; raises ReadError."""
-        try:
-            header = super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from None
-        if header.size > 1 << 20 and not header.isfile():
-            raise tarfile.ReadError(f"a header of {header.size:,} bytes")
-        return header
-
-
-def _read_tar(file, where, counts):
-    known = False
-    with tarfile.open(fileobj=file, mode="r|*", tarinfo=Header) as archive:
-        for member in filter(tarfile.TarInfo.isfile, archive):
-            content, name = archive.extractfile(member), f"{where}, {member.name}"
-            known |= member.name.endswith((".xz", ".txt"))
-            if member.name.endswith(".xz"):
-                with reading(name, "a tar of text"):
-                    yield from _read_tar(content, name, counts)
-            elif member.name.endswith(".txt"):
-                for part, raw in enumerate(iter(lambda: content.read(LONGEST), b"")):
-                    counts["long documents parted"] += part > 0
-                    yield _decode(raw, counts).split("\n")
-    if not known:
-        raise ValueError("no .txt inside, and no .xz tar of .txt")
-
-
-READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl,
-           ".json.gz": _read_jsonl, ".tar": _read_tar, ".tar.xz": _read_tar}
 
 
 # ------------------------------------------------------------------------------ sentences
@@ -200,6 +83,63 @@ def _ends_sentence(text, start, match):
 
 
 # ------------------------------------------------------------------- the store on the disk
+# Plain numbers: the file NAME.bin and its type. The first ones grow with the text.
+TEXT = {"tokens": "H", "offsets": "q", "first": "q", "label": "h", "keys": "Q", "shares": "d"}
+COLUMNS = TEXT | {"held_out": "?", "anchor": "?", "cluster": "i", "order": "I"}
+
+
+class Store(NamedTuple):
+    """A corpus as sentences and their clusters, in a folder; the arrays are mapped, not read."""
+    folder: Path
+    tokens: np.ndarray      # (all tokens) uint16
+    offsets: np.ndarray     # (n + 1,) int64: where in tokens a sentence begins
+    first: np.ndarray       # (documents,) int64: each one's first sentence
+    held_out: np.ndarray    # (n,) bool: its document is kept for validation tasks
+    anchor: np.ndarray      # (n,) bool: no earlier sentence has the same text
+    cluster: np.ndarray     # (formats, n) int32; one clustering may stand for all FORMATS
+    centroids: np.ndarray   # (formats, K, d) float32
+    order: np.ndarray       # (formats, anchors) uint32 and
+    bounds: np.ndarray      # (formats, 4 K + 1) int64: see group_anchors
+    label: np.ndarray       # (n,) int16 in a labeled set; else empty
+    meta: dict              # "made_of": fingerprints, "options"; "counts"; "files": their sizes
+
+    def sentence(self, i):
+        """Its tokens (T,) uint16."""
+        return self.tokens[self.offsets[i]:self.offsets[i + 1]]
+
+
+def column(folder, name):
+    """One of a store's COLUMNS, mapped."""
+    path, kind = folder / f"{name}.bin", np.dtype(COLUMNS[name])
+    if path.stat().st_size == 0:        # nothing cannot be mapped
+        return np.zeros(0, kind)
+    return np.memmap(path, kind, "r")
+
+
+def open_store(folder, made_of=None):
+    """Open a store. Raises InputError if it is damaged or was made of other things than made_of."""
+    folder = Path(folder)
+    # Of a damaged .npy's header numpy raises the last two.
+    with reading(folder, "a whole store", SyntaxError, TokenError, remedy="delete it"):
+        meta = read_json(folder / "meta.json", remedy="delete the store")
+        if any((folder / name).stat().st_size != size for name, size in meta["files"].items()):
+            raise ValueError("its files do not fit together")
+        other = [key for key in made_of or () if meta["made_of"][key] != made_of[key]]
+        if other:
+            raise InputError(f"{folder} was built with another {', another '.join(other)}: "
+                             "delete it")
+        columns = {name: column(folder, name) for name in COLUMNS if name in Store._fields}
+        columns |= {name: np.load(folder / f"{name}.npy") for name in ("centroids", "bounds")}
+        rows, n = len(columns["bounds"]), len(columns["anchor"])
+        columns["cluster"] = columns["cluster"].reshape(n, rows).T
+        columns["order"] = columns["order"].reshape(rows, -1)
+        for name in ("cluster", "order", "centroids", "bounds"):    # one clustering serves all
+            every = len(FORMATS), *columns[name].shape[1:]
+            columns[name] = np.broadcast_to(columns[name], every)
+    return Store(folder, **columns, meta=meta)
+
+
+# ------------------------------------------------------------------------ text becomes a store
 class Document(NamedTuple):
     """What becomes a document of a store."""
     share: float            # its hash_share
@@ -217,16 +157,14 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
     of the documents are held out, and K-means sees a sample of the others. The rest: build_from.
     """
     def read(path, counts):
-        if max_bytes is None or counts["bytes"] < max_bytes:
-            for paragraphs in documents(path, counts):
-                sentences = [s for text in paragraphs for s in split_sentences(text)]
-                yield Document(hash_share(paragraphs), sentences)
-                if max_bytes is not None and counts["bytes"] >= max_bytes:
-                    return
+        texts = documents(path, counts)
+        while max_bytes is None or counts["bytes"] < max_bytes:
+            if (paragraphs := next(texts, None)) is None:
+                return
+            sentences = [s for text in paragraphs for s in split_sentences(text)]
+            yield Document(hash_share(paragraphs), sentences)
     files = corpus_files(paths)
-    inside = chain.from_iterable(Path(path).rglob("*") for path in paths)
-    unread = sorted(file.name for file in {*filter(Path.is_file, inside)} - {*files})
-    if unread:
+    if unread := unread_files(paths, files):
         progress(f"not read, {len(unread)} other file(s): {', '.join(unread)}", 0, None)
     options = {"clusters": clusters, "seed": seed, "max_bytes": max_bytes,
                "one_per_format": one_per_format}
@@ -240,35 +178,27 @@ def build_from(cache, files, read, options, tokenizer, t5, model, embed, progres
     another process makes it, wait. model: the folder of tokenizer and t5, to be fingerprinted.
     embed(ids (B, T), mask (B, T)) -> (B, d) may replace t5's embedding. progress(stage, done, total
     or None) is called now and then. All ranks must see cache: the first one writes, all embed.
-    Memory: SAMPLE * K embeddings, and 20 bytes a sentence. Raises InputError for too little text.
+    Memory: SAMPLE * K embeddings, and 30 bytes a sentence. Raises InputError for too little text.
     """
     made_of = {"corpus": fingerprint(files), "model": model_fingerprint(model),
-               "tokenizer": _sha256(tokenizer.to_str().encode()), "options": options,
+               "tokenizer": text_sha256(tokenizer.to_str()).hexdigest(), "options": options,
                "rules": RULES}
-    name = _sha256(json.dumps(made_of).encode())[:16]
+    name = text_sha256(json.dumps(made_of)).hexdigest()[:16]
     if len(set(ranks.gather(name))) > 1:
         raise InputError("the ranks have different corpora, models or options: give all the same")
-    folder = Path(cache, name)
-    whole, first = folder / "meta.json", ranks.rank == 0
-    if not ranks.gather(whole.exists())[0]:
-        folder.mkdir(parents=True, exist_ok=True)
-        waiting = "waiting for the process that makes the same store"
-        lock = one_process(folder, lambda: progress(waiting, 0, None)) if first else nullcontext()
-        with lock:
+    folder, writes = Path(cache, name), ranks.rank == 0
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting = partial(progress, "waiting for the process that makes the same store", 0, None)
+    with one_process(folder, waiting) if writes else nullcontext():
+        if not ranks.gather((folder / "meta.json").exists())[0]:
+            if writes:
+                _prepare(folder, files, read, options, tokenizer, progress)
             ranks.gather(None)
-            if not ranks.gather(whole.exists())[0]:     # nor was it made while we waited
-                if first:
-                    _prepare(folder, files, read, options, tokenizer, progress)
-                ranks.gather(None)
-                _cluster(folder, options, t5, embed, progress, ranks)
-                if first:
-                    _finish(folder, made_of, options, progress)
+            _cluster(folder, options, t5, embed, progress, ranks)
+            if writes:
+                _finish(folder, made_of, options, progress)
     ranks.gather(None)
     return open_store(folder, made_of)
-
-
-def _sha256(content):
-    return hashlib.sha256(content).hexdigest()
 
 
 def fingerprint(files):
@@ -286,8 +216,7 @@ def fingerprint(files):
 def hash_share(paragraphs):
     """A document's place in [0, 1), uniform, by sha256 of its text: the same in every corpus.
     ["It rained."] -> 0.5..."""
-    digest = hashlib.sha256("\n".join(paragraphs).encode("utf-8", "replace")).digest()
-    return int.from_bytes(digest[:8]) / 2 ** 64
+    return int.from_bytes(text_sha256("\n".join(paragraphs)).digest()[:8]) / 2 ** 64
 
 
 def hold_out(shares):
@@ -317,44 +246,40 @@ def _prepare(folder, files, read, options, tokenizer, progress):
     """The text and what follows from it. A corpus that cannot be a store leaves nothing behind."""
     remove_torn(folder)
     try:
-        counts = write_text(folder, files, read, tokenizer, progress)
-        _choose(folder, options["clusters"], counts)
+        write_text(folder, files, read, tokenizer, progress)
+        _choose(folder, options["clusters"])
     except InputError:
         shutil.rmtree(folder)
         raise
 
 
 def write_text(folder, files, read, tokenizer, progress):
-    """Append the sentences of read(path, counts) of each file to the TEXT columns -> counts.
+    """Append the sentences of read(path, counts) of each file to the TEXT columns.
 
     After each file, read.json has the number of files, the columns' sizes and the counts: an
     interrupted build resumes there.
     """
-    notes = folder / "read.json"
-    done, sizes, counts = read_json(notes) if notes.exists() else (0, dict.fromkeys(TEXT, 0), {})
+    notes, paths = folder / "read.json", {name: folder / f"{name}.bin" for name in TEXT}
+    done, sizes, counts = read_json(notes) if notes.exists() else (0, {}, {})
     counts = Counter(counts)
-    with ExitStack() as stack:
-        columns = {name: stack.enter_context(open(folder / f"{name}.bin", "ab")) for name in TEXT}
-        for name, file in columns.items():
-            file.truncate(sizes[name])
-        if not sizes["offsets"]:
-            columns["offsets"].write(array("q", [0]))
-        for number, path in enumerate(files[done:], done + 1):
-            items = read(path, counts)
-            while group := list(_next_documents(items)):
-                texts = chain.from_iterable(document.sentences for document in group)
-                encoded = iter(tokenize(tokenizer, texts))
-                for document in group:
-                    ids = list(islice(encoded, len(document.sentences)))
-                    _append(columns, document, ids, counts)
-                progress("reading text, bytes", counts["bytes"], None)
-            for file in columns.values():
-                file.flush()
+    for name, path in paths.items():
+        with open(path, "ab") as file:
+            file.truncate(sizes.get(name, 0))
+            if name == "offsets" and not done:
+                file.write(array("q", [0]))
+    for number, path in enumerate(files[done:], done + 1):
+        items = read(path, counts)
+        while group := list(_next_documents(items)):
+            for name, values in _columns(tokenizer, group, counts).items():
+                with open(paths[name], "ab") as file:
+                    file.write(values)
+            progress("reading text, bytes", counts["bytes"], None)
+        for name, path in paths.items():
+            with open(path, "ab") as file:
                 os.fsync(file.fileno())
-            sizes = {name: os.path.getsize(file.name) for name, file in columns.items()}
-            with whole_file(notes) as file:
-                file.write(json.dumps([number, sizes, counts]).encode())
-    return counts
+                sizes[name] = file.tell()
+        with whole_file(notes) as file:
+            file.write(json.dumps([number, sizes, counts]).encode())
 
 
 def _next_documents(items):
@@ -366,38 +291,39 @@ def _next_documents(items):
         yield document
 
 
-def _append(columns, document, ids, counts):
-    """Append a document, of sentences `ids`, to the TEXT columns."""
-    def write(name, *values):
-        columns[name].write(array(COLUMNS[name], values))
-    kept = join_short(ids) if document.label is None else [tokens for tokens in ids if tokens]
-    counts["short sentences joined"] += len(ids) - len(kept)
-    if not kept:
-        counts["empty documents"] += 1
-        return
-    write("first", counts["sentences"])
-    write("shares", document.share)
-    if document.label is not None:
-        write("label", document.label)
-    for tokens in kept:
-        counts["long sentences cut"] += len(tokens) > MAX_TOKENS
-        tokens = array("H", tokens[:MAX_TOKENS])
-        counts["tokens"] += len(tokens)
-        columns["tokens"].write(tokens)
-        write("offsets", counts["tokens"])
-        write("keys", int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest()))
-    counts["sentences"] += len(kept)
-    counts["documents"] += 1
+def _columns(tokenizer, group, counts):
+    """Documents -> what they add to the TEXT columns, {name: array}, and to the counts."""
+    rows = {name: array(kind) for name, kind in TEXT.items()}
+    encoded = iter(tokenize(tokenizer, chain.from_iterable(x.sentences for x in group)))
+    for document in group:
+        ids = list(islice(encoded, len(document.sentences)))
+        kept = join_short(ids) if document.label is None else [tokens for tokens in ids if tokens]
+        counts["short sentences joined"] += len(ids) - len(kept)
+        if not kept:
+            counts["empty documents"] += 1
+            continue
+        rows["first"].append(counts["sentences"])
+        rows["shares"].append(document.share)
+        if document.label is not None:
+            rows["label"].append(document.label)
+        for tokens in kept:
+            counts["long sentences cut"] += len(tokens) > MAX_TOKENS
+            tokens = array("H", tokens[:MAX_TOKENS])
+            counts["tokens"] += len(tokens)
+            rows["tokens"] += tokens
+            rows["offsets"].append(counts["tokens"])
+            rows["keys"].append(int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest()))
+        counts["sentences"] += len(kept)
+        counts["documents"] += 1
+    return rows
 
 
-def _choose(folder, clusters, counts):
+def _choose(folder, clusters):
     """Write held_out and anchor: of equal sentences the first is an anchor."""
     keys, first, shares = (column(folder, name) for name in ("keys", "first", "shares"))
-    chosen, anchor = hold_out(shares), np.zeros(len(keys), dtype=bool)
-    for part in range(16):          # a sixteenth of the keys at a time, to be sorted
-        rows = np.flatnonzero(keys % 16 == part)
-        anchor[rows[np.unique(keys[rows], return_index=True)[1]]] = True
-    held_out = np.repeat(chosen, np.diff(first, append=len(keys)))
+    held_out = np.repeat(hold_out(shares), np.diff(first, append=len(keys)))
+    anchor = np.zeros(len(keys), dtype=bool)
+    anchor[np.unique(keys, return_index=True)[1]] = True
     different = int((anchor & ~held_out).sum())
     if different < clusters or len(first) < 4:
         raise InputError(f"the corpus has {len(keys)} sentences in {len(first)} documents, of them "
@@ -408,6 +334,7 @@ def _choose(folder, clusters, counts):
             file.write(values)
 
 
+# ----------------------------------------------------------------------- embeddings, clusters
 def embed_sentences(t5, ids, mask):
     """ids, mask (B, T) -> (B, d): the mean over a sentence's tokens of the encoder's last states.
     Without prompt and </s>; the paper does not say."""
@@ -432,67 +359,58 @@ def embed_rows(tokens, offsets, embed, budget, rows):
     return torch.cat(states)[np.argsort(order)]
 
 
-def by_chunks(work, rows, ranks):
-    """Yield work(part) of each CHUNK of rows, in order. The ranks share the chunks."""
-    for begin in range(0, len(rows), CHUNK * ranks.world):
-        group = rows[begin:begin + CHUNK * ranks.world]
-        yield from ranks.map(work, [group[i:i + CHUNK] for i in range(0, len(group), CHUNK)])
+def embed_chunks(folder, embed, budget, progress, ranks, stage, rows, finish):
+    """Yield finish(embeddings) of each CHUNK of rows, in order. The ranks share the chunks."""
+    tokens, offsets, done = column(folder, "tokens"), column(folder, "offsets"), 0
+
+    def counted(ids, mask):
+        nonlocal done
+        done += len(ids) * ranks.world
+        progress(stage, min(done, len(rows)), len(rows))
+        return embed(ids, mask)
+    progress(stage, 0, len(rows))
+    chunks = [rows[begin:begin + CHUNK] for begin in range(0, len(rows), CHUNK)]
+    for begin in range(0, len(chunks), ranks.world):
+        yield from ranks.map(
+            lambda chunk: finish(embed_rows(tokens, offsets, counted, budget, np.array(chunk))),
+            chunks[begin:begin + ranks.world])
 
 
 def _cluster(folder, options, t5, embed, progress, ranks):
     """Write centroids.npy (clusterings, K, d) and append to cluster (n, clusterings)."""
-    tokens, offsets, held_out, anchor = (column(folder, name) for name in (
-        "tokens", "offsets", "held_out", "anchor"))
+    held_out, anchor = column(folder, "held_out"), column(folder, "anchor")
     device = t5.weights["shared.weight"].device if t5 else torch.device("cpu")
-    embed = embed or partial(embed_sentences, t5)
-    path, K = folder / "centroids.npy", options["clusters"]
-    seeds = range(options["seed"],
-                  options["seed"] + (len(FORMATS) if options.get("one_per_format") else 1))
-
-    def embedder(stage, done, total):
-        def counted(ids, mask):
-            nonlocal done
-            done += len(ids) * ranks.world
-            progress(stage, min(done, total), total)
-            return embed(ids, mask)
-        progress(stage, done, total)
-        return partial(embed_rows, tokens, offsets, counted, BATCH_TOKENS[device.type])
-
+    chunks = partial(embed_chunks, folder, embed or partial(embed_sentences, t5),
+                     BATCH_TOKENS[device.type], progress, ranks)
+    path, K, seed = folder / "centroids.npy", options["clusters"], options["seed"]
+    seeds = range(seed, seed + (len(FORMATS) if options.get("one_per_format") else 1))
     if not ranks.gather(path.exists())[0]:
         training = np.flatnonzero(anchor & ~held_out)
         size = min(len(training), SAMPLE * K)
-        sample = rng(seeds[0], 0, 0, "k-means sample").choice(training, size, replace=False)
-        embedded = embedder("embedding a sample", 0, size)
-        points = torch.cat(list(by_chunks(lambda part: embedded(part).cpu(), sample, ranks)))
+        sample = rng(seed, 0, 0, "k-means sample").choice(training, size, replace=False)
+        points = torch.cat(list(chunks("embedding a sample", sample, torch.Tensor.cpu)))
         if not points.isfinite().all():
             raise InputError("sentence embeddings are not finite: the model's weights are damaged")
         if ranks.rank == 0:
-            _fit(path, points.to(device), K, seeds, progress)
+            progress("K-means", 0, len(points))
+            fitted = [kmeans(points.to(device), K, s).centroids.float().cpu() for s in seeds]
+            with whole_file(path) as file:
+                np.save(file, torch.stack(fitted).numpy())
         ranks.gather(None)
-    n, row = len(anchor), 4 * len(seeds)                    # bytes
-    with open(folder / "cluster.bin", "ab") as file:        # only rank 0 writes
+    n, row, centroids = len(anchor), 4 * len(seeds), np.load(path)      # bytes in a row
+    with open(folder / "cluster.bin", "ab") as file:                    # only rank 0 writes
         done = ranks.gather(min(file.tell() // row // CHUNK * CHUNK, n))[0]
-        centroids, embedded = np.load(path), embedder("assigning clusters", done, n)
         if ranks.rank == 0:
             file.truncate(row * done)
-        for found in by_chunks(lambda part: _assign(embedded(np.array(part)), centroids),
-                               range(done, n), ranks):
+        for found in chunks("assigning clusters", range(done, n), partial(_assign, centroids)):
             if ranks.rank == 0:
                 file.write(found)
                 file.flush()
                 os.fsync(file.fileno())
 
 
-def _fit(path, points, K, seeds, progress):
-    """Write the centroids of one K-means for each seed."""
-    progress("K-means", 0, len(points))
-    fitted = torch.stack([kmeans(points, K, seed).centroids for seed in seeds])
-    with whole_file(path) as file:
-        np.save(file, fitted.float().cpu().numpy())
-
-
-def _assign(H, centroids):
-    """Embeddings (B, d), centroids (clusterings, K, d) -> the nearest ones, (B, clusterings)."""
+def _assign(centroids, H):
+    """Centroids (clusterings, K, d), embeddings (B, d) -> the nearest ones, (B, clusterings)."""
     found = [nearest(H, c)[0] for c in torch.from_numpy(centroids).to(H)]
     return torch.stack(found, 1).int().cpu().numpy()
 
@@ -508,7 +426,7 @@ def _finish(folder, made_of, options, progress):
         file.writelines(order for order, _ in grouped)
     with whole_file(folder / "bounds.npy") as file:
         np.save(file, np.stack([bounds for _, bounds in grouped]))
-    counts = Counter(read_json(folder / "read.json")[2])
+    counts = read_json(folder / "read.json")[2]
     counts["documents held out"] = int(held_out[first].sum())
     for name in ("keys.bin", "shares.bin", "read.json"):
         (folder / name).unlink(missing_ok=True)

@@ -1,25 +1,23 @@
 """Examples, templates, and the meta tasks that a store's text makes (section 3.2, A.2, Eq. 17-19).
 
-    store = open_store(folder)                      # corpus.build_store makes it
+    store = build_store(cache, ["text/"], ...)     # of corpus.py, which says what it holds
     index = TaskIndex(store, tokenizer)
     task = meta_task(index, seed=0, step=7, i=2)    # a pure function of its arguments
     batch = collate(task.support, range(32))
 
 `python data.py` prints a small task of each variant as text. It takes seconds and needs tiny/.
 
-Sentence i of a store has the tokens tokens[offsets[i]:offsets[i + 1]]. A source is put together
-from token ids, never by tokenizing a joined string: no text can merge with the mask.
+A source is put together from token ids, never by tokenizing a joined string: no text can merge with
+the mask.
 
 Letters: n sentences or examples, K clusters or label words, d d_model, B batch, T tokens,
 V vectors that stand in place of tokens.
 """
 
-import json
 import re
 import tempfile
 from itertools import chain, zip_longest
 from pathlib import Path
-from tokenize import TokenError
 from typing import NamedTuple
 
 import numpy as np
@@ -209,62 +207,6 @@ def examples_as_text(tokenizer, examples, row, clusters=()):
         text = text.replace(marker, f" {name} ")
     target = tokenizer.decode(examples.words[int(examples.labels[row])][1:])
     return " ".join(text.split()).replace(" </s>", "</s>"), target
-
-
-# ------------------------------------------------------------------------------ the store
-# Plain numbers: the file NAME.bin and its type. A store being built has keys and shares, too.
-COLUMNS = {"tokens": "H", "offsets": "q", "first": "q", "label": "h", "held_out": "?",
-           "anchor": "?", "cluster": "i", "order": "I", "keys": "Q", "shares": "d"}
-
-
-class Store(NamedTuple):
-    """A corpus as sentences and their clusters, in a folder; the arrays are mapped, not read."""
-    folder: Path
-    tokens: np.ndarray      # (all tokens) uint16
-    offsets: np.ndarray     # (n + 1,) int64: where in tokens a sentence begins
-    first: np.ndarray       # (documents,) int64: each one's first sentence
-    held_out: np.ndarray    # (n,) bool: its document is kept for validation tasks
-    anchor: np.ndarray      # (n,) bool: no earlier sentence has the same text
-    cluster: np.ndarray     # (formats, n) int32; one clustering may stand for all FORMATS
-    centroids: np.ndarray   # (formats, K, d) float32
-    order: np.ndarray       # (formats, anchors) uint32 and
-    bounds: np.ndarray      # (formats, 4 K + 1) int64: see corpus.group_anchors
-    label: np.ndarray       # (n,) int16 in a labeled set; else empty
-    meta: dict              # "made_of": fingerprints, "options"; "counts"; "files": their sizes
-
-    def sentence(self, i):
-        """Its tokens (T,) uint16."""
-        return self.tokens[self.offsets[i]:self.offsets[i + 1]]
-
-
-def column(folder, name):
-    """One of a store's COLUMNS, mapped."""
-    path, kind = folder / f"{name}.bin", np.dtype(COLUMNS[name])
-    if path.stat().st_size == 0:        # nothing cannot be mapped
-        return np.zeros(0, kind)
-    return np.memmap(path, kind, "r")
-
-
-def open_store(folder, made_of=None):
-    """Open a store. Raises InputError if it is damaged or was made of other things than made_of."""
-    folder = Path(folder)
-    # Of a damaged .npy's header numpy raises the last two.
-    with reading(folder, "a whole store", SyntaxError, TokenError, remedy="delete it"):
-        meta = json.loads((folder / "meta.json").read_text())
-        if any((folder / name).stat().st_size != size for name, size in meta["files"].items()):
-            raise ValueError("its files do not fit together")
-        other = [key for key in made_of or () if meta["made_of"][key] != made_of[key]]
-        columns = {name: column(folder, name) for name in COLUMNS if name in Store._fields}
-        columns |= {name: np.load(folder / f"{name}.npy") for name in ("centroids", "bounds")}
-        rows, n = len(columns["bounds"]), len(columns["anchor"])
-        columns["cluster"] = columns["cluster"].reshape(n, rows).T
-        columns["order"] = columns["order"].reshape(rows, -1)
-        for name in ("cluster", "order", "centroids", "bounds"):    # one clustering serves all
-            every = len(FORMATS), *columns[name].shape[1:]
-            columns[name] = np.broadcast_to(columns[name], every)
-    if other:
-        raise InputError(f"{folder} was built with another {', another '.join(other)}: delete it")
-    return Store(folder, **columns, meta=meta)
 
 
 # ----------------------------------------------------------------------------- meta tasks

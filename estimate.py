@@ -19,6 +19,7 @@ import hub
 import supmer
 from baselines import PLAIN, mixes
 from common import GIB, InputError
+from documents import corpus_files
 from t5 import T5, T5Config, expected_shapes
 
 # Shapes of the official models: d_model, d_kv, d_ff, layers, heads, gated.
@@ -183,7 +184,7 @@ def print_time(t5, training, method):
     per_token = (time.perf_counter() - began) / ids.numel()
     web, text = [name for name in training.corpus if name in hub.CORPORA], training.bytes
     if not web:
-        files = corpus.corpus_files(hub.corpus_paths(training))
+        files = corpus_files(hub.corpus_paths(training))
         text = min(text, sum(file.stat().st_size for file in files))
     hours, clustering = seconds * method.steps / 3600, per_token * text / 4 / 3600
     print(f"time:     {seconds:.1f} s a step, {hours:,.1f} hours for {method.steps:,} steps, "

@@ -14,7 +14,6 @@ is tested once. Every result is a row of one flat list in runs/eval/<model>-<tas
 Finished work is kept: the same command resumes. The embedded T5 takes 15 core-minutes a prompt.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -32,7 +31,7 @@ import torch
 
 from baselines import BASELINES, ft_memory, given_prompt, pose, tuning_gradient, with_prompt
 from common import (GIB, InputError, TINY, fingerprint, from_settings, knob, one_process, rng,
-                    run_script, settings_parser, whole_file)
+                    run_script, settings_parser, text_sha256, whole_file)
 from data import load_tokenizer
 from hub import RELEASED, fetch_list, model_folder, released_folder, tokenizer_file
 from jobs import TUNED, find_devices, make_job, read_result, workers
@@ -316,7 +315,7 @@ def evaluate_target(context, plan, target, tuned, chosen, samples):
 def first_rows(rows, number):
     """The first rows by sha256 of their texts, whatever their order in the file."""
     def key(row):
-        return hashlib.sha256("\t".join(row.fields.values()).encode()).digest()
+        return text_sha256("\t".join(row.fields.values())).digest()
     return sorted(rows, key=key)[:number] if number < len(rows) else rows
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import common
-from common import SOLO, TINY, InputError, whole_file
+from common import SOLO, TINY, InputError, text_sha256, whole_file
 from corpus import Document, build_from, hash_share
 from data import (MAX_TOKENS, Examples, Task, balanced, compile_template, decoder_targets,
                   fill_template, shuffled, template_fields, tokenize, usable_clusters)
@@ -262,7 +262,7 @@ def few_shot(rows, shots, seed, classes=2):
     """
     def key(row):
         parts = (str(seed), str(row.label), *row.fields.values())
-        return hashlib.sha256("\t".join(parts).encode()).digest()
+        return text_sha256("\t".join(parts)).digest()
     first = {tuple(row.fields.values()): row for row in sorted(rows, key=key, reverse=True)}
     train, validation = [], []
     for label in range(classes):

@@ -32,6 +32,7 @@ from baselines import (ABLATIONS, METHODS, PLAIN, UNIFIED, examples_per_step, mi
                        ppt_step)
 from common import (InputError, SOLO, bar, from_settings, join_ranks, knob, number, one_process,
                     pick_device, read_json, reading, remove_torn, rng, run_script, settings_parser)
+from documents import READERS
 from estimate import prepare
 from prompts import export_peft, save_prompt
 from run_folder import (check_free, check_origin, load_state, new_run, next_free, open_log,
@@ -46,7 +47,7 @@ class Training:
     """A run's settings beside the method's own: data, sizes, when to validate and save."""
     model: str = knob("tiny", "tiny, a name such as flan-t5-xl, a hub id, or a folder", first=True)
     corpus: tuple = knob(("openwebtext",), "openwebtext, c4, embedded, or files and folders of "
-                         f"{', '.join(corpus.READERS)}", first=True)
+                         f"{', '.join(READERS)}", first=True)
     bytes: int = knob(10 ** 10, "text read at most (section 4.1: 10 GB)")
     clusters: int = knob(250, "K-means clusters of each format (Table 6)")
     one_per_format: bool = knob(False, "a clustering for each format, not one for all")

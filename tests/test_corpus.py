@@ -3,6 +3,7 @@
 import common
 import corpus as corpus_module
 import data
+import documents as documents_module
 import gzip
 import lzma
 import numpy as np
@@ -14,7 +15,8 @@ import threading
 import torch
 from collections import Counter
 from common import InputError
-from corpus import documents, split_sentences
+from corpus import split_sentences
+from documents import documents
 from pathlib import Path
 from conftest import (SUPMER_DATA, by_topic, contents, held_out_documents, needs_data,
     on_ranks, openwebtext_tar, planted_paths, random_t5, sentence, tar_of, write_model)
@@ -119,18 +121,18 @@ def test_documents_of_each_format_literally(tmp_path):
                 "d.tar": [["Six.", "", "Seven."], ["Eight."], ["N\u00efne."]],
                 "e.tar.xz": [["", "", "It rained.", "We left.", "", " ", "The sun rose.", "", ""]],
                 "f.json.gz": [["Ten."], ["Eleven."]]}
-    files = corpus_module.corpus_files([tmp_path])
+    files = documents_module.corpus_files([tmp_path])
     assert {path.name: list(documents(path)) for path in files} == expected
     assert [path.name for path in files] == list(expected)
     for wrong in ("README.md", "nowhere"):
         with pytest.raises(InputError, match=f"{wrong}: no text found"):
-            corpus_module.corpus_files([tmp_path / wrong])
+            documents_module.corpus_files([tmp_path / wrong])
 
 
 def test_no_document_is_held_beyond_a_limit(tmp_path, monkeypatch):
     """A text that never ends comes in parts, which are counted and lose nothing; so does one line;
     a JSON line is refused."""
-    monkeypatch.setattr(corpus_module, "LONGEST", 8)
+    monkeypatch.setattr(documents_module, "LONGEST", 8)
     (tmp_path / "a.txt").write_text("1234\n5678\n90\n\nabcdefghijkl\n\nok")
     (tmp_path / "b.tar").write_bytes(tar_of({"b.txt": b"0123456789abcdefgh"}))
     (tmp_path / "c.jsonl").write_text('{"text": ""}')
@@ -317,7 +319,7 @@ def test_a_store_is_made_once_for_the_same_things(planted, tmp_path):
     assert len(folders) == 8 and sorted(folders) == sorted((tmp_path / "cache").iterdir())
     for key in ("corpus", "tokenizer", "model", "options"):
         with pytest.raises(InputError, match=f"built with another {key}: delete it"):
-            data.open_store(first.folder, first.meta["made_of"] | {key: "other"})
+            corpus_module.open_store(first.folder, first.meta["made_of"] | {key: "other"})
     bounds = first.folder / "bounds.npy"
     torn = bytearray(bounds.read_bytes())
     torn[40:80] = bytes(40)

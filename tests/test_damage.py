@@ -26,8 +26,9 @@ import train
 from common import InputError
 from conftest import (Evil, FORMATS, HERE, V10, affine_start, ended, forked, make_run, save_shards,
                       openwebtext_tar, released_files, save_model, tar_of, write_model, write_task)
-from corpus import documents
-from data import load_tokenizer, open_store, tokenize
+from corpus import open_store
+from data import load_tokenizer, tokenize
+from documents import documents
 from eval import Settings
 from hub import archive_member
 from predict import predict
