@@ -124,18 +124,21 @@ def encode_with_prompt(t5, theta, batch):
 def word_log_probs(t5, H, mask, words, words_only=False):
     """log p(<X> = word | theta, x) of each label word: H (B, S, d), mask (B, S) -> (B, K).
 
-    words: K decoder targets [<extra_id_0>, piece, ...], which the decoder reads after <pad>. The
-    log-probabilities of a word's pieces are added. The distribution is over the full vocabulary;
-    words_only renormalizes it over the K words.
+    words: K decoder targets [<extra_id_0>, piece, ...], which the decoder reads after <pad>, all in
+    one call. The log-probabilities of a word's pieces are added. The distribution is over the full
+    vocabulary; words_only renormalizes it over the K words.
     """
-    def after(prefix):                                                             # (B, vocabulary)
-        # not torch.tensor(): it detaches in place, which a dispatch mode inside torch.func refuses
-        ids = torch.LongTensor([[PAD, *prefix]]).to(H.device).expand(len(H), -1)   # (B, L)
-        return torch.log_softmax(next_token_logits(t5, decode(t5, ids, H, mask)[:, -1]), dim=-1)
-    first, scores = after(words[0][:1]), []
-    for word in words:
-        later = [after(word[:end])[:, word[end]] for end in range(2, len(word))]
-        scores.append(first[:, word[1]] + sum(later))
+    read = list(dict.fromkeys(tuple(word[:-1]) for word in words))     # what stands before a piece
+    longest = max(map(len, read))
+    # not torch.tensor(): it detaches in place, which a dispatch mode inside torch.func refuses
+    ids = torch.LongTensor([[PAD, *before] + [PAD] * (longest - len(before)) for before in read])
+    y = decode(t5, ids.to(H.device).expand(len(H), -1, -1), H, mask)               # (B, R, L, d)
+    place = {before[:n]: (i, n) for i, before in enumerate(read)
+             for n in range(1, len(before) + 1)}
+    after = {before: torch.log_softmax(next_token_logits(t5, y[:, i, n]), dim=-1)
+             for before, (i, n) in place.items()}                                # (B, vocabulary)
+    scores = [sum(after[tuple(word[:n])][:, word[n]] for n in range(1, len(word)))
+              for word in words]
     scores = torch.stack(scores, dim=1)                                            # (B, K)
     return torch.log_softmax(scores, dim=-1) if words_only else scores
 

@@ -188,18 +188,23 @@ def encode(t5, x, mask):
 
 def decode(t5, ids, memory, mask):
     """ids (B, L), PAD first, reading memory (B, S, d) where mask (B, S) -> (B, L, d), normed.
-    Output position l has seen ids[:, :l + 1]: it predicts ids[:, l + 1]."""
+    Output position l has seen ids[:, :l + 1]: it predicts ids[:, l + 1]. Or K targets a row, which
+    do not see each other: ids (B, K, L) -> (B, K, L, d)."""
     y = embed_tokens(t5, ids)
     y = y.to(torch.promote_types(y.dtype, memory.dtype))
-    length = ids.shape[1]
+    each, row = y.flatten(0, -3).shape, (len(ids), -1, y.shape[-1])     # (B K, L, d), (B, K L, d)
+    length = ids.shape[-1]
     causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()   # (query, key)
     bias = position_bias(t5, "decoder", length) + padding_bias(causal, y.dtype).transpose(0, 2)
     cross_bias = padding_bias(mask, y.dtype)                          # no positions across stacks
     for block in range(t5.config.num_decoder_layers):
+        y = y.reshape(each)
         y = y + self_attention(t5, f"decoder.block.{block}.layer.0", y, bias)
+        y = y.reshape(row)
         y = y + cross_attention(t5, f"decoder.block.{block}.layer.1", y, memory, cross_bias)
         y = y + feed_forward(t5, f"decoder.block.{block}.layer.2", y)
-    return rms_norm(y, t5.weights["decoder.final_layer_norm.weight"], t5.config.eps)
+    y = rms_norm(y, t5.weights["decoder.final_layer_norm.weight"], t5.config.eps)
+    return y.reshape(*ids.shape, -1)
 
 
 def next_token_logits(t5, y):

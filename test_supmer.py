@@ -754,10 +754,11 @@ def test_micro_batches_by_hand():
     assert rows(44) == [[0, 2, 3, 1]] and rows(14, partner) == [[2, 3], [0], [1]]
 
 
-def test_words_of_several_pieces_are_scored_by_their_sum(world):
-    """log p("6 7 8") = log p(6) + log p(7 | 6) + log p(8 | 6 7), each from a decoder run of its
-    own; over the label words alone, the probabilities add up to 1."""
-    words, t5 = [[SENTINEL, 5], [SENTINEL, 6, 7, 8]], world.t5
+def test_words_of_several_pieces_are_scored_by_their_sum(world, monkeypatch):
+    """log p("6 7 8") = log p(6) + log p(7 | 6) + log p(8 | 6 7), as from decoder runs of their own,
+    in one run for all words; over the label words alone, the probabilities add up to 1."""
+    words, t5, runs = [[SENTINEL, 5], [SENTINEL, 6, 7, 8], [SENTINEL, 6, 9]], world.t5, []
+    monkeypatch.setattr(supmer, "decode", lambda *a: runs.append(a) or T.decode(*a))
     H, mask = supmer.encode_with_prompt(
         t5, world.theta, data.collate(world.task.support, [0, 1], "cpu"))
 
@@ -765,8 +766,9 @@ def test_words_of_several_pieces_are_scored_by_their_sum(world):
         ids = torch.tensor([[0, SENTINEL, *prefix]] * 2)
         logits = T.next_token_logits(t5, T.decode(t5, ids, H, mask)[:, -1])
         return torch.log_softmax(logits, -1)[:, token]
-    wanted = torch.stack([log_p([], 5), log_p([], 6) + log_p([6], 7) + log_p([6, 7], 8)], 1)
-    assert relative(supmer.word_log_probs(t5, H, mask, words), wanted) < 1e-12
+    wanted = torch.stack([log_p([], 5), log_p([], 6) + log_p([6], 7) + log_p([6, 7], 8),
+                          log_p([], 6) + log_p([6], 9)], 1)
+    assert relative(supmer.word_log_probs(t5, H, mask, words), wanted) < 1e-12 and len(runs) == 1
     only = supmer.word_log_probs(t5, H, mask, words, words_only=True)
     assert relative(only, wanted - wanted.exp().sum(1, keepdim=True).log()) < 1e-12
 
@@ -1820,7 +1822,7 @@ def test_tuning_needs_no_test_file(place):
     found = []
     for _ in range(2):
         with context(t5, choices) as c:
-            samples = evaluation.draw_samples(choices, plan)
+            samples = evaluation.draw_samples(c, plan)
             rows = evaluation.tune_candidate(c, plan, open_candidate("vocab", t5.config, choices),
                                              samples)
             best, = (row for row in rows if row["kind"] == "tuned")
@@ -1863,7 +1865,8 @@ def test_sampled_texts_are_not_tested(place, monkeypatch, capsys):
     Path("data/planted/test.csv").write_text(train + "1,good film\n")
     t5, choices = small_t5(), eval_settings(shots=(4,), seeds=(10, 20), rates=(0.1,))
     plan = Plan("planted", 4, TASKS["planted"], {"planted": TASKS["planted"]}, "data")
-    samples = evaluation.draw_samples(choices, plan)
+    with context(t5, choices) as c:
+        samples = evaluation.draw_samples(c, plan)
     sampled = [[row.fields for row in sample.train + sample.held_out] for sample in samples]
     by_path = {}
 
