@@ -825,7 +825,7 @@ def context(t5, choices):
 def small_group(monkeypatch, *names):
     """Let planted's files stand for these tasks of the real names; the others are not to be had."""
     for name, task in TASKS.items():
-        stands_in = TASKS["planted"] if name in names else task._replace(urls=())
+        stands_in = TASKS["planted"] if name in names else task._replace(urls=(), hub=())
         monkeypatch.setitem(tasks.TASKS, name, stands_in)
 
 

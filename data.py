@@ -16,7 +16,7 @@ V vectors that stand in place of tokens.
 
 import re
 import tempfile
-from itertools import chain, zip_longest
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,18 +138,23 @@ def tokenize(tokenizer, texts):
 
 def decoder_targets(tokenizer, words):
     """K label words -> what the decoder is asked for (Eq. 1); pieces are word-initial.
-    ["yes"] -> [[32099, 4273]], <extra_id_0> and a piece, at T5. Raises InputError for <unk>."""
+    ["yes"] -> [[32099, 4273]], <extra_id_0> and a piece, at T5. Raises InputError for <unk>, and
+    for a word that begins another, which could never win: its pieces are a part of the other's."""
     pieces = tokenize(tokenizer, words)
     for word, ids in zip(words, pieces):
         if not ids or UNK in ids:
             raise InputError(f"label word {word!r} is not in the model's vocabulary: choose "
                              "another")
+    for (short, word), (long, other) in pairwise(sorted(zip(pieces, words))):
+        if long[:len(short)] == short:
+            raise InputError(f"label word {other!r} begins with, or equals, the pieces of {word!r} "
+                             "and can never be likelier: choose another")
     return [[tokenizer.token_to_id(MASK), *ids] for ids in pieces]
 
 
 def template_fields(template):
     """The names of a template's texts. "{a} and {b}? <X> {a}" -> ("a", "b")"""
-    return tuple(dict.fromkeys(re.findall(r"\{(\w+)\}", template)))
+    return tuple(dict.fromkeys(re.findall(r"\{([^{}]*)\}", template)))
 
 
 def compile_template(tokenizer, template):
@@ -158,11 +163,11 @@ def compile_template(tokenizer, template):
     if template.count("<X>") != 1:
         raise InputError(f"the template {template!r} must hold the mask <X> exactly once")
     parts = []
-    for part in re.split(r"(\{\w+\}|<X>)", template):
+    for part in re.split(r"(\{[^{}]*\}|<X>)", template):
         if part == "<X>":
             parts.append([tokenizer.token_to_id(MASK)])
-        elif part.startswith("{"):
-            parts.append(part[1:-1])
+        elif template_fields(part):
+            parts += template_fields(part)
         elif part.strip():
             parts += tokenize(tokenizer, [part])
     return parts

@@ -40,15 +40,15 @@ from prompts import load_prompt
 from studies import (PRETRAINED, STUDIES, figure, import_pyplot, newest_run, pretrained_run, show)
 from supmer import Method, REGULARIZERS, cosine, measure, score
 from t5 import load_t5, model_fingerprint
-from tasks import (GROUPS, LabeledTask, TASKS, few_shot, find, load_test, load_train, locate,
-                   own_task)
+from tasks import (GROUPS, LabeledTask, OwnTable, TASKS, count_cut, few_shot, find, find_task,
+                   load_test, load_train, own_task, task_lines)
 
 NAMES = ("shipped", "released", *(name for name, one in BASELINES.items() if one.start),
          *PRETRAINED)
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(OwnTable):
     """The options of an evaluation, with the paper's values."""
     model: str = knob("tiny", "tiny, flan-t5-xl, ..., a hub id, or a T5's folder", first=True)
     task: tuple = knob(("movie",), "names, or groups: all (Table 1), dg (Table 2)", first=True)
@@ -57,9 +57,9 @@ class Settings:
     study: str = knob("", "of the paper, see studies.py", first=True, choices=tuple(STUDIES))
     data: tuple = knob((os.environ.get("SUPMER_DATA") or "data",), "folder of the tasks' files; or "
                        "your own task's file, and a second one to test on", first=True)
-    template: str = knob("", "of your own task: \"{text} It was <X> .\"; a file without a header "
-                         "has the label first, then the template's texts", first=True)
-    words: str = knob("", "of your own task, by label 0, 1, ...: terrible,great", first=True)
+    template: str = knob("", "of your own task: \"{text} It was <X> .\", each {} a column",
+                         first=True)
+    max_tokens: int = knob(256, "tokens of your own task's source (ours)")
     predict: str = knob("", "only label this file's texts with one tuned --prompt", first=True)
     quick: bool = knob(False, "a demonstration: one seed, one rate, 60 epochs", first=True)
     max_minutes: float = knob(0.0, "then stop tuning; 0: never", zero=True, first=True)
@@ -219,7 +219,7 @@ Context = namedtuple("Context", "settings tokenizer work made_of unit")
 def evaluate(context, plan, candidates):
     """Tune every Candidate, then open the test files -> rows, whether Ctrl-C stopped the tuning.
     What is tuned by then is tested."""
-    samples = draw_samples(context.settings, plan)
+    samples = draw_samples(context, plan)
     rows, tuned, stopped = [], [], False
     try:
         for candidate in candidates:
@@ -233,17 +233,27 @@ def evaluate(context, plan, candidates):
     return rows, stopped
 
 
-def draw_samples(settings, plan):
-    """A Sample for each seed; of the files only the training one is opened."""
-    task, samples = plan.task, []
+def draw_samples(context, plan):
+    """A Sample for each seed; of the files only the training one is opened. What is learned is
+    printed: each label's word, and one source."""
+    settings, task, samples = context.settings, plan.task, []
     rows = load_train(task, plan.folder, print)
+    print("\n".join([f"{plan.name}:", *task_lines(context.tokenizer, task, rows)]))
     for seed in settings.seeds:
         seed = settings.seeds[0] if settings.same_examples else seed
         samples.append(Sample(seed, *few_shot(rows, plan.shots, seed, len(task.words))))
     fewest = min(Counter(row.label for row in samples[0].train).values())
     if fewest < plan.shots:
         print(f"{plan.name}: a label has only {fewest} examples, and as many for validation")
+    print_cut(context, plan.name, task, samples[0].train + samples[0].held_out)
     return samples
+
+
+def print_cut(context, name, task, rows):
+    """Print how many texts are cut, if any are."""
+    cut = count_cut(context.tokenizer, task, rows)
+    if cut:
+        print(f"{name}: of {len(rows)} texts {cut} are cut to {task.max_tokens} tokens")
 
 
 def tune_candidate(context, plan, candidate, samples):
@@ -292,6 +302,7 @@ def evaluate_target(context, plan, target, tuned, chosen, samples):
     if max(left_out) == len(rows):
         print(f"{target}: no row is left: it is tuned, not tested")
         return []
+    print_cut(context, f"{target}, test", plan.targets[target], rows)
     jobs = test_jobs(context, plan, target, rows, tuned, chosen, samples)
     context.work([job for _, job in jobs], f"test {target}")
     usual = labels.bincount(minlength=len(plan.task.words)).float().expand(len(rows), -1)
@@ -371,7 +382,8 @@ def plans(settings):
     folder, found, not_run = settings.data[0], {}, {}
     if settings.template:
         name = Path(folder).stem
-        task = own_task(folder, settings.template, settings.words, test=settings.data[-1])
+        task = own_task(folder, settings, settings.template, test=settings.data[-1],
+                        max_tokens=settings.max_tokens)
         return [Plan(name, shots, task, {name: task}) for shots in settings.shots], {}
     if settings.words or Path(folder).is_file():
         raise InputError("a task of your own needs --data FILE and --template, see --help")
@@ -381,10 +393,11 @@ def plans(settings):
             try:
                 if name not in TASKS:
                     raise InputError(f"no task {name}: there are {', '.join([*TASKS, *GROUPS])}")
-                locate(TASKS[tuned_on], "train", folder)
-                if not (find(TASKS[name].test, folder) or TASKS[name].urls):
-                    raise InputError(f"{TASKS[name].test} is not in {folder}: put it there")
-                found.setdefault(plan, (TASKS[tuned_on], {}))[1][name] = TASKS[name]
+                task = find_task(TASKS[tuned_on], folder)
+                target = task if name == tuned_on else TASKS[name]
+                if not (find(target.test, folder) or target.urls):
+                    raise InputError(f"{target.test} is not in {folder}: put it there")
+                found.setdefault(plan, (task, {}))[1][name] = target
             except InputError as error:
                 if group not in GROUPS:
                     raise
@@ -467,7 +480,7 @@ def parse(argv):
         if name not in known and not Path(name).exists():
             raise InputError(f"prompt {name} is missing: give RUN, newest, {', '.join(known)}")
     if "data" in given and not Path(settings.data[0]).exists():
-        raise InputError(f"--data {settings.data[0]} is missing: give a folder, or your task's file")
+        raise InputError(f"--data {settings.data[0]} is missing: give a folder, or your own file")
     reasons = {name: reason for name, (_, reason) in tiny.items()}
     reasons |= dict.fromkeys(preset, why) | dict.fromkeys(given, "given")
     lines = defaultdict(list)

@@ -6,6 +6,8 @@ Writes CSV lines: the template's texts, the label, and the label words' probabil
 
 import csv
 import io
+import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +37,7 @@ def predict(settings):
     if fingerprint != model_fingerprint(model):
         raise InputError(f"{source} was tuned on another model, {made_on}, than {settings.model} "
                          "is now: give --model")
-    rows = load_texts(settings.predict, task)
+    rows = load_texts(settings.predict, task, settings, partial(print, file=sys.stderr))
     t5 = load_t5(model, getattr(torch, settings.dtype), pick_device(settings.device))
     kept = {name: x for name, x in tensors.items() if ":" not in name}  # not other steps' states
     check_kept(source, kept, baseline, t5)

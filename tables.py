@@ -1,6 +1,6 @@
 """Tables of text, as people have them: any file of rows -> the columns that are asked for.
 
-    for where, values in read_table("mine.csv", ("label", "text")):
+    for where, values in read_table("mine.csv", ("label", "text"), header=True):
         ...                                     # ("mine.csv, line 2", ["1", "It works."])
 """
 
@@ -9,7 +9,6 @@ import io
 import json
 import pickle
 import pickletools
-from itertools import chain
 from pathlib import Path
 
 from common import InputError, reading
@@ -17,14 +16,13 @@ from common import InputError, reading
 csv.field_size_limit(1 << 27)           # characters of a text
 
 
-def read_table(path, columns, header="known", encoding="utf-8-sig"):
+def read_table(path, columns, header=None, encoding="utf-8-sig"):
     """Yield the columns of a file's rows: file and line, [a text of each column]; None if ragged.
-    A .csv `text,label`, `ok,1`; columns ("label", "text") -> ("my.csv, line 2", ["1", "ok"])
-    header: "known", as the released sets are written, or own_task's, for which the delimiter is
-    found. Raises InputError if the file cannot be read as its name's end says."""
+    header: whether a user's table begins with its columns' names, or None for a released set, read
+    as it is known to be written. Raises InputError if the file cannot be read as its name ends."""
     path = Path(path)
     read = FORMATS.get(path.suffix.lower())
-    if not read:
+    if not read or read is _pickle_rows and header is not None:
         raise InputError(f"{path}: give {', '.join(filter(None, FORMATS))}")
     with reading(path, "a well quoted table", remedy="mend it, or fetch it again"):
         for line, values in read(path, columns, header, encoding):
@@ -40,51 +38,80 @@ def text_of(path, encoding):
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {line}: byte {content[error.start]:#04x} is not {encoding}:"
-                         " mend it, or give its encoding, such as cp1252 or utf-16") from None
+                         " mend it, or give --encoding, such as cp1252 or utf-16") from None
+
+
+def check_columns(path, columns, names):
+    """Raise InputError unless a table's columns, with these names, are those and more."""
+    if not set(columns) <= set(names):
+        raise InputError(f"{path} has the columns {', '.join(names)}, and not all of "
+                         f"{', '.join(columns)}: name its columns, or give --no-header")
+
+
+def header_line(path, columns, header, encoding):
+    """What a user's labeled table has -> a line to print. Raises InputError for another format, or
+    if its header lacks a column; no row is read."""
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".tsv", ".jsonl", ".json"):
+        raise InputError(f"{path}: give a .csv, .tsv, .jsonl or .json, which has named columns")
+    with reading(path, "a table"), open(path, encoding=encoding, errors="replace") as file:
+        if not header or kind.startswith(".json"):
+            return f"{path}: columns {', '.join(columns)}"
+        how, names = dialect(path, file.readline(), columns, True)
+        check_columns(path, columns, names)
+    return f"{path}: columns {', '.join(names)}; delimiter {how['delimiter']!r}"
+
+
+def dialect(path, text, columns, header):
+    """How a table is written -> csv.reader's options, its first row. Of a user's table the first
+    row has the columns or, without a header, as many, and most rows are as wide. Between tabs a
+    quote may be a character, as in GLUE's files."""
+    tab, ways = ("\t", csv.QUOTE_NONE), []
+    known = [tab if path.suffix == ".tsv" else (",", csv.QUOTE_MINIMAL)]
+    for delimiter, quoting in known if header is None else [*((d, 0) for d in ",\t;|"), tab]:
+        how = {"delimiter": delimiter, "quoting": quoting, "skipinitialspace": header is not None}
+        lines = filter(None, csv.reader(io.StringIO(text, newline=""), strict=True, **how))
+        first, score = [], 0
+        try:
+            first = [name.strip() for name in next(lines, [])]
+            for line in lines:
+                score += 1 if len(line) == len(first) else -1
+        except csv.Error:               # read_table() says so, unless another way reads more
+            pass
+        fits = set(columns) <= set(first) if header else len(first) == len(columns)
+        ways.append((fits, score, how, first))
+    fits, _, how, first = max(ways, key=lambda way: way[:2])
+    return how, first if fits else max((way[-1] for way in ways), key=len)
 
 
 def _csv_rows(path, columns, header, encoding):
     """Under a header with the columns' names, or without one, in their order."""
-    text, tabs = text_of(path, encoding), path.suffix.lower() == ".tsv"
-    how = {"delimiter": "\t" if tabs else ",",     # in GLUE's .tsv a quote is a character
-           "quoting": csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL}
-    if header != "known":
-        how = _dialect(text, columns, header, how)
+    text = text_of(path, encoding)
+    how, names = dialect(path, text, columns, header)
     lines = csv.reader(io.StringIO(text, newline=""), strict=True, **how)
-    first = next(lines, [])
-    named = header != "no" and set(columns) <= set(first)
-    if header == "yes" and not named:
-        raise InputError(f"{path} has the columns {', '.join(first)}, and not all of "
-                         f"{', '.join(columns)}: name its columns; or say that it has no header")
-    names = first if named else list(columns)
+    if header:
+        check_columns(path, columns, names)
+    if header or header is None and set(columns) <= set(names):
+        next(filter(None, lines))
+    else:
+        names = list(columns)
     places = [names.index(name) for name in columns]
-    for line in lines if named or not first else chain([first], lines):
+    for line in lines:
+        if header is not None and len(line) > len(names):
+            raise InputError(f"{path}, line {lines.line_num}: {len(line)} columns, not "
+                             f"{len(names)}: put its texts between quotes")
         whole = len(line) == len(names)
         yield lines.line_num, [line[place] for place in places] if whole else None
 
 
-def _dialect(text, columns, header, usual):
-    """How a user's table is written: the delimiter and quoting whose first row gives the columns,
-    and with which most rows are as wide as the first; the usual ones before others."""
-    fits = []
-    for delimiter in (usual["delimiter"], *",;|\t"):
-        for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
-            how = {"delimiter": delimiter, "quoting": quoting}
-            try:
-                lines = csv.reader(io.StringIO(text, newline=""), strict=True, **how)
-                first = next(lines, [])
-                widths = [len(line) for line in lines if line]
-            except csv.Error:
-                continue
-            named = header != "no" and set(columns) <= set(first)
-            if named or header != "yes" and len(first) == len(columns):
-                fits.append((widths.count(len(first)) / max(1, len(widths)), how))
-    return max(fits, key=lambda fit: fit[0], default=(0, usual))[1]
-
-
 def _jsonl_rows(path, columns, header, encoding):
-    """A JSON object a line; labels may be true, false and numbers, as Python writes them."""
-    for number, line in enumerate(io.StringIO(text_of(path, encoding), newline="\n"), 1):
+    """A JSON object a line, or an array of objects; values are texts, numbers, true and false."""
+    text = text_of(path, encoding)
+    lines = io.StringIO(text, newline="\n")
+    if header is not None and text.startswith("["):
+        lines = map(json.dumps, json.loads(text))
+    for number, line in enumerate(lines, 1):
+        record = None
         try:
             record = json.loads(line)
             values = [record[name] for name in columns]
@@ -92,12 +119,17 @@ def _jsonl_rows(path, columns, header, encoding):
             whole = all(isinstance(value, str | int | float) for value in values)
         except (ValueError, TypeError, KeyError, RecursionError):
             whole = False
+        if header and isinstance(record, dict):     # the first object's names
+            check_columns(path, columns, record)
+            header = False
         if line.strip():
             yield number, list(map(str, values)) if whole else None
 
 
 def _txt_rows(path, columns, header, encoding):
-    """UCI's text TAB label; without a label a line is a text."""
+    """A text a line; of a released set text TAB label."""
+    if header is not None and len(columns) > 1:
+        raise InputError(f"{path}: a .txt is a text a line, without {columns[0]}: give a .csv")
     for number, line in enumerate(io.StringIO(text_of(path, encoding), newline="\n"), 1):
         values = line.rstrip("\r\n").rsplit("\t", len(columns) - 1)[::-1]
         yield number, values if len(values) == len(columns) else None

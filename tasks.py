@@ -7,8 +7,10 @@
 
 import hashlib
 import re
+import shlex
 import string
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +18,13 @@ import numpy as np
 import torch
 
 import common
-from common import SOLO, TINY, InputError, text_sha256, whole_file
+from common import SOLO, TINY, InputError, knob, text_sha256, whole_file
 from corpus import Document, build_from, hash_share
 from data import (MAX_TOKENS, Examples, Task, balanced, compile_template, decoder_targets,
-                  fill_template, shuffled, template_fields, tokenize, usable_clusters)
-from hub import archive_member, download
-from tables import read_table
+                  examples_as_text, fill_template, shuffled, template_fields, tokenize,
+                  usable_clusters)
+from hub import archive_member, download, fetch_file
+from tables import header_line, read_table
 
 
 # --------------------------------------------------------------------------- the tasks
@@ -45,16 +48,31 @@ class LabeledTask(NamedTuple):
     incomplete: str = "refused"         # rows without a text: refused, kept (but a last one), left
     bare: str = ""              # the field that loses its final punctuation
     groups: tuple[str, ...] = ()        # all: Table 1, dg: Table 2, offline: inside tiny/, evidence
-    header: str = "known"       # see own_task, read_table
+    header: bool | None = None          # see read_table
     encoding: str = "utf-8-sig"
     urls: tuple[str, ...] = ()          # of the files, or of archives with them; tried in turn
     sha256: tuple[str, str] = ("", "")  # how those of train and test begin, where they are known
+    hub: tuple = ()     # a second form of it, as JSON lines: repository, split of the paper's test
+                        # set, names of label and texts there, its labels in the words' order
+
+
+@dataclass(frozen=True)
+class OwnTable:
+    """How a user's own table is read: options of train.py and eval.py alike."""
+    words: str = knob("", "of your own labels, \"spam=junk,ham=fine\"; or, if they are numbers, in "
+                      "rising order, \"terrible,great\"")
+    label_column: str = knob("label", "of your own table")
+    text_column: str = knob("text", "of your own table: the template's {text}")
+    header: bool = knob(True, "whether your own table begins with its columns' names; if not, the "
+                        "label comes first, then the template's texts")
+    encoding: str = knob("utf-8-sig", "of your own table: cp1252, utf-16, ...")
 
 
 LMBFF = "https://nlp.cs.princeton.edu/projects/lm-bff/datasets.tar"
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"      # its own SST-2 is another, of 67,349
 SUPERGLUE = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2/"
 PERL = "https://raw.githubusercontent.com/eyalbd2/PERL/"
+HUB = "the hub"                 # in place of a URL: the file's name is OWNER/NAME/FILE there
 ENTAILMENT = '" {hypothesis} " ? <X> , " {premise} "'
 SAME = "Do {a} and {b} have the same meaning? <X> ."
 
@@ -87,34 +105,43 @@ TASKS = {
                          groups=("offline", "evidence"))
        for name in ("movie", "amazon", "nyt", "tweets")},
     "sst2": original("SST-2", (6920, 872), "0e2eb9cad237f8bc", "628b5f860a1584f1", test="dev.tsv",
-                     columns=("label", "sentence")),
+                     columns=("label", "sentence"),
+                     hub=("SetFit/sst2", "dev", ("label", "text"), "01")),
     "sst5": original("sst-5", (8544, 2210), "8801a7029ccdf549", "3efa2c4190831c21", evidence=False,
+                     hub=("SetFit/sst5", "test", ("label", "text"), "01234"),
                      words=("terrible", "bad", "okay", "good", "great")),
     "mr": original("mr", (8662, 2000), "c1e2cc34d7d271f2", "11884f83ada1fbec"),
     "cr": original("cr", (1774, 2000), "0eb8e119ee76f8cc", "7fab6959f8ce0d76", max_tokens=256,
-                   incomplete="kept"),
+                   incomplete="kept", hub=("SetFit/CR", "test", ("label", "text"), "01")),
     "subj": original("subj", (8000, 2000), "d281041f21d4d033", "33ce3835e915977e", max_tokens=256,
-                     template="{text} This is <X> .", words=("subjective", "objective")),
+                     template="{text} This is <X> .", words=("subjective", "objective"),
+                     hub=("SetFit/subj", "test", ("label", "text"), "10")),
     "trec": original("trec", (5452, 500), template="{text} <X> :",
-                     words=("description", "entity", "expression", "human", "location", "number")),
+                     words=("description", "entity", "expression", "human", "location", "number"),
+                     hub=("SetFit/TREC-QC", "test", ("label_coarse_original", "text"),
+                          ("DESC", "ENTY", "ABBR", "HUM", "LOC", "NUM"))),
     "cb": superglue("CB", (250, 56), "32017480d3a10508", "c6125587e9601560", template=ENTAILMENT,
                     words=("yes", "no", "maybe"), bare="hypothesis",
                     labels=("entailment", "contradiction", "neutral")),
     "rte": original("RTE", (2490, 277), "41e3a9b063433392", "80230dfa1347282e", test="dev.tsv",
                     urls=(GLUE + "RTE.zip",), evidence=False, template=ENTAILMENT, max_tokens=256,
                     words=("yes", "no"), labels=("entailment", "not_entailment"),
-                    columns=("label", "sentence2", "sentence1"), bare="hypothesis"),
+                    columns=("label", "sentence2", "sentence1"), bare="hypothesis",
+                    hub=("SetFit/rte", "validation", ("label", "text2", "text1"), "01")),
     "qnli": original("QNLI", (104743, 5463), test="dev.tsv", urls=(GLUE + "QNLIv2.zip",),
                      evidence=False, template="{sentence} . Question: {question} ? Answer: <X> .",
-                     words=("Yes", "No"), labels=("entailment", "not_entailment")),
+                     words=("Yes", "No"), labels=("entailment", "not_entailment"),
+                     hub=("SetFit/qnli", "validation", ("label", "text2", "text1"), "01")),
     "wic": superglue("WiC", (5428, 638), words=("No", "Yes"), labels=("False", "True"), template=
                      '" {sentence1} " / " {sentence2} " Similar sense of "{word}"? <X> .'),
     "mrpc": original("MRPC", (3668, 408), "69abcedee3cf738c", "9e8f284788040f7c", test="dev.tsv",
                      template=SAME, words=("No", "Yes"),
-                     columns=("Quality", "#1 String", "#2 String")),
+                     columns=("Quality", "#1 String", "#2 String"),
+                     hub=("SetFit/mrpc", "validation", ("label", "text1", "text2"), "01")),
     "qqp": original("QQP", (363846, 40430), test="dev.tsv", urls=(GLUE + "QQP-clean.zip",),
                     evidence=False, template=SAME, words=("No", "Yes"), incomplete="left",
-                    columns=("is_duplicate", "question1", "question2")),
+                    columns=("is_duplicate", "question1", "question2"),
+                    hub=("SetFit/qqp", "validation", ("label", "text1", "text2"), "01")),
     "airlines": domain("airline", "b08470f5d334d3b9", "d85588256f052153", urls=(
         "03fb83d677be7a51d0a83973024b2624c2b39f77/data/airline/train",
         "3f4995487e820bff574232d27ac5c95c91e3aae1/5-fold_data/airline/test"),
@@ -145,43 +172,39 @@ def load_test(task, folder=TINY, say=lambda line: None):
     return read_rows(locate(task, "test", folder), task, task.sizes[1], say)
 
 
-def own_task(path, template, words="", *, test=None, label_column="label", header="either",
-             max_tokens=256, encoding="utf-8-sig", say=print):
-    """A user's labeled file -> LabeledTask, of which what was read and one source a label is said.
-
-    template: each {column} is a column of the file. words: "spam=junk,ham=fine", a word for each
-    label; or "junk,fine" if these are the labels, or for labels that are numbers, in rising order;
-    or "": the labels are the words, or two or five numbers, SENTIMENT. header: "yes", "no", or
-    "either", where a first row that lacks a column is a row. test: the file to test on.
-    Raises InputError, with the labels and a --words to copy, if labels and words do not match.
-    """
-    columns = (label_column, *template_fields(template))
-    odd = set(re.findall(r"\{([^{}]*)\}", template)) - set(columns)
-    if odd:
-        raise InputError(f"{template!r}: rename the columns {', '.join(odd)}: a template's are of "
-                         "letters, digits and _")
-    task = LabeledTask(str(path), str(test or path), template, (), max_tokens, columns=columns,
-                       incomplete="left", header=header, encoding=encoding)
-    counts = Counter(values[0] for _, values in read_table(path, columns, header, encoding)
-                     if values and all(map(str.strip, values)))
-    matched = match_words(path, counts, words)
-    task = task._replace(words=tuple(matched.values()), labels=tuple(matched))
-    shown = {row.label: row.fields for row in reversed(read_rows(path, task, say=say))}
-    for k, (label, word) in enumerate(matched.items()):
-        source = template if k in shown else "-"
-        for name, text in shown.get(k, {}).items():
-            source = source.replace(f"{{{name}}}", text[:80])
-        say(f"{path}: {counts[label]:,} rows of label {label} -> {word}: {source}")
-    return task
+def own_task(path, options, template, *, test=None, max_tokens=256, say=print):
+    """A user's labeled file -> LabeledTask; what it has is said. options: an OwnTable.
+    template: each {column} is a column of the file, {text} the one of options.text_column. test: a
+    file to test on, of which only the header is read. Raises InputError for a column that is
+    missing and, with the labels and a --words to copy, if labels and words do not match."""
+    path, test = Path(path), Path(test or path)
+    template = template.replace("{text}", f"{{{options.text_column}}}")
+    columns = (options.label_column, *template_fields(template))
+    if len(columns) == 1:
+        raise InputError(f"the template {template!r} shows no {{column}} of {path}: add one")
+    for table in dict.fromkeys((path, test)):
+        say(header_line(table, columns, options.header, options.encoding))
+    rows = read_table(path, columns, options.header, options.encoding)
+    counts = Counter(values[0].strip() for _, values in rows if is_whole(values))
+    matched = match_words(path, counts, options.words)
+    return LabeledTask(str(path), str(test), template, tuple(matched.values()), max_tokens,
+                       labels=tuple(matched), columns=columns, incomplete="left",
+                       header=options.header, encoding=options.encoding)
 
 
 def match_words(path, counts, words):
-    """{label: how often a file has it} and own_task's words -> {label: word}, in label order."""
-    numbers = all(re.fullmatch(r"[+-]?\d+(\.\d*)?", label) for label in counts)
-    labels = sorted(counts, key=float if numbers else None)
+    """{label: how often a file has it} and OwnTable's words -> {label: word}, in label order.
+    words: "spam=junk,ham=fine"; or "junk,fine" if these are the labels, or for labels that are
+    numbers (or true and false), in rising order; or "": the labels are the words, or two or five
+    numbers, SENTIMENT."""
+    numbers = all(re.fullmatch(r"[+-]?\d+(\.\d*)?|true|false", label.lower()) for label in counts)
+    as_number = {"false": 0, "true": 1}
+    labels = sorted(counts, key=lambda label: float(as_number.get(label.lower(), label))
+                    if numbers else label)
     given = [word.strip() for word in words.split(",")] if words else []
     if "=" in words:
-        matched = {label: word for label, _, word in (word.partition("=") for word in given)}
+        pairs = (word.partition("=") for word in given)
+        matched = {label.strip(): word.strip() for label, _, word in pairs}
     elif numbers and not given:
         matched = dict(zip(labels, SENTIMENT.get(len(labels), ())))
     elif set(labels) <= set(given or labels):
@@ -191,9 +214,15 @@ def match_words(path, counts, words):
     different = len(set(matched.values()) - {""})
     if not set(labels) <= set(matched) or different < max(2, len(matched)):
         found = ", ".join(f"{label} ({counts[label]:,} rows)" for label in labels[:20])
-        raise InputError(f"{path} has the labels {found}; give two or more a word each: "
-                         f"--words {','.join(f'{label}=WORD' for label in labels[:20])}")
+        line = shlex.quote(",".join(f"{label}=WORD" for label in labels[:20]))
+        raise InputError(f"{path} has {len(labels)} labels, {found}: give two or more a word each: "
+                         f"--words {line}")
     return matched
+
+
+def is_whole(values):
+    """Whether a table's row has all its columns, and a text in each."""
+    return values is not None and all(map(str.strip, values))
 
 
 def read_rows(path, task, size=0, say=lambda line: None):
@@ -205,11 +234,11 @@ def read_rows(path, task, size=0, say=lambda line: None):
     if not task.labels:
         places |= {str(k): k for k in range(len(task.words))}
     for where, values in read_table(path, columns, task.header, task.encoding):
-        whole = values is not None and all(map(str.strip, values))
+        whole, label = is_whole(values), values and values[0].strip()
         if not whole and task.incomplete == "left":
             skipped += 1
-        elif values and values[0] in places and (whole or task.incomplete == "kept"):
-            rows.append(make_row(task, places[values[0]], values[1:]))
+        elif label in places and (whole or task.incomplete == "kept"):
+            rows.append(make_row(task, places[label], values[1:]))
         else:
             raise InputError(f"{where}: {values or 'too few or too many columns'}; a row is "
                              f"{', '.join(columns)}, its label one of {', '.join(places)}: mend or "
@@ -224,19 +253,24 @@ def read_rows(path, task, size=0, say=lambda line: None):
         say(f"{path}: {skipped:,} rows without a label or a text are left out")
     if not rows:
         raise InputError(f"{path} has no rows of {', '.join(columns)}: fetch or mend it")
-    if size not in (0, len(rows)):
-        say(f"{path}: {len(rows):,} rows, the paper has {size:,}")
+    if size:
+        agrees = ", as in the paper" if len(rows) == size else f", the paper has {size:,}"
+        say(f"{path}: {len(rows):,} rows{agrees}")
     return rows
 
 
-def load_texts(path, task, header="either", encoding="utf-8-sig"):
+def load_texts(path, task, options=OwnTable(), say=lambda line: None):
     """Rows without labels, to be predicted: the template's texts only -> [Row], all of label 0.
     a line `What a joy.` of a .txt -> Row(0, {"text": "What a joy."})"""
-    fields, rows = template_fields(task.template), []
-    for where, texts in read_table(path, fields, header, encoding):
-        if not texts or not all(map(str.strip, texts)):
-            raise InputError(f"{where}: not the texts {', '.join(fields)}: mend or drop it")
-        rows.append(make_row(task, 0, texts))
+    fields, rows, skipped = template_fields(task.template), [], 0
+    columns = [options.text_column if name == "text" else name for name in fields]
+    for where, texts in read_table(path, columns, options.header, options.encoding):
+        if is_whole(texts):
+            rows.append(make_row(task, 0, texts))
+        else:
+            skipped += 1
+    if skipped:
+        say(f"{path}: {skipped:,} rows without a text are left out")
     if not rows:
         raise InputError(f"{path} has no texts: give some")
     return rows
@@ -287,26 +321,52 @@ def task_examples(tokenizer, task, rows):
         [row.label for row in rows]), decoder_targets(tokenizer, task.words))
 
 
+def count_cut(tokenizer, task, rows):
+    """How many rows' texts task_examples() cuts."""
+    whole = task_examples(tokenizer, task._replace(max_tokens=10 ** 9), rows)
+    return sum(len(ids) > task.max_tokens for ids in whole.ids)
+
+
+def task_lines(tokenizer, task, rows):
+    """What is learned -> for each label a line to print: its rows, its word, one of its sources.
+    Long texts are shortened. `617 rows of label 1: A fine film. It was <extra_id_0> ?</s> -> great`
+    """
+    counts = Counter(row.label for row in rows)
+    first = {row.label: row for row in reversed(rows)}
+    for k, label in enumerate(task.labels or range(len(task.words))):
+        shown = task.words[k]
+        if k in first:
+            texts = {name: text[:200] for name, text in first[k].fields.items()}
+            examples = task_examples(tokenizer, task, [Row(k, texts)])
+            shown = " -> ".join(examples_as_text(tokenizer, examples, 0))
+        yield f"  {counts[k]:,} rows of label {label}: {shown}"
+
+
 # ------------------------------------------------------------- labeled sets as meta tasks
 
 # What two and five classes are called whose labels are mere numbers.
 SENTIMENT = {2: ("terrible", "great"), 5: ("terrible", "bad", "okay", "good", "great")}
 
 
-def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, embed=None,
-                  progress=lambda stage, done, total: None, ranks=SOLO):
-    """A labeled file with the columns `label` and `text` -> Store, as build_store's; labels become
-    words as in own_task. A sentence of it is a whole text, cut at MAX_TOKENS, and a document;
-    `label` is the place of its word in meta["made_of"]["options"]["words"]."""
-    path = Path(path)
-    task = own_task(path, LabeledTask("", "").template)
+def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, table=OwnTable(),
+                  embed=None, progress=lambda stage, done, total: None, ranks=SOLO):
+    """A labeled file -> Store, as build_store's; it is read, and labels become words, as in
+    own_task. A sentence of it is a whole text, cut at MAX_TOKENS, and a document; `label` is the
+    place of its word in meta["made_of"]["options"]["words"]."""
+    task = own_task(path, table, LabeledTask("", "").template)
+    rows = read_rows(path, task, say=print)
+    for line in task_lines(tokenizer, task, rows):
+        print(line)
 
     def read(path, counts):
-        for label, fields in read_rows(path, task):
-            counts["bytes"] += len(fields["text"].encode())
-            yield Document(hash_share([fields["text"]]), [fields["text"]], label)
-    options = {"words": list(task.words), "clusters": clusters, "seed": seed}
-    return build_from(cache, [path], read, options, tokenizer, t5, model, embed, progress, ranks)
+        for label, fields in rows:
+            text, = fields.values()
+            counts["bytes"] += len(text.encode())
+            yield Document(hash_share([text]), [text], label)
+    how = [*task.labels, *task.columns, task.header, task.encoding]
+    options = {"words": list(task.words), "clusters": clusters, "seed": seed, "table": how}
+    return build_from(cache, [Path(path)], read, options, tokenizer, t5, model, embed, progress,
+                      ranks)
 
 
 class LabeledIndex:
@@ -366,6 +426,28 @@ def labeled_task(index, seed, step, i, *, variant=None, split="train", stream="t
 FETCHED = Path("cache/data")
 
 
+def on_hub(task):
+    """A task as it is written on the hub, where rows may be split in another way."""
+    repository, test, columns, labels = task.hub
+    return task._replace(train=f"{repository}/train.jsonl", test=f"{repository}/{test}.jsonl",
+                         columns=columns, labels=tuple(labels), incomplete="left", urls=(HUB,),
+                         sha256=("", ""), hub=())
+
+
+def find_task(task, folder):
+    """A task, or what it is on_hub(): the form whose training file is in the folder, or else the
+    first that can be fetched. Both files are of one form. Raises InputError if there is none."""
+    forms = [task, on_hub(task)] if task.hub else [task]
+    there, tried = [form for form in forms if find(form.train, folder)], []
+    for form in there or forms:
+        try:
+            locate(form, "train", folder)
+            return form
+        except InputError as error:
+            tried.append(str(error))
+    raise InputError("; ".join(tried))
+
+
 def locate(task, split, folder=TINY):
     """The path of a task's "train" or "test" file: in the folder, in tiny/ or in cache/data, where
     it is fetched. A file that is there is not opened, nor hashed: the test file stays sealed.
@@ -373,7 +455,7 @@ def locate(task, split, folder=TINY):
     file, sha256 = getattr(task, split), task.sha256[split == "test"]
     path, tried = find(file, folder), []
     for url in task.urls if path is None else ():
-        if url.endswith((".tar", ".zip", file.rpartition("/")[2])):
+        if url.endswith((".tar", ".zip", file.rpartition("/")[2], HUB)):
             try:
                 return fetch(url, file, sha256, folder)
             except InputError as error:
@@ -391,12 +473,18 @@ def find(name, folder):
 
 
 def fetch(url, file, sha256, folder):
-    """Fetch a task's file from a URL, or from the archive there -> its path in cache/data."""
+    """Fetch a task's file from the hub, from a URL, or from the archive there -> its path in
+    cache/data."""
     path, name = FETCHED / file, url.rpartition("/")[2]
-    if not name.endswith((".tar", ".zip")):
+    if url == HUB:
+        repository, _, name = file.rpartition("/")
+        source = {"repo_id": repository, "repo_type": "dataset"}
+        content = fetch_file(name, source, "data").read_bytes()
+    elif name.endswith((".tar", ".zip")):
+        archive = find(name, folder) or download(url, FETCHED / name)
+        content = archive_member(archive, file)
+    else:
         return download(url, path, sha256)
-    archive = find(name, folder) or download(url, FETCHED / name)
-    content = archive_member(archive, file)
     if not hashlib.sha256(content).hexdigest().startswith(sha256):
         raise InputError(f"{file} of {archive} has another checksum: delete it, fetch it again")
     path.parent.mkdir(parents=True, exist_ok=True)

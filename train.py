@@ -43,7 +43,7 @@ from t5 import load_t5
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(tasks.OwnTable):
     """A run's settings beside the method's own: data, sizes, when to validate and save."""
     model: str = knob("tiny", "tiny, a name such as flan-t5-xl, a hub id, or a folder", first=True)
     corpus: tuple = knob(("openwebtext",), "openwebtext, c4, embedded, or files and folders of "
@@ -283,7 +283,8 @@ def open_sources(training, method, model_folder, tokenizer, t5, ranks=SOLO):
         stores = {}
         for path in sorted(Path(training.labeled).glob("*")):
             if path.suffix in (".csv", ".tsv", ".jsonl"):
-                store = store_of(path.name, tasks.build_labeled, path, training.labeled_clusters)
+                store = store_of(path.name, tasks.build_labeled, path, training.labeled_clusters,
+                                 table=training)
                 stores[path.name] = store
                 made_of = store.meta["made_of"] | made_of
                 made_of[f"labeled {path.name}"] = store.folder.name

@@ -33,7 +33,7 @@ from eval import Settings
 from hub import archive_member
 from predict import predict
 from supmer import Method, init_state
-from tasks import TASKS, own_task, read_rows
+from tasks import TASKS, OwnTable, own_task, read_rows
 
 DAMAGES, RETYPED = 56, 30       # of each file; of those that hold JSON
 MISFITS = [None, True, -1, 0, 3, 2 ** 40, 10 ** 30, 1e300, float("nan"), "", "x\ny\x1b[2J",
@@ -54,7 +54,7 @@ READ = {
     "theirs/*": lambda path: prompts.load_prompt(path.parent, 8),
     "text/*": lambda path: sum(len("".join(texts)) for texts in documents(path)),
     "CB.*": lambda path: archive_member(path, "superglue/CB/val.jsonl"),
-    "own.csv": lambda path: own_task(path, "{text} It was <X> .", say=str),
+    "own.csv": lambda path: own_task(path, OwnTable(), "{text} <X>", say=str),
     **{TASKS[name].train: partial(read_rows, task=TASKS[name]) for name in TABLES},
     "run/state.pt": lambda path: run_folder.load_state(path.parent, init_state(THETA, Method())),
     "run/run.json": lambda path: (run_folder.check_origin(path.parent, {"absent": None}),

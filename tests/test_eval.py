@@ -275,8 +275,12 @@ def test_a_task_of_ones_own_and_its_labels(place, capsys, header):
     lines = [f"{label},{'7,' * bool(header)}{word} {a} {b}" for word, label in labels.items()
              for a in FILLER[:3] for b in FILLER[3:6]]
     Path("my.csv").write_text(header + "\n".join(lines) + "\n")
-    evaluation.main(["--data", "my.csv", "--words", "terrible, great,good warm", *OWN])
-    assert "[12] test rows, by seed, are left out" in capsys.readouterr().out
+    evaluation.main(["--data", "my.csv", "--words", "terrible, great,good warm", *OWN,
+                     "--header" if header else "--no-header"])
+    printed = capsys.readouterr().out
+    for said in ("[12] test rows, by seed, are left out",
+                 "  9 rows of label good warm: warm the food It was <extra_id_0> ?</s> -> good warm\n"):
+        assert said in printed
     record, = rows_of("runs/eval/small-my.json", split="validation", kind="tuned")
     assert record["examples"] == 6
     Path("new.txt").write_text("a good film\nvery dull food\n")
@@ -303,10 +307,10 @@ def test_a_task_of_ones_own_and_its_labels(place, capsys, header):
 def test_labels_need_the_prompt_of_this_model(place, capsys):
     """A tuned file of another model or shape, or with numbers that are not finite, is refused by
     name, before any label. Rows that are all sampled are tuned, not tested."""
-    Path("my.csv").write_text("0,bad film\n0,dull food\n1,good film\n1,warm food\n")
-    evaluation.main(["--words", "terrible,great", *OWN, "--data", "my.csv"])
+    Path("my.csv").write_text("label,text\n0,bad film film\n0,dull food\n1,good film\n1,warm food\n")
+    evaluation.main(["--words", "terrible,great", *OWN, "--data", "my.csv", "--max-tokens", "7"])
     printed = capsys.readouterr().out
-    for said in ("it is tuned, not tested", "a label has only 1 examples"):
+    for said in ("it is tuned, not tested", "of 4 texts 1 are cut to 7 tokens", "a label has only 1 examples"):
         assert said in printed
     path = rows_of("runs/eval/small-my.json", kind="tuned")[0]["file"]
     kept, result = jobs.read_result(path)
@@ -401,15 +405,16 @@ def test_a_study_makes_the_runs_that_are_missing(place, monkeypatch, capsys):
     ([*SMALL, "--prompt", "runs/other"], "was learned on another other than small"),
     ([*SMALL, "--prompt", "runs/long"], "--prompt-length 5"),
     ([*SMALL, "--data", "nowhere", "--prompt", "vocab"], "--data nowhere is missing"),
-    ([*OWN, "--data", "my.csv", "--words", "bad,bad"], "give two or more a word each"),
+    ([*OWN, "--data", "my.csv", "--words", "bad,bad"], "give two or more a word each: --words "),
     ([*OWN, "--data", "none.csv", "--words", "bad,good"], "none.csv"),
-    ([*OWN, "--data", "my.csv", "--words", "bad,good"], "my.csv has the labels 0"),
+    ([*OWN, "--data", "my.csv", "--words", "bad,good"], "my.csv has 3 labels, 0"),
+    ([*OWN, "--data", "my.csv", "none.csv"], "none.csv is missing"),
     (["--predict", "my.csv", "--prompt", "my.csv"], "my.csv is not a result of eval.py")])
 def test_mistakes_end_in_one_line(place, monkeypatch, capsys, argv, said):
     """What the user got wrong is one line on stderr that names it, with exit status 2."""
     write_run("runs/other", model="other", finished=False)
     write_run("runs/long", finished=False, P=5)
-    Path("my.csv").write_bytes(b"0,a\n1,b\n2,c\n")
+    Path("my.csv").write_bytes(b"label,text\n0,a\n1,b\n2,c\n")
     assert run_script(argv, monkeypatch) == 2
     error = capsys.readouterr().err.split("\r")[-1]
     line = error[error.index("error: "):]

@@ -8,41 +8,67 @@ import pytest
 import tasks
 from common import InputError
 from conftest import Evil, write_task
-from tables import read_table
+from tables import header_line, read_table
 from tasks import TASKS
 
 
-@pytest.mark.parametrize("name, content, rows", [
-    ("a.csv", "label,text\n1,good\n0,bad\n", [["1", "good"], ["0", "bad"]]),
-    ("a.CSV", "text;label\ngood, really;1\nbad;0\n", [["1", "good, really"], ["0", "bad"]]),
-    ("a.csv", "text|x|label\ngood|2|1\n\nbad|3\n", [["1", "good"], None, None]),
-    ("a.csv", '1,"good, ""really""\ngood"\n', [["1", 'good, "really"\ngood']]),
-    ("a.csv", "1;good, really\n0;bad\n", [["1", "good, really"], ["0", "bad"]]),
-    ("a.tsv", 'label\ttext\n1\t"He said ""good""."\n', [["1", 'He said "good".']]),
-    ("a.tsv", 'label\ttext\n1\t"good" film\n', [["1", '"good" film']]),
-    ("a.json", '{"text": "good", "label": 1.0}\n\n{"text": null, "label": true}\n',
-     [["1.0", "good"], None]),
-    ("a.txt", "good\t\t1\nbad\t0", [["1", "good\t"], ["0", "bad"]]),
-    ("a.csv", "label,text\n1," + "good " * 40_000, [["1", "good " * 40_000]])])
-def test_tables_as_people_have_them(tmp_path, name, content, rows):
-    """Delimiters, quotes doubled as pandas does, quotes that are characters, no header, ragged and
-    blank lines, JSON lines, long texts: each value in its column."""
+JSON = '{"text": "good", "label": 1.0}\n\n{"text": null, "label": true}\n'
+
+
+@pytest.mark.parametrize("name, content, header, rows", [
+    ("a.csv", "label,text\n1,good\n0,bad\n", True, [["1", "good"], ["0", "bad"]]),
+    ("a.CSV", "text;label\ngood, really;1\nbad;0\n", True, [["1", "good, really"], ["0", "bad"]]),
+    ("a.csv", "\ntext|x| label\ngood|2|1\n\nbad|3\n", True, [["1", "good"], None, None]),
+    ("a.csv", 'label, text\n1, "good, ""really"""\n', True, [["1", 'good, "really"']]),
+    ("a.csv", '1,"good, ""really""\ngood"\n', False, [["1", 'good, "really"\ngood']]),
+    ("a.csv", "1;good, really\n0;bad, not, good\n", False, [["1", "good, really"],
+                                                          ["0", "bad, not, good"]]),
+    ("a.tsv", 'label\ttext\n1\t"He said ""good""."\n', True, [["1", 'He said "good".']]),
+    ("a.tsv", 'label\ttext\n1\t"good" film\n', True, [["1", '"good" film']]),
+    ("a.tsv", 'label\ttext\n1\t"good\n0\tbad"\n', True, [["1", '"good'], ["0", 'bad"']]),
+    ("a.tsv", 'label\ttext\n1\t"good\nfilm"\n0\tbad\n', True, [["1", "good\nfilm"], ["0", "bad"]]),
+    ("a.tsv", "label,text\n1,good\n", True, [["1", "good"]]),
+    ("a.json", JSON, True, [["1.0", "good"], None]),
+    ("a.json", f"[{JSON.strip().replace(chr(10) * 2, ',')}]", True, [["1.0", "good"], None]),
+    ("a.txt", "good\t\t1\nbad\t0", None, [["1", "good\t"], ["0", "bad"]]),
+    ("a.csv", "label,text\n1," + "good " * 40_000, True, [["1", "good " * 40_000]]),
+    ("a.csv", "label,text\n1,good, really\n", True, "line 2: 3 columns, not 2"),
+    ("a.csv", "label;text;id\n1;good;3\n", True, "columns label, text, id, and not all of label, "
+     "my text"),
+    ("a.json", JSON, True, "columns text, label, and not all of label, my text"),
+    ("a.csv", 'label,text\n1,"good" film\n', True, "is not a well quoted table"),
+    ("a.txt", "1\tgood\n", True, "a .txt is a text a line, without label"),
+    ("a", "1", True, "give .csv, .tsv"), ("a.xlsx", "1", True, "give .csv, .tsv")])
+def test_tables_as_people_have_them(tmp_path, name, content, header, rows):
+    """Delimiters, spaces, quotes doubled as pandas does, quotes that are characters, no header,
+    ragged and blank lines, JSON lines, an array of JSON, long texts: each value in its column. What
+    could be misread is refused: a row that is too wide, a column that the first row lacks."""
+    columns = ("label", "my text") if "my text" in rows else ("label", "text")
     (tmp_path / name).write_text(content)
-    found = list(read_table(tmp_path / name, ("label", "text"), "either"))
+    if isinstance(rows, str):
+        with pytest.raises(InputError, match=f"{name}.*{rows}"):
+            list(read_table(tmp_path / name, columns, header))
+        return
+    found = list(read_table(tmp_path / name, columns, header))
     assert [values for _, values in found] == rows
     assert found[0][0].startswith(f"{tmp_path / name}, line ")
 
 
-def test_a_headers_columns_are_named(tmp_path):
-    """"yes": a header without the columns is refused, and they are listed; "no": it is a row."""
-    path = tmp_path / "a.csv"
-    path.write_text("label,text\n1,good\n")
-    assert [values for _, values in read_table(path, ("label", "text"), "no")] == [
-        ["label", "text"], ["1", "good"]]
-    with pytest.raises(InputError, match="has the columns label, text, and not all of label, body"):
-        list(read_table(path, ("label", "body"), "yes"))
-    with pytest.raises(InputError, match="a.xlsx: give .csv, .tsv"):
-        list(read_table(tmp_path / "a.xlsx", ("label",)))
+@pytest.mark.parametrize("name, says", [
+    ("a.csv", "columns id, my text, my-label; delimiter ';'"),
+    ("b.csv", "b.csv has the columns text, label, and not all of"), ("a.json", "columns my-label, "),
+    ("c.csv", "c.csv is missing"), ("a.txt", "give a .csv, .tsv, .jsonl or .json")])
+def test_a_header_is_checked_without_a_row(tmp_path, name, says):
+    """header_line() reads the first line: what follows may be of no encoding."""
+    (tmp_path / "a.csv").write_bytes(b"id;my text;my-label\n\xff\xfe;1;2;3")
+    (tmp_path / "b.csv").write_text("text,label\n1,good\n")
+    for other in ("a.json", "a.txt"):
+        (tmp_path / other).write_text("")
+    try:
+        line = header_line(tmp_path / name, ("my-label", "my text"), True, "utf-8-sig")
+    except InputError as error:
+        line = str(error)
+    assert says in line
 
 
 @pytest.mark.parametrize("name, content, says", [

@@ -15,7 +15,7 @@ import tasks
 from common import InputError
 from conftest import FORMATS, SUPMER_DATA, by_topic, needs_data, write_model, write_task
 from data import MASK
-from tasks import TASKS, Row, load_test, load_train
+from tasks import TASKS, LabeledTask, OwnTable, Row, load_test, load_train
 
 
 # ------------------------------------------------------------------------- the known sets
@@ -93,6 +93,8 @@ def test_real_tasks_are_read_whole(name, first, tokenizer):
         assert {row.label for row in rows} == set(range(len(task.words)))
     assert [line for line in said if "the paper has" in line] == [
         f"{SUPMER_DATA}/{task.test}: 1,000 rows, the paper has 2,000"] * (name == "restaurants")
+    agree = sum(line.endswith("as in the paper") for line in said)
+    assert agree == sum(map(bool, task.sizes)) - (name == "restaurants")
     assert any("the last row" in line for line in said) == (name == "cr")
     longest = sorted(test, key=lambda row: -max(map(len, row.fields.values())))[:5]
     examples, mask = tasks.task_examples(tokenizer, task, longest), tokenizer.token_to_id(MASK)
@@ -102,29 +104,35 @@ def test_real_tasks_are_read_whole(name, first, tokenizer):
 
 # ---------------------------------------------------------------------------- own tasks
 
-def own(folder, content, template="{text} It was <X> .", words="", name="a.csv", **how):
-    """own_task() of a new file -> the task, its rows, what was said."""
+def own(folder, content, template="{text} It was <X> .", name="a.csv", test=None, **options):
+    """own_task() of a new file -> the task, its rows as (label word, text, ...), what was said."""
     said = []
     (folder / name).write_bytes(content if type(content) is bytes else content.encode())
-    task = tasks.own_task(folder / name, template, words, say=said.append, **how)
-    return task, [(task.words[row.label], *row.fields.values()) for row in load_train(task)], said
+    task = tasks.own_task(folder / name, OwnTable(**options), template, test=test, say=said.append)
+    rows = [(task.words[row.label], *row.fields.values())
+            for row in load_train(task, say=said.append)]
+    return task, rows, said
 
 
 @pytest.mark.parametrize("labels, words, matched", [
-    ("01", "1,0", {"1": "1", "0": "0"}), ("12345", "a,b,c,d,e", dict(zip("12345", "abcde"))),
+    ("01", "1,0", {"1": "1", "0": "0"}), ("12345", "5,4,3,2,1", dict(zip("54321", "54321"))),
+    ("12345", "a,b,c,d,e", dict(zip("12345", "abcde"))),
     (("-1", "1"), "bad,good", {"-1": "bad", "1": "good"}),
     (("10", "9"), "a,b", {"9": "a", "10": "b"}),
-    (("spam", "ham"), "spam=junk,ham=fine", {"spam": "junk", "ham": "fine"}),
+    (("spam", "ham"), "spam=junk, ham = fine", {"spam": "junk", "ham": "fine"}),
     (("0.0", "1.0"), "", {"0.0": "terrible", "1.0": "great"}),
+    (("True", "False"), "", {"False": "terrible", "True": "great"}),
+    (("true", "false"), "no,yes", {"false": "no", "true": "yes"}),
     (("no", "yes"), "", {"no": "no", "yes": "yes"}),
     (("yes",), "no,yes,maybe", {"no": "no", "yes": "yes", "maybe": "maybe"}),
     ("012", "", None), (("spam", "ham"), "junk,fine", None), (("spam", "ham"), "spam=junk", None),
-    ("01", "0=good,1=good", None), ("01", "0=good,1", None), (("no",), "", None)])
+    (("1", "1.0", "0"), "bad,good", None), ("01", "0=good,1=good", None), ("01", "0=good,1", None),
+    (("no",), "", None), (("0.25", "0.5", "0.75"), "bad,good", None)])
 def test_labels_are_matched_by_name_or_refused(labels, words, matched):
     """Explicit, by the words' own names, or as rising numbers; what does not fit is listed with its
     counts and a --words to copy."""
     if matched is None:
-        says = f"{labels[0]} .7 rows.*give two or more a word each: --words .*{labels[0]}=WORD"
+        says = f"{len(labels)} labels, .*{labels[0]} .7 rows.*--words .*{labels[0]}=WORD"
         with pytest.raises(InputError, match=says):
             tasks.match_words("a.csv", dict.fromkeys(labels, 7), words)
         return
@@ -132,36 +140,83 @@ def test_labels_are_matched_by_name_or_refused(labels, words, matched):
     assert list(found.items()) == list(matched.items())
 
 
-def test_what_was_read_is_printed_and_lacking_columns_are_listed(tmp_path):
-    """For each label its rows, its word and one source; a header must have the template's columns;
-    another encoding is named with byte and line, and read where it is given."""
-    content = "kind,body\nspam,Caf\u00e9!\nham,Hi.\n".encode("cp1252")
-    how = {"label_column": "kind", "words": "spam=junk,ham=fine", "header": "yes"}
-    with pytest.raises(InputError, match="a.csv, line 2: byte 0xe9 is not utf-8"):
-        own(tmp_path, content, "{body} <X>", **how)
-    task, rows, said = own(tmp_path, content, "{body} <X>", encoding="cp1252", max_tokens=99, **how)
-    assert rows == [("junk", "Caf\u00e9!"), ("fine", "Hi.")] and task.max_tokens == 99
-    assert [line.partition(": ")[2] for line in said] == [
-        "1 rows of label spam -> junk: Caf\u00e9! <X>", "1 rows of label ham -> fine: Hi. <X>"]
-    with pytest.raises(InputError, match="has the columns kind, body, and not all of kind, text"):
-        own(tmp_path, content, "{text} <X>", encoding="cp1252", **how)
-    with pytest.raises(InputError, match="rename the columns my-text: "):
-        own(tmp_path, content, "{body} {my-text} <X>", encoding="cp1252", **how)
+@pytest.mark.parametrize("content, options, rows, said", [
+    ("kind,body\nspam,Caf\u00e9!\nham,Hi.\n ,x\nham,\n".encode("cp1252"),
+     {"label_column": "kind", "text_column": "body", "words": "spam=junk,ham=fine",
+      "encoding": "cp1252"}, [("junk", "Caf\u00e9!"), ("fine", "Hi.")],
+     ["columns kind, body; delimiter ','", "2 rows without a label or a text are left out"]),
+    ("label;text\n0;a\n1;b\n".encode("utf-16"), {"encoding": "utf-16"},
+     [("terrible", "a"), ("great", "b")], ["columns label, text; delimiter ';'"]),
+    ("0,a\n1,b\n", {"header": False}, [("terrible", "a"), ("great", "b")], ["columns label, text"]),
+    ("label,text\n1,Caf\u00e9\n".encode("cp1252"), {}, "line 2: byte 0xe9 is not utf-8", []),
+    ("label;text\n0;a\n".encode("utf-16"), {}, "columns .*, and not all of label, text", []),
+    ("kind,body\nspam,x\n", {}, "columns kind, body, and not all of label, text", []),
+    ("0,a\n1,b\n", {}, "columns 0, a, and not all of label, text: .* --no-header", [])])
+def test_what_was_read_is_printed_or_refused(tmp_path, content, options, rows, said):
+    """Columns, delimiter and what is left out are printed; a lacking column is refused with those
+    that are there, another encoding with its byte and line."""
+    if isinstance(rows, str):
+        with pytest.raises(InputError, match=f"a.csv.*{rows}"):
+            own(tmp_path, content, **options)
+        return
+    _, found, lines = own(tmp_path, content, **options)
+    assert found == rows and [line.partition(": ")[2] for line in lines] == said
+
+
+def test_a_template_names_columns(tmp_path):
+    """A name with spaces and hyphens is a column; one that is none, or no name at all, is refused,
+    also of the test file, whose rows are not read."""
+    content, template = "label,my-text,the title\n0,a,b\n1,c,d\n", "{the title}: {my-text} <X>"
+    task, rows, _ = own(tmp_path, content, template)
+    assert rows == [("terrible", "b", "a"), ("great", "d", "c")]
+    (tmp_path / "test.csv").write_bytes(b"label,my-text\n\xff")
+    for template, test, says in (
+            ("{my-text} {other-col} <X>", None, "columns label, my-text, the title, .* other-col"),
+            ("my-text <X>", None, "shows no {column}"), ("{} <X>", None, "and not all of label, :"),
+            (template, tmp_path / "test.csv", "test.csv has the columns label, my-text, and not")):
+        with pytest.raises(InputError, match=says):
+            own(tmp_path, content, template, test=test)
+
+
+def test_each_label_is_shown_with_a_source(tokenizer):
+    """As T5 reads it, with its rows and its target; a text is counted that is cut."""
+    task = LabeledTask("", "", max_tokens=9, labels=("0.0", "1.0"))
+    rows = [Row(1, {"text": "A fine film."}), Row(0, {"text": "bad " * 99}), Row(1, {"text": "b"})]
+    assert list(tasks.task_lines(tokenizer, task, rows)) == [
+        "  1 rows of label 0.0: bad bad bad bad It was <extra_id_0> ?</s> -> terrible",
+        "  2 rows of label 1.0: A fine film . It was <extra_id_0> ?</s> -> great"]
+    assert tasks.count_cut(tokenizer, task, rows) == 1
+    assert tasks.count_cut(tokenizer, task._replace(max_tokens=999), rows) == 0
+
+
+def test_label_words_that_cannot_win_are_refused(tokenizer):
+    """A word that begins another in pieces, or that equals it after normalization; both are named.
+    """
+    for words in (["good", "bad", "good enough"], ["terrible", "good", " good"]):
+        with pytest.raises(InputError, match="label word .*good.* begins with.*good.*choose"):
+            data.decoder_targets(tokenizer, words)
+    assert len(data.decoder_targets(tokenizer, ["good enough", "good at it", "bad"])) == 3
 
 
 def test_texts_without_labels_literally(tmp_path):
     """A line of a .txt is a text, tabs and all; other formats name the template's texts, which are
-    prepared as in training; a blank one is refused with its line."""
-    (tmp_path / "new.txt").write_text("What a\tjoy.\n\ufeffNo.")
-    assert tasks.load_texts(tmp_path / "new.txt", TASKS["mr"]) == [
+    prepared as in training; a blank one is left out and counted."""
+    said = []
+    (tmp_path / "new.txt").write_text("What a\tjoy.\n\n\ufeffNo.")
+    assert tasks.load_texts(tmp_path / "new.txt", TASKS["mr"], say=said.append) == [
         Row(0, {"text": "What a\tjoy."}), Row(0, {"text": "\ufeffNo."})]
-    (tmp_path / "new.csv").write_text('id,premise,hypothesis\n7,"It rains, he said.",It rains!\n')
+    assert [line.partition(": ")[2] for line in said] == ["1 rows without a text are left out"]
+    (tmp_path / "new.csv").write_text('id;premise;hypothesis\n7;"It rains, he said.";It rains!\n')
     assert tasks.load_texts(tmp_path / "new.csv", TASKS["cb"]) == [
         Row(0, {"hypothesis": "It rains", "premise": "It rains, he said."})]
-    for content, says in (("ok\n\n", "new.txt, line 2"), ("", "no texts")):
-        (tmp_path / "new.txt").write_text(content)
-        with pytest.raises(InputError, match=says):
-            tasks.load_texts(tmp_path / "new.txt", TASKS["mr"])
+    (tmp_path / "body.csv").write_text("body\nok, he said\n")
+    assert tasks.load_texts(tmp_path / "body.csv", TASKS["mr"], OwnTable(text_column="body")) == [
+        Row(0, {"text": "ok, he said"})]
+    (tmp_path / "empty.txt").write_text("")
+    for name, task, says in (("empty.txt", "mr", "no texts"), ("new.txt", "cb", "without hypothesis"),
+                             ("new.csv", "mr", "columns id, premise, hypothesis, and not all of")):
+        with pytest.raises(InputError, match=f"{name}.*{says}"):
+            tasks.load_texts(tmp_path / name, TASKS[task])
 
 
 # ---------------------------------------------------------------------- sampling and posing
