@@ -129,7 +129,7 @@ def _jsonl_rows(path, columns, header, encoding):
 def _txt_rows(path, columns, header, encoding):
     """A text a line; of a released set text TAB label."""
     if header is not None and len(columns) > 1:
-        raise InputError(f"{path}: a .txt is a text a line, without {columns[0]}: give a .csv")
+        raise InputError(f"{path}: a .txt is a text a line, no {columns[0]}: give a .csv")
     for number, line in enumerate(io.StringIO(text_of(path, encoding), newline="\n"), 1):
         values = line.rstrip("\r\n").rsplit("\t", len(columns) - 1)[::-1]
         yield number, values if len(values) == len(columns) else None

@@ -37,7 +37,7 @@ JSON = '{"text": "good", "label": 1.0}\n\n{"text": null, "label": true}\n'
      "my text"),
     ("a.json", JSON, True, "columns text, label, and not all of label, my text"),
     ("a.csv", 'label,text\n1,"good" film\n', True, "is not a well quoted table"),
-    ("a.txt", "1\tgood\n", True, "a .txt is a text a line, without label"),
+    ("a.txt", "1\tgood\n", True, "a .txt is a text a line, no label"),
     ("a", "1", True, "give .csv, .tsv"), ("a.xlsx", "1", True, "give .csv, .tsv")])
 def test_tables_as_people_have_them(tmp_path, name, content, header, rows):
     """Delimiters, spaces, quotes doubled as pandas does, quotes that are characters, no header,
@@ -56,7 +56,8 @@ def test_tables_as_people_have_them(tmp_path, name, content, header, rows):
 
 @pytest.mark.parametrize("name, says", [
     ("a.csv", "columns id, my text, my-label; delimiter ';'"),
-    ("b.csv", "b.csv has the columns text, label, and not all of"), ("a.json", "columns my-label, "),
+    ("b.csv", "b.csv has the columns text, label, and not all of"),
+    ("a.json", "columns my-label, my text"),
     ("c.csv", "c.csv is missing"), ("a.txt", "give a .csv, .tsv, .jsonl or .json")])
 def test_a_header_is_checked_without_a_row(tmp_path, name, says):
     """header_line() reads the first line: what follows may be of no encoding."""

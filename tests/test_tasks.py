@@ -213,7 +213,7 @@ def test_texts_without_labels_literally(tmp_path):
     assert tasks.load_texts(tmp_path / "body.csv", TASKS["mr"], OwnTable(text_column="body")) == [
         Row(0, {"text": "ok, he said"})]
     (tmp_path / "empty.txt").write_text("")
-    for name, task, says in (("empty.txt", "mr", "no texts"), ("new.txt", "cb", "without hypothesis"),
+    for name, task, says in (("empty.txt", "mr", "no texts"), ("new.txt", "cb", "no hypothesis"),
                              ("new.csv", "mr", "columns id, premise, hypothesis, and not all of")):
         with pytest.raises(InputError, match=f"{name}.*{says}"):
             tasks.load_texts(tmp_path / name, TASKS[task])
