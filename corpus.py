@@ -10,7 +10,6 @@ The same corpus, model and options give the same bytes, on any number of ranks.
 import hashlib
 import json
 import os
-import re
 import shutil
 from array import array
 from collections import Counter
@@ -24,75 +23,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import (InputError, SOLO, one_process, read_json, reading, remove_torn, rng, text_sha256,
-                    whole_file)
+from common import (InputError, SOLO, one_process, read_json, reading, remove_torn, rng,
+                    text_sha256, whole_file)
 from data import FORMATS, MAX_TOKENS, padded, tokenize
-from documents import corpus_files, documents, unread_files
+from documents import (SHAPES, corpus_files, documents, ends_fingerprint, shape_of,
+                       unread_files)
 from kmeans import kmeans, nearest
+from sentences import split_sentences
 from t5 import embed_tokens, encode, model_fingerprint
 
-RULES = 3                   # a new number, where the rules below change, makes stores anew
+RULES = 3                   # a new number, where sentences or documents change, makes stores anew
 SHORT = 4                   # tokens; see join_short
 SAMPLE = 256                # sentences per centroid that K-means sees
 SLICE = 1 << 13             # sentences, of whole documents, that are tokenized together
 CHUNK = 1 << 14             # sentences that are sorted by length together, and saved together
 BATCH_TOKENS = {"cpu": 1 << 9, "cuda": 1 << 17}     # embedded together; a CPU's cache likes few
-
-
-# ------------------------------------------------------------------------------ sentences
-# A stop is . ! ? or a run of them; it may stand apart, as in tokenized text. Quotes, brackets,
-# emphasis and marks of notes close after it. Then a space, quotes and the like, and the next word.
-# The stops of some scripts end a sentence alone: no abbreviation has them.
-QUOTES = "\"'“„‘’«»*_`"                  # each opens in one language and closes in another
-OPENING = QUOTES + "([¿¡—–-"
-STOP = re.compile(
-    rf"""(?<![.!?…])(?<![.!?…]\s)((?:\s?[.!?…])+) [{QUOTES}”)\]]* (?:\[[\w\s]{{1,20}}\]|[¹²³⁰-⁹])*
-         \s(?=[{re.escape(OPENING)}]*\s?(\w+)) | [。！？｡।॥۔؟]++(?![」』”’）)])\s?(?=\S)""", re.VERBOSE)
-TITLES = set("""mr mrs ms dr prof st messrs mme mlle rev hon gen col maj capt lt sgt gov sen rep
-    pres fr mt vs cf viz e.g i.e eg ie approx ca adj adv vi vt syn esp""".split())  # never last
-NUMBERED = set("no nos vol vols p pp fig figs ch sec art ed al".split())    # not before a number
-CLOSERS = set("""etc jr sr esq inc ltd co corp bros dept est ave blvd rd jan feb mar apr jun jul
-    aug sept sep oct nov dec a.m p.m ph.d m.d b.a m.a b.c a.d""".split())   # last before a STARTER
-STARTERS = set("""the a an this that these those he she it we they you i his her its our their my
-    your there here but and or so yet for in on at by as if when while where what who why how then
-    now after before once not no yes""".split())
-ORDINAL = set("""der die das den dem des am im zum zur vom beim bis seit ein eine einen einem einer
-    mein meine dein sein ihr ihre unser jeder jede""".split())      # German: "am 3. Mai"
-
-
-def split_sentences(text):
-    """A paragraph of prose -> its sentences, white space normalized; by rules.
-    'Mr. J. R. Fox paid 3.14 dollars. "Why?" he said. (He left.) Yes!' ->
-    ['Mr. J. R. Fox paid 3.14 dollars.', '"Why?" he said.', '(He left.)', 'Yes!']"""
-    text = " ".join(text.split())
-    sentences, start, lowered = [], 0, text.islower()
-    for match in STOP.finditer(text):
-        if _ends_sentence(text, start, match, lowered):
-            sentences.append(text[start:match.end()].rstrip())
-            start = match.end()
-    return sentences + [text[start:]] if text[start:] else sentences
-
-
-def _ends_sentence(text, start, match, lowered):
-    """Does the sentence that begins at start end with this STOP? lowered: the text has capitals
-    nowhere, so that none can open the next sentence."""
-    stop, following = match.groups()
-    if stop is None:
-        return True                                             # of another script
-    if following[0].islower() and not (lowered and stop[0] == " " and len(stop) == 2):
-        return False
-    if stop.strip() != ".":
-        return True
-    # A few characters hold the last two words, their inner stops too: u.s, e.g.
-    *_, before, word = ["", "", *text[max(start, match.start() - 99):match.start()].split()]
-    before, word = before.lstrip(OPENING).lower(), word.lstrip(OPENING).lower()
-    number = word.isdigit()
-    if word in TITLES or (word in NUMBERED and following[0].isdigit()):
-        return False                                            # "Dr. Fox", "No. 5"
-    if number and (not before or before in ORDINAL and len(word) < 3):
-        return False                                            # "1. The lid.", "am 3. Mai"
-    initials = all(len(part) == 1 and part.isalpha() for part in word.split("."))   # j, u.s
-    return following.lower() in STARTERS if initials or word in CLOSERS else True
 
 
 # ------------------------------------------------------------------- the store on the disk
@@ -160,17 +105,18 @@ class Document(NamedTuple):
     label: int | None = None            # in a labeled set, where the text is one sentence
 
 
-def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes=None,
-                one_per_format=False, embed=None, progress=lambda stage, done, total: None,
-                ranks=SOLO):
+def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes=None, shape="",
+                field="", followed=0, one_per_format=False, embed=None,
+                progress=lambda stage, done, total: None, ranks=SOLO):
     """Text files -> Store: sentences, K-means clusters of their embeddings (section 3.2, Eq. 16).
 
     clusters: K; one clustering serves all formats, or one_per_format makes one of seed, seed + 1,
-    ... for each. max_bytes: text read at most; the document that reaches it is the last. Some 5 %
-    of the documents are held out, and K-means sees a sample of the others. The rest: build_from.
+    ... for each. max_bytes: text read at most; the document that reaches it is the last. shape,
+    field: see documents(). Some 5 % of the documents are held out, and K-means sees a sample of the
+    others. followed: see _choose. The rest: build_from.
     """
     def read(path, counts):
-        texts = documents(path, counts)
+        texts = documents(path, counts, shape, field)
         while max_bytes is None or counts["bytes"] < max_bytes:
             if (paragraphs := next(texts, None)) is None:
                 return
@@ -180,11 +126,14 @@ def build_store(cache, paths, tokenizer, t5, clusters, seed, *, model, max_bytes
     if unread := unread_files(paths, files):
         progress(f"not read, {len(unread)} other file(s): {', '.join(unread)}", 0, None)
     options = {"clusters": clusters, "seed": seed, "max_bytes": max_bytes,
-               "one_per_format": one_per_format}
-    return build_from(cache, files, read, options, tokenizer, t5, model, embed, progress, ranks)
+               "one_per_format": one_per_format, "field": field,
+               "documents": ", ".join(sorted({shape_of(path, shape) for path in files}))}
+    return build_from(cache, files, read, options, tokenizer, t5, model, embed, progress, ranks,
+                      followed)
 
 
-def build_from(cache, files, read, options, tokenizer, t5, model, embed, progress, ranks):
+def build_from(cache, files, read, options, tokenizer, t5, model, embed, progress, ranks,
+               followed=0):
     """Find or make the store of the Documents that read(path, counts) yields of each file.
 
     A store is a folder in cache, named by all that it is made of; meta.json is its last file. While
@@ -193,7 +142,7 @@ def build_from(cache, files, read, options, tokenizer, t5, model, embed, progres
     or None) is called now and then. All ranks must see cache: the first one writes, all embed.
     Memory: SAMPLE * K embeddings, and 30 bytes a sentence. Raises InputError for too little text.
     """
-    made_of = {"corpus": fingerprint(files), "model": model_fingerprint(model),
+    made_of = {"corpus": ends_fingerprint(files), "model": model_fingerprint(model),
                "tokenizer": text_sha256(tokenizer.to_str()).hexdigest(), "options": options,
                "rules": RULES}
     name = text_sha256(json.dumps(made_of)).hexdigest()[:16]
@@ -205,25 +154,13 @@ def build_from(cache, files, read, options, tokenizer, t5, model, embed, progres
     with one_process(folder, waiting) if writes else nullcontext():
         if not ranks.gather((folder / "meta.json").exists())[0]:
             if writes:
-                _prepare(folder, files, read, options, tokenizer, progress)
+                _prepare(folder, files, read, options, tokenizer, progress, followed)
             ranks.gather(None)
             _cluster(folder, options, t5, embed, progress, ranks)
             if writes:
                 _finish(folder, made_of, options, progress)
     ranks.gather(None)
     return open_store(folder, made_of)
-
-
-def fingerprint(files):
-    """sha256 over each file's size and its first and last megabyte."""
-    whole = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            size = os.path.getsize(path)
-            whole.update(b"%d " % size + file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            whole.update(file.read())
-    return whole.hexdigest()
 
 
 def hash_share(paragraphs):
@@ -255,12 +192,12 @@ def join_short(sentences):
     return joined[:-1] + [joined[-1] + waiting] if joined else []
 
 
-def _prepare(folder, files, read, options, tokenizer, progress):
+def _prepare(folder, files, read, options, tokenizer, progress, followed):
     """The text and what follows from it. A corpus that cannot be a store leaves nothing behind."""
     remove_torn(folder)
     try:
         write_text(folder, files, read, tokenizer, progress)
-        _choose(folder, options["clusters"])
+        _choose(folder, options, progress, followed)
     except InputError:
         shutil.rmtree(folder)
         raise
@@ -331,17 +268,30 @@ def _columns(tokenizer, group, counts):
     return rows
 
 
-def _choose(folder, clusters):
-    """Write held_out and anchor: of equal sentences the first is an anchor."""
+def _choose(folder, options, progress, wanted):
+    """Write held_out and anchor: of equal sentences the first is an anchor. Raises InputError,
+    before anything is embedded, for too little text, and for less than `wanted` anchors of a split
+    that another sentence follows: a corpus of the wrong shape."""
     keys, first, shares = (column(folder, name) for name in ("keys", "first", "shares"))
     held_out = np.repeat(hold_out(shares), np.diff(first, append=len(keys)))
     anchor = np.zeros(len(keys), dtype=bool)
     anchor[np.unique(keys, return_index=True)[1]] = True
-    different = int((anchor & ~held_out).sum())
-    if different < clusters or len(first) < 4:
-        raise InputError(f"the corpus has {len(keys)} sentences in {len(first)} documents, of them "
-                         f"{different} different ones to train on; {clusters} clusters and 4 "
-                         "documents are wanted: give more text, or fewer clusters")
+    different, shape = int((anchor & ~held_out).sum()), options.get("documents", "rows")
+    found = (f"{len(first):,} document(s) by {shape}, of {len(keys) / max(1, len(first)):.1f} "
+             "sentences on average")
+    others = f", another one of --documents {', '.join(SHAPES)}" if shape in SHAPES else ""
+    progress(found, 0, None)
+    if len(first) < 4:
+        raise InputError(f"{found}: 4 documents are needed, give more text{others}")
+    if different < options["clusters"]:
+        raise InputError(f"{found}: {different} different ones to train on make no "
+                         f"{options['clusters']} clusters: give more text, or fewer --clusters")
+    having_next = anchor & has_next(first, len(keys))
+    lacking = wanted - min(int((having_next & part).sum()) for part in (held_out, ~held_out))
+    if lacking > 0:
+        raise InputError(f"{found}: a split lacks {lacking} that another one follows, in documents "
+                         f"of 4 or more: give more text{others}, a smaller --support and --query, "
+                         "or only --variants that ask for clusters")
     for name, values in (("held_out", held_out), ("anchor", anchor)):
         with whole_file(folder / f"{name}.bin") as file:
             file.write(values)
@@ -448,17 +398,22 @@ def _finish(folder, made_of, options, progress):
         file.write(json.dumps({"made_of": made_of, "counts": counts, "files": files}).encode())
 
 
+def has_next(first, n):
+    """Which of n sentences another one follows, in a document of 4 or more: (n,) bool."""
+    ends = np.append(first[1:], n)
+    found = np.repeat(ends - first >= 4, ends - first)
+    found[ends - 1] = False
+    return found
+
+
 def group_anchors(cluster, held_out, anchor, first, K):
     """A store's columns, one clustering -> order (anchors,) uint32, bounds (4 K + 1,) int64.
 
     order[bounds[k]:bounds[k + 1]] are the anchors, in rising order, of group k: the training ones
-    of cluster 0 that are followed (by a sentence, in a document of 4 or more), its others, those of
-    cluster 1, ...; from 2 K on the held-out ones.
+    of cluster 0 that are followed, its others, those of cluster 1, ...; from 2 K on the held-out
+    ones.
     """
-    ends = np.append(first[1:], len(anchor))
-    followed = np.repeat(ends - first >= 4, ends - first)
-    followed[ends - 1] = False
-    group = 2 * (held_out * np.int32(K) + cluster) + ~followed
+    group = 2 * (held_out * np.int32(K) + cluster) + ~has_next(first, len(anchor))
     group[~anchor] = 4 * K                  # the last one, which is left away
     order = np.argsort(group, kind="stable")[:anchor.sum()].astype(np.uint32)
     return order, np.cumsum([0, *np.bincount(group, minlength=4 * K)[:4 * K]])

@@ -1,33 +1,45 @@
 """Any file of text, as people have them -> documents, as lists of paragraphs.
 
-    for paragraphs in documents(path): ...
+    for paragraphs in documents(Path("my.txt")): ...
 
-Nothing is unpacked to the disk, and no more than LONGEST bytes of a document are held at a time.
+What parts a text's documents is one of SHAPES; a line of JSON is always a document. Nothing is
+unpacked to the disk, and no more than LONGEST bytes of a document are held at a time.
 """
 
 import gzip
+import hashlib
 import json
+import os
+import re
 import tarfile
 from collections import Counter
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from common import InputError, reading
 
 LONGEST = 1 << 24           # bytes of a document or line that are held at a time
+SHAPES = ("blank-lines", "lines", "files")
+JSON = "lines of JSON"
+# How a file's name ends, and its documents unless a shape is asked for. A .tar holds .txt files.
+KINDS = {".txt": "blank-lines", ".txt.gz": "blank-lines", ".jsonl": JSON, ".jsonl.gz": JSON,
+         ".json.gz": JSON, ".tar": "files", ".tar.xz": "files", ".md": "files", ".json": JSON}
+ABOUT = (".md", ".json")    # in a folder of other text these are about it
+STOPS = ".!?…。！？।॥۔؟"
 
 
 def corpus_files(paths):
-    """Files and folders -> corpus files; of a folder, sorted, those whose ends READERS knows.
+    """Files and folders -> corpus files; of a folder, sorted, those whose ends KINDS knows.
     Raises InputError for a path without any."""
     files = []
     for path in map(Path, paths):
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found = [file for file in inside if file.is_file() and file.name.endswith(tuple(READERS))]
+        found = [file for file in inside if file.is_file() and file.name.endswith(tuple(KINDS))]
         if not found:
             raise InputError(f"{path}: no text found; give files, or folders of files, that end in "
-                             f"{', '.join(READERS)} (of parquet, pandas makes .jsonl)")
-        files += found
+                             f"{', '.join(KINDS)} (of parquet, pandas makes .jsonl)")
+        files += [file for file in found if file.suffix not in ABOUT] or found
     return files
 
 
@@ -37,21 +49,45 @@ def unread_files(paths, files):
     return sorted(file.name for file in {*filter(Path.is_file, inside)} - {*files})
 
 
-def documents(path, counts=None):
+def ends_fingerprint(files):
+    """sha256 over each file's size and its first and last megabyte."""
+    whole = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            size = os.path.getsize(path)
+            whole.update(b"%d " % size + file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            whole.update(file.read())
+    return whole.hexdigest()
+
+
+def shape_of(path, shape=""):
+    """What parts a file's documents, if `shape` is asked for: one of SHAPES, or JSON."""
+    kind = next(KINDS[end] for end in KINDS if path.name.endswith(end))
+    return kind if kind == JSON else shape or kind
+
+
+def documents(path, counts=None, shape="", field=""):
     """Yield the documents of one corpus file as lists of paragraphs.
 
-    .txt: blank lines part documents, one paragraph each. .jsonl(.gz), .json.gz (C4's): a document a
-    line, with `paragraphs` (a list) or `text` (a paragraph a line). .tar(.xz): OpenWebText's, .txt
-    documents, or .xz files that each are a tar of them. Nothing is unpacked to the disk.
-    a file "It rained.\\nWe left.\\n\\nThe sun rose." -> ["It rained. We left."], ["The sun rose."]
-    counts: a Counter, receives "bytes", "broken UTF-8", lines that U+FFFD had to mend, and "long
-    documents parted", texts that LONGEST made two or more of.
+    Text: shape_of() parts it. A line is a paragraph, unless the lines are wrapped: see _wrapped.
+    JSON: `field` of a line, or `paragraphs` or `text`: a list, or a text, a paragraph a line.
+    .tar(.xz): OpenWebText's, .txt files, or .xz files that each are a tar of them.
+    a file "It rained.\\nWe left.\\n\\nI sat." -> ["It rained.", "We left."], ["I sat."]
+    counts: a Counter, receives "bytes", "broken UTF-8", lines that U+FFFD had to mend, "documents
+    without text", "texts of wrapped lines", and "long documents parted", the parts by LONGEST.
     Raises InputError for damage, and for a line that is not a document.
     """
-    counts = Counter() if counts is None else counts
-    read = next(READERS[end] for end in READERS if path.name.endswith(end))
-    with reading(path, "readable text"), open(path, "rb") as file:
-        for paragraphs in read(file, path, counts):
+    counts, kind = Counter() if counts is None else counts, shape_of(path, shape)
+    with reading(path, "readable text"), open(path, "rb", 1 << 16) as file:
+        content = gzip.open(file) if path.suffix == ".gz" else file
+        if kind == JSON:
+            found = _read_json(content, path, field, counts)
+        elif ".tar" in path.suffixes[-2:]:
+            found = _read_tar(content, path, kind, counts)
+        else:
+            found = _read_text(content, kind, counts)
+        for paragraphs in found:
             raw = [p.encode("utf-8", "replace") for p in paragraphs]    # JSON's lone surrogates
             counts["bytes"] += sum(map(len, raw))
             yield [p.decode() for p in raw]
@@ -63,27 +99,42 @@ def _decode(raw, counts):
     return text.replace("\0", "\ufffd")
 
 
-def _read_txt(file, path, counts):
-    if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+def _wrapped(start):
+    """Are lines broken within sentences? Then there are stops, but few of them at the lines' ends.
+    b"The cat\\nsat. It\\nran." -> True; b"the cat sat\\nit ran", b"It sat.\\nIt ran." -> False"""
+    text = start.decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.split("\n")]
+    before_others = [line for line, following in zip(lines, lines[1:]) if line and following]
+    ending = sum(not {*STOPS}.isdisjoint(line[-3:]) for line in before_others)    # ." too
+    stops = len(re.findall(rf"[{STOPS}]\s", text + "\n"))
+    return 2 * ending < len(before_others) < 8 * stops
+
+
+def _read_text(file, shape, counts):
+    start = file.peek(1 << 16)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError("UTF-16; give UTF-8")
-    lines, size = [], 0
-    while raw := file.readline(LONGEST):
+    joined, blocks, size = _wrapped(start), [[]], 0
+    counts["texts of wrapped lines"] += joined
+    for raw in chain(iter(partial(file.readline, LONGEST), b""), [b""]):
         line = _decode(raw, counts).strip()
-        size += len(raw)
-        counts["long documents parted"] += size >= LONGEST
         if line:
-            lines.append(line)
-        if size >= LONGEST or lines and not line:
-            yield [" ".join(lines)]
-            lines = []
-        size *= bool(lines)
-    if lines:
-        yield [" ".join(lines)]
+            blocks[-1].append(line)
+        elif blocks[-1]:
+            blocks.append([])
+        size += len(raw)
+        parted = size >= LONGEST
+        counts["long documents parted"] += parted
+        ends = shape == "lines" or shape == "blank-lines" and not line
+        if parted or ends or not raw:
+            if blocks[0]:
+                yield [" ".join(x) for x in blocks if x] if joined else list(chain(*blocks))
+            blocks, size = [[]], 0
 
 
-def _read_jsonl(file, path, counts):
-    file = gzip.open(file) if path.suffix == ".gz" else file
-    for number, raw in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
+def _read_json(file, path, field, counts):
+    names = [field] if field else ["paragraphs", "text"]
+    for number, raw in enumerate(iter(partial(file.readline, LONGEST), b""), 1):
         with reading(f"{path}, line {number}", "a document", remedy="mend or drop it"):
             if len(raw) == LONGEST:
                 raise ValueError(f"{LONGEST:,} bytes or more; give a document a line")
@@ -91,11 +142,16 @@ def _read_jsonl(file, path, counts):
             if not line.strip():
                 continue
             record = json.loads(line)
-            paragraphs = record.get("paragraphs")
-            if paragraphs is None:
-                paragraphs = record["text"].split("\n")
+            given = [record[name] for name in names if name in record]
+            if not given:
+                raise LookupError(f"no {' or '.join(names)}; choose --field of {', '.join(record)}")
+            texts = next((value for value in given if value is not None), None)
+            if texts is None:
+                counts["documents without text"] += 1
+                continue
+            paragraphs = texts.split("\n") if isinstance(texts, str) else texts
             if not isinstance(paragraphs, list) or not all(isinstance(p, str) for p in paragraphs):
-                raise TypeError("`paragraphs` must be a list of texts")
+                raise TypeError(f"{' or '.join(names)} must be a text or a list of texts")
         yield paragraphs
 
 
@@ -117,7 +173,7 @@ class Header(tarfile.TarInfo):
         return header
 
 
-def _read_tar(file, where, counts):
+def _read_tar(file, where, shape, counts):
     known = False
     with tarfile.open(fileobj=file, mode="r|*", tarinfo=Header) as archive:
         for member in filter(tarfile.TarInfo.isfile, archive):
@@ -125,14 +181,8 @@ def _read_tar(file, where, counts):
             known |= member.name.endswith((".xz", ".txt"))
             if member.name.endswith(".xz"):
                 with reading(name, "a tar of text"):
-                    yield from _read_tar(content, name, counts)
+                    yield from _read_tar(content, name, shape, counts)
             elif member.name.endswith(".txt"):
-                for part, raw in enumerate(iter(lambda: content.read(LONGEST), b"")):
-                    counts["long documents parted"] += part > 0
-                    yield _decode(raw, counts).split("\n")
+                yield from _read_text(content, shape, counts)
     if not known:
         raise ValueError("no .txt inside, and no .xz tar of .txt")
-
-
-READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl,
-           ".json.gz": _read_jsonl, ".tar": _read_tar, ".tar.xz": _read_tar}

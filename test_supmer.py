@@ -38,13 +38,13 @@ from eval import Plan, open_candidate
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from common import InputError
-from corpus import split_sentences
 from data import MASK, TaskIndex, VARIANTS, fill_template, meta_task
 from dataclasses import replace
 from documents import documents
 from functools import partial
 from pathlib import Path
 from run_folder import new_run, write_run
+from sentences import split_sentences
 from supmer import Method
 from tasks import TASKS, load_test
 from types import SimpleNamespace

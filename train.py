@@ -32,7 +32,7 @@ from baselines import (ABLATIONS, METHODS, PLAIN, UNIFIED, examples_per_step, mi
                        ppt_step)
 from common import (InputError, SOLO, bar, from_settings, join_ranks, knob, number, one_process,
                     pick_device, read_json, reading, remove_torn, rng, run_script, settings_parser)
-from documents import READERS
+from documents import KINDS, SHAPES
 from estimate import prepare
 from prompts import export_peft, save_prompt
 from run_folder import (check_free, check_origin, load_state, new_run, next_free, open_log,
@@ -47,7 +47,10 @@ class Training(tasks.OwnTable):
     """A run's settings beside the method's own: data, sizes, when to validate and save."""
     model: str = knob("tiny", "tiny, a name such as flan-t5-xl, a hub id, or a folder", first=True)
     corpus: tuple = knob(("openwebtext",), "openwebtext, c4, embedded, or files and folders of "
-                         f"{', '.join(READERS)}", first=True)
+                         f"{', '.join(KINDS)}", first=True)
+    documents: str = knob("", f"what parts a text into documents: {', '.join(SHAPES)} (else "
+                          "blank-lines for .txt, files for .md and .tar)", choices=("", *SHAPES))
+    field: str = knob("", "of JSON lines, with the text (else paragraphs or text)")
     bytes: int = knob(10 ** 10, "text read at most (section 4.1: 10 GB)")
     clusters: int = knob(250, "K-means clusters of each format (Table 6)")
     one_per_format: bool = knob(False, "a clustering for each format, not one for all")
@@ -270,13 +273,15 @@ def open_sources(training, method, model_folder, tokenizer, t5, ranks=SOLO):
     sizes = {"support": training.support, "query": training.query,
              "max_tokens": training.max_tokens, "mixing": mixes(training, method)}
     if training.corpus:
+        variants = [name for name in training.variants
+                    if training.only in ("", data.VARIANTS[name].format)]
+        followed = any(data.VARIANTS[name].followed for name in variants)
         store = store_of("corpus", corpus.build_store, hub.corpus_paths(training),
-                         training.clusters, max_bytes=training.bytes,
-                         one_per_format=training.one_per_format)
+                         training.clusters, max_bytes=training.bytes, shape=training.documents,
+                         field=training.field, one_per_format=training.one_per_format,
+                         followed=followed * (training.support + training.query))
         sources.append((data.meta_task, data.TaskIndex(
-            store, tokenizer, **sizes,
-            variants=[name for name in training.variants
-                      if training.only in ("", data.VARIANTS[name].format)],
+            store, tokenizer, **sizes, variants=variants,
             recast=UNIFIED if training.method == "unified-ppt" else {})))
         made_of |= store.meta["made_of"]
     if training.labeled:

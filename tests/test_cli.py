@@ -41,8 +41,8 @@ from supmer import Method
     ("--model no-such-folder", "no-such-folder"),
     ("WORLD --corpus empty", "empty: no text found"),
     ("WORLD --corpus nowhere", "nowhere: no text found"),
-    ("WORLD --clusters 5000", "fewer clusters"),
-    ("WORLD --support 5000", "must have 5004 usable ones"),
+    ("WORLD --clusters 5000", "fewer --clusters"),
+    ("WORLD --support 5000", "lacks 4917 that another one follows"),
     ("WORLD --labeled empty", "--labeled empty: no folder with .csv"),
     ("WORLD --relative-step 0 --inner-rate 1e29", "not finite"),
 ])

@@ -15,8 +15,8 @@ import threading
 import torch
 from collections import Counter
 from common import InputError
-from corpus import split_sentences
 from documents import documents
+from sentences import split_sentences
 from pathlib import Path
 from conftest import (SUPMER_DATA, by_topic, contents, held_out_documents, needs_data,
     on_ranks, openwebtext_tar, planted_paths, random_t5, sentence, tar_of, write_model)
@@ -139,18 +139,35 @@ def test_documents_of_each_format_literally(tmp_path):
             plain.add(tmp_path / "a.txt", name)
     with gzip.open(tmp_path / "f.json.gz", "wt") as file:                       # as C4's
         file.write('{"text": "Ten.", "url": "x"}\n{"text": "Eleven."}\n')
-    (tmp_path / "README.md").write_text("not a corpus")
-    expected = {"a.txt": [["It rained. We left."], ["The sun rose."]],
+    for name in ("README.md", "settings.json", "notes.csv"):
+        (tmp_path / name).write_text("not a corpus")
+    expected = {"a.txt": [["It rained.", "We left."], ["The sun rose."]],
                 "b.jsonl": [["One.", "Two."], ["Three.", "Four."]], "c.jsonl.gz": [["Five."]],
-                "d.tar": [["Six.", "", "Seven."], ["Eight."], ["N\u00efne."]],
-                "e.tar.xz": [["", "", "It rained.", "We left.", "", " ", "The sun rose.", "", ""]],
+                "d.tar": [["Six.", "Seven."], ["Eight."], ["N\u00efne."]],
+                "e.tar.xz": [["It rained.", "We left.", "The sun rose."]],
                 "f.json.gz": [["Ten."], ["Eleven."]]}
     files = documents_module.corpus_files([tmp_path])
     assert {path.name: list(documents(path)) for path in files} == expected
     assert [path.name for path in files] == list(expected)
-    for wrong in ("README.md", "nowhere"):
+    for wrong in ("notes.csv", "nowhere"):
         with pytest.raises(InputError, match=f"{wrong}: no text found"):
             documents_module.corpus_files([tmp_path / wrong])
+
+
+@pytest.mark.parametrize("name, content, how, expected", [
+    ("a.txt", "the cat sat\nthe dog ran\n\nit rained", {}, "the cat sat|the dog ran||it rained"),
+    ("a.txt", "It sat.\nIt ran.\nhow it ran\n", {}, "It sat.|It ran.|how it ran"),
+    ("a.txt", "The cat sat\nthere. It\nran.\n\nNo.\n", {}, "The cat sat there. It ran.||No."),
+    ("a.txt", "One. Two.\n\nThree.", {"shape": "lines"}, "One. Two.||Three."),
+    ("a.txt.gz", "One.\n\nTwo.", {"shape": "files"}, "One.|Two."),
+    ("a.md", "# A\n\nOne two\nthree. Four.\n", {}, "# A|One two three. Four."),
+    ("a.json", '{"content": "One."}\n{"content": null}', {"field": "content"}, "One."),
+    ("a.json", '{"text": null, "paragraphs": ["One."]}', {"shape": "lines"}, "One.")])
+def test_what_parts_documents_and_paragraphs(tmp_path, name, content, how, expected):
+    """A sentence a line, wrapped lines, a document a line or file, another field, null texts."""
+    content = gzip.compress(content.encode()) if name.endswith("gz") else content.encode()
+    (tmp_path / name).write_bytes(content)
+    assert "||".join("|".join(found) for found in documents(tmp_path / name, **how)) == expected
 
 
 def test_no_document_is_held_beyond_a_limit(tmp_path, monkeypatch):
@@ -161,9 +178,10 @@ def test_no_document_is_held_beyond_a_limit(tmp_path, monkeypatch):
     (tmp_path / "b.tar").write_bytes(tar_of({"b.txt": b"0123456789abcdefgh"}))
     (tmp_path / "c.jsonl").write_text('{"text": ""}')
     counts = Counter()
-    found = [text for name in ("a.txt", "b.tar") for [text] in documents(tmp_path / name, counts)]
-    assert found == ["1234 5678", "90", "abcdefgh", "ijkl", "ok", "01234567", "89abcdef", "gh"]
-    assert counts["long documents parted"] == 1 + 1 + 2 and counts["bytes"] == 43
+    found = [text for name in ("a.txt", "b.tar") for text in documents(tmp_path / name, counts)]
+    assert found == [["1234", "5678"], ["90"], ["abcdefgh"], ["ijkl"], ["ok"], ["01234567"],
+                     ["89abcdef"], ["gh"]]
+    assert counts["long documents parted"] == 1 + 1 + 2 and counts["bytes"] == 42
     with pytest.raises(InputError, match="c.jsonl, line 1 is not a document .8 bytes or more"):
         list(documents(tmp_path / "c.jsonl"))
 
@@ -181,8 +199,8 @@ def test_broken_utf8_is_replaced_and_counted(tmp_path):
 
 @pytest.mark.parametrize("name, content, says", [
     ("a.jsonl", b'{"text": "ok"}\n{"text": ', "a.jsonl, line 2 is not a document"),
-    ("a.jsonl", b'{"body": "ok"}', "line 1 is not a document"),
-    ("a.jsonl", b'{"paragraphs": "ok"}', "line 1 is not a document (`paragraphs` must be"),
+    ("a.json", b'{"body": "ok"}', "(no paragraphs or text; choose --field of body)"),
+    ("a.jsonl", b'{"paragraphs": 1}', "line 1 is not a document (paragraphs or text must be"),
     ("a.jsonl", b'{"paragraphs": ["ok"]}\n{"paragraphs": [1]}', "line 2 is not a document"),
     ("a.txt", "not UTF-8".encode("utf-16"), "a.txt is not readable text (UTF-16"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "ok"}' * 99)[:-9], "a.jsonl.gz is not readable text"),
@@ -362,9 +380,9 @@ def test_a_fingerprint_is_of_the_size_and_both_ends(tmp_path):
         if place is not None:
             content[place:place + 1] = b"1"             # at 3 << 20 it is one more
         path.write_bytes(content)
-        prints.add(corpus_module.fingerprint([path]))
+        prints.add(documents_module.ends_fingerprint([path]))
     (tmp_path / "b").write_bytes(b"b")
-    prints |= {corpus_module.fingerprint([tmp_path / name for name in names])
+    prints |= {documents_module.ends_fingerprint([tmp_path / name for name in names])
                for names in ("ab", "ba")}
     assert len(prints) == 8
 
@@ -385,18 +403,21 @@ def test_reading_stops_after_max_bytes(planted, tmp_path):
 
 
 @pytest.mark.parametrize("text, clusters, says", [
-    ("", 2, "0 sentences in 0 documents"),
+    ("", 2, "0 document.s. by blank-lines, of 0.0 .* 4 documents are needed, .* --documents"),
     ("\n\n".join(["a a a a", "b b b b", "a b b b", "b a a a"]), 5,
-     "4 sentences in 4 documents, of them 2 different ones to train on; 5 clusters and 4"),
-    ("\n\n".join(["a a a a", "b b b b", "a b a b"]), 1, "3 documents, of them 1 different")])
-def test_too_small_a_corpus_is_refused(tmp_path, text, clusters, says):
-    """Empty, fewer sentences than clusters, few documents: the message says what is there and what
-    is wanted, and nothing is left."""
+     "4 document.s. by blank-lines, of 1.0 .* 2 different ones to train on make no 5 clusters"),
+    ("a a a a\nb b b b\na b a b\nb a b a", 1, "1 document.s. by blank-lines, of 4.0 .* 4 doc"),
+    ("\n\n".join(f"{'a ' * i}b b b" for i in range(9)), 1,
+     "8 document.s. by blank-lines, of 1.0 .* lacks 3 .* another one of --documents blank-lines, "
+     "lines, files, a smaller --support .* or only --variants that ask for clusters")])
+def test_a_corpus_of_another_size_or_shape_is_refused_unembedded(tmp_path, text, clusters, says):
+    """Empty, one document, fewer sentences than clusters, one sentence a document: the message
+    says what is there and what to do; nothing is embedded and nothing is left."""
     model, tokenizer = write_model(tmp_path / "m", ["a", "b"])
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(InputError, match=says):
         corpus_module.build_store(tmp_path / "s", [tmp_path / "a.txt"], tokenizer, None, clusters,
-                                  0, model=model, embed=lambda ids, mask: ids[:, :2].float())
+                                  0, model=model, followed=3)
     assert not list((tmp_path / "s").iterdir())
 
 
@@ -417,9 +438,9 @@ def test_an_interrupted_build_resumes(planted, tmp_path, monkeypatch):
     did, stop, embed = Counter(), ("", 0, None), by_topic(planted[0])
     read = documents
 
-    def spy(path, counts):
+    def spy(path, *how):
         did[path.name] += 1
-        return read(path, counts)
+        return read(path, *how)
 
     def counted(ids, mask):
         did["embedded"] += len(ids)

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import InputError, reading, whole_file
-from corpus import hash_share, split_sentences
+from corpus import hash_share
 from documents import documents
+from sentences import split_sentences
 
 TEST_SETS = ("original", "superglue", "domain")     # folders whose 8-grams are kept out
 LEFT_OUT = ("t5_tokenizer", "tiny_start", "ag_news_devtest")    # the last: non-commercial
