@@ -36,7 +36,7 @@ DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeEr
 # The numbers of the random streams are part of every result.
 STREAMS = {"task": 1, "partner": 2, "k-means sample": 2, "validation": 3, "labeled": 4,
            "prompt": 9, "batches": 11, "normal prompt": 12, "prefix": 13, "demonstrations": 15,
-           "order": 16}
+           "order": 16, "world T5": 17, "world task": 18, "world tuning": 19}
 
 
 def rng(seed, step, i, stream):

@@ -1,0 +1,94 @@
+"""The planted world: what is planted is there, and tuning many tasks at once changes nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+import world
+from supmer import Method, init_affine, prompt_gradient, regularize, score
+from common import rng
+from world import A, EXAMPLES, FIRST, META, P, STYLES, SYNONYMS, TEST
+
+METHOD = Method(words_only=True)
+
+
+@pytest.fixture(scope="module")
+def small_world():
+    """A micro T5 of 100 small steps, and the attributes' directions."""
+    return world.train_t5(0, 100, n=64)
+
+
+def values(examples):
+    """What each sentence says, read back from its word ids: (n, A) of +1, -1 and 0."""
+    found = np.zeros((len(examples.ids), A))
+    for row, ids in zip(found, examples.ids):
+        for word in ids[:-2]:
+            attribute, plus = divmod((word - FIRST) // SYNONYMS, 2)
+            row[attribute] = 2 * plus - 1
+    return found
+
+
+def test_the_frozen_t5_answers_the_exact_prompt_of_attributes_that_no_prompt_was_trained_on(
+        small_world):
+    t5, names = small_world
+    right = []
+    for attribute in TEST:
+        examples = world.example_set(np.random.default_rng(attribute), 100, (attribute, -1))
+        exact = -names[attribute].expand(P, -1)
+        right.append(score(t5, exact, examples, METHOD).argmax(1) == examples.labels)
+    assert torch.cat(right).float().mean() > 0.9
+    assert set(TEST).isdisjoint(META)
+
+
+@pytest.mark.parametrize("drift, follows", [(0.0, 1.0), (0.25, 0.75), (0.5, 0.5), (1.0, 0.0)])
+def test_a_style_follows_the_label_in_every_support_set_and_drifts_in_query_sets(drift, follows):
+    for i in range(20):
+        task = world.planted_task(np.random.default_rng(i), drift)
+        yes = [1 - 2 * part.labels.numpy() for part in (task.support, task.query)]
+        support, query = (values(part) * y[:, None] for part, y in zip(task[2:], yes))
+        style = [s for s in STYLES if (support[:, s] == 1).all()]
+        question = [a for a in META if (abs(support[:, a]) == 1).all()
+                    and abs(support[:, a].sum()) == abs(query[:, a].sum()) == EXAMPLES]
+        assert len(style) == len(question) == 1
+        assert (query[:, style[0]] == 1).mean() == follows
+        for y in yes:
+            assert y.sum() == 0                                     # as many of each label
+    free = world.planted_task(np.random.default_rng(0), None)
+    assert not any((values(free.support)[:, s] != 0).all() for s in STYLES)
+
+
+def test_every_input_is_a_pure_function_of_seed_and_step():
+    def inputs(seed, step):
+        task = world.planted_task(rng(seed, step, 1, "world task"), 0.5)
+        sets = [part.ids for part in task[2:]] + [part.labels.tolist() for part in task[2:]]
+        tests = world.tuning_tasks(seed, TEST, 0.5)
+        return sets, [batch.ids.tolist() for batch in tests]
+    first = inputs(0, 5)
+    assert inputs(0, 5) == first
+    assert inputs(0, 6)[0] != first[0] and inputs(0, 6)[1] == first[1]
+    assert inputs(1, 5)[0] != first[0] and inputs(1, 5)[1] != first[1]
+    once, again, other = (world.train_t5(seed, 2)[0].weights["lm_head.weight"]
+                          for seed in (0, 0, 1))
+    assert torch.equal(once, again) and not torch.equal(once, other)
+
+
+def test_tuning_all_tasks_at_once_equals_one_after_the_other_by_supmers_own_gradient(small_world):
+    t5, _ = small_world
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(P, world.D, generator=generator)
+    phi = {name: x + 0.1 * torch.randn(x.shape, generator=generator)
+           for name, x in init_affine(P, world.D).items()}
+    together = world.tune(t5, start, phi, METHOD, *world.tuning_tasks(0, TEST, 0.5), 0.3, (0, 1, 2))
+    unit = float(t5.weights["shared.weight"].square().mean().sqrt())
+    for i, sign in enumerate((-1, 1)):                              # the first attribute's tasks
+        task = world.planted_task(rng(0, TEST[0], i, "world tuning"), 0.5, (TEST[0], sign), 40)
+        theta, alone = start.clone(), []
+        adam = torch.optim.AdamW([theta], 0.3 * unit, weight_decay=0.0)
+        for _ in range(3):
+            right = score(t5, theta, task.query, METHOD).argmax(1) == task.query.labels
+            alone.append(100 * float(right.float().mean()))
+            g, pooled, _ = prompt_gradient(t5, theta, task.support, METHOD)
+            theta.grad = regularize(phi, g, pooled)
+            adam.step()
+        assert together[:, i] == pytest.approx(alone, abs=2.6)      # a row of 40
+        assert alone[2] != alone[0]
