@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +14,10 @@ import hub as hubs
 import t5 as T
 import tasks
 from common import InputError
-from conftest import (ANY, COMMIT, FORMATS, SMALL, V10, V11, hub_files, save_model, save_shards,
-                      tar_of, zip_of)
+from conftest import (ANY, COMMIT, FORMATS, SMALL, SUPMER_DATA, V10, V11, hub_files, save_model,
+                      save_shards, tar_of, write_task, zip_of)
 from t5 import load_t5
-from tasks import TASKS, load_test, locate
+from tasks import TASKS, load_test, load_train, locate
 
 WHOLE = ("config.json", "model.safetensors")
 
@@ -95,6 +96,55 @@ def test_a_task_that_nobody_has_says_where_to_put_it(files):
         with pytest.raises(InputError, match=f"{TASKS[name].test} is not in none.*--data FOLDER.*"
                                              "127.0.0.1.*404"):
             load_test(TASKS[name], "none")
+
+
+# What the hub's JSON lines hold, by the label's place among the words and the template's texts. Its
+# subj counts the other way round: 0 is objective.
+def lines_of(name, rows):
+    """Rows of a task as the hub writes them, with its real fields."""
+    coarse = ("DESC", "ENTY", "ABBR", "HUM", "LOC", "NUM")
+    for label, fields in rows:
+        texts = list(fields.values())
+        if name == "trec":
+            yield {"text": texts[0], "label": 40, "label_coarse": (0, 1, 2, 3, 5, 4)[label],
+                   "label_text": "manner", "label_coarse_original": coarse[label]}
+        elif len(texts) == 1:
+            yield {"text": texts[0], "label": 1 - label if name == "subj" else label,
+                   "label_text": f"{TASKS[name].words[label]}"}
+        else:
+            first, second = texts if name in ("mrpc", "qqp") else texts[::-1]
+            yield {"text1": first, "text2": second, "label": label, "idx": 0, "label_text": "x"}
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.hub])
+def test_the_hubs_form_of_a_task_is_the_same_rows(name, hub, tmp_path, monkeypatch):
+    """Row by row in label and texts, of the real files where they are here; fetched where the first
+    source fails, both files in that form, also without a network once they are in the cache."""
+    monkeypatch.chdir(tmp_path)
+    folder, task = Path(SUPMER_DATA or "none"), TASKS[name]._replace(urls=("http://127.0.0.1:1/a.tar",))
+    if not (folder / task.train).is_file():
+        if name not in FORMATS:
+            pytest.skip("SUPMER_DATA does not name the folder of real data")
+        folder = tmp_path / "given"
+        write_task(folder, name, *[FORMATS[name][0]] * 2)
+    wanted = [[row for row in load(task, folder) if row.fields.get("text", "x").strip()]
+              for load in (load_train, load_test)]
+    assert tasks.find_task(task, folder) == task
+    repository, split, *_ = task.hub
+    files = {f"{file}.jsonl": "".join(json.dumps(line) + "\n" for line in lines_of(name, rows)).encode()
+             for file, rows in zip(("train", split), wanted)}
+    hub.repos[f"datasets/{repository}"] = {"main": (COMMIT, files)}
+    for offline in (False, True):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        form, said = tasks.find_task(task, "none"), []
+        assert form.train == f"{repository}/train.jsonl" and form.words == task.words
+        assert [load(form, "none", said.append) for load in (load_train, load_test)] == wanted
+        assert sum("as in the paper" in line or "the paper has" in line for line in said) == 2
+        shutil.rmtree("cache")
+    hub.repos.clear()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(InputError, match=f"{task.train} is not in none.*train.jsonl is not in none"):
+        tasks.find_task(task, "none")
 
 
 # --------------------------------------------------------------------------------- models
