@@ -33,7 +33,8 @@ from baselines import BASELINES, ft_memory, given_prompt, pose, tuning_gradient,
 from common import (GIB, InputError, TINY, fingerprint, from_settings, knob, one_process, rng,
                     run_script, settings_parser, text_sha256, whole_file)
 from data import load_tokenizer
-from hub import RELEASED, fetch_list, model_folder, released_folder, tokenizer_file
+from download import RELEASED, released_folder
+from hub import fetch_list, model_folder, tokenizer_file
 from jobs import TUNED, find_devices, make_job, read_result, workers
 from predict import predict
 from prompts import load_prompt

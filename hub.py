@@ -1,23 +1,18 @@
-"""What is fetched: models and corpora of the Hugging Face hub, data sets, the authors' prompts.
+"""What the Hugging Face hub has: models, corpora, data sets.
 
 The hub's client keeps its own cache ($HF_HOME), resumes, and under HF_HUB_OFFLINE=1 asks nobody.
 """
 
 import os
-import sys
-import tarfile
-import zipfile
+from collections import namedtuple
 from contextlib import contextmanager
-from http.client import HTTPException
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path
 
-import torch
 from huggingface_hub import hf_hub_download, logging, snapshot_download
 from huggingface_hub.errors import DryRunError, EntryNotFoundError, HFValidationError, HTTPError
 
-from common import TINY, InputError, first_line, reading
-from t5 import INDEX, SINGLE, read_config
+from common import TINY, InputError, first_line
+from t5 import INDEX, SINGLE, read_config, weight_files
 
 if "HF_HUB_VERBOSITY" not in os.environ:    # the client warns at each retry; we raise at the last
     logging.set_verbosity_error()
@@ -45,15 +40,8 @@ WHOLE = ["config.json", "tokenizer.json", SINGLE]       # what a model consists 
 SHARDS = [INDEX, "model-*-of-*.safetensors"]            # in place of SINGLE
 
 
-class Corpus(NamedTuple):
-    """A corpus of the hub, in files of about the same size."""
-    source: dict
-    file: str           # a file's name, with a place for its number
-    files: int
-    archive: int        # bytes of a file
-    text: int           # bytes of text in it, put low
-
-
+# A file's name, with a place for its number; their number; bytes of a file; of text in it, put low.
+Corpus = namedtuple("Corpus", "source file files archive text")
 CORPORA = {
     "openwebtext": Corpus({"repo_id": "Skylion007/openwebtext", "repo_type": "dataset",
                            "revision": "f3808c30e817981b845ec549c43e82bb467d8144"},  # still tars
@@ -61,12 +49,7 @@ CORPORA = {
     "c4": Corpus({"repo_id": "allenai/c4", "repo_type": "dataset"},
                  "en/c4-train.{:05}-of-01024.json.gz", 1024, 320_000_000, 600_000_000),
 }
-RELEASED = {(768, 3072): "t5base", (2048, 5120): "flant5xl"}    # d_model, d_ff: the authors' name
-RELEASED_URL = ("https://raw.githubusercontent.com/beepkh/SUPMER/"
-                "adaddb3144183a823247fdba80102b0c9185e871/pretrain_prompt/")
 
-
-# ------------------------------------------------------------------------------ the hub
 
 def is_local(name):
     """Whether a model is a folder."""
@@ -83,50 +66,42 @@ def hub_source(name):
 
 
 @contextmanager
-def asking(source, files, option):
+def asking(source, option):
     """Turn whatever the hub's client raises inside the block into one InputError."""
     try:
         yield
     except (OSError, EntryNotFoundError, HFValidationError, HTTPError) as error:
         where = "@".join(filter(None, (source["repo_id"], source.get("revision"))))
-        raise InputError(f"{files} of {where} was not fetched ({type(error).__name__}: "
-                         f"{first_line(error)}): check name, revision and network, or put the "
-                         f"files into a folder and give --{option} FOLDER") from None
+        raise InputError(f"{where} was not fetched ({type(error).__name__}: {first_line(error)}): "
+                         "check name, revision and network, or put the files into a folder and "
+                         f"give --{option} FOLDER") from None
 
 
 def fetch_file(file, source, option="model"):
     """One file of a hub repository -> its path in the hub's cache."""
-    with asking(source, file, option):
+    with asking(source, option):
         return Path(hf_hub_download(filename=file, **source))
 
 
 def model_folder(name):
     """The folder of a model: "tiny" (embedded), a folder, or one of MODELS or OWNER/NAME[@REVISION]
-    of the hub, of which the single file of weights is fetched or else its shards.
-    Raises InputError if the model cannot be fetched or has no safetensors."""
+    of the hub, of which the single file of weights is fetched or else its shards."""
     if is_local(name):
         return TINY if name == "tiny" else Path(name)
     source = hub_source(name)
-    with asking(source, "the model", "model"):
+    with asking(source, "model"):
         folder = Path(snapshot_download(**source, allow_patterns=WHOLE))
         if not (folder / SINGLE).is_file():
             commit = source | {"revision": folder.name}
             snapshot_download(**commit, allow_patterns=SHARDS)
-    if not any((folder / file).is_file() for file in (SINGLE, INDEX)):
-        repo, revision = source["repo_id"], source.get("revision", "main")
-        raise InputError(
-            f"{repo} has no safetensors at {revision}, and no other weights are read: look among "
-            f"its pull requests (--model {repo}@refs/pr/N), or convert it: from transformers import"
-            f" T5ForConditionalGeneration as T5; T5.from_pretrained({repo!r}, revision="
-            f"{revision!r}).save_pretrained('FOLDER')")
+    weight_files(folder, source["repo_id"])             # now, not after other downloads
     return folder
 
 
 def model_config(name):
     """The T5Config of a model; of one on the hub only config.json is fetched."""
-    if is_local(name):
-        return read_config(model_folder(name))
-    return read_config(fetch_file("config.json", hub_source(name)).parent)
+    return read_config(model_folder(name) if is_local(name) else
+                       fetch_file("config.json", hub_source(name)).parent)
 
 
 def tokenizer_file(folder):
@@ -144,18 +119,18 @@ def fetch_list(name):
     if is_local(name):
         return []
     source = hub_source(name)
-    with asking(source, "the model", "model"):
+    with asking(source, "model"):
         try:
             files = snapshot_download(**source, allow_patterns=WHOLE + SHARDS, dry_run=True)
         except DryRunError:
             return [f"download: the hub does not answer for {name}: its cache must have it"]
     if any(file.filename == SINGLE for file in files):
         files = [file for file in files if file.filename in WHOLE]
-    commits = {file.commit_hash for file in files}
-    pinned = "" if source.get("revision") in commits else ", not pinned"
+    commit = files[0].commit_hash if files else "no commit"
+    pinned = "" if source.get("revision") == commit else ", not pinned"
     size = sum(file.file_size for file in files if file.will_download) / 1e6
     names = sorted(file.filename + " (cached)" * file.is_cached for file in files)
-    return [f"download: {size:,.0f} MB of {source['repo_id']} at {', '.join(commits)}{pinned}: "
+    return [f"download: {size:,.0f} MB of {source['repo_id']} at {commit}{pinned}: "
             f"{', '.join(names)}"]
 
 
@@ -176,48 +151,3 @@ def corpus_paths(training):
         else:
             paths.append(TINY / "corpus.jsonl.gz" if name == "embedded" else Path(name))
     return paths
-
-
-# ------------------------------------------------------------------------ other servers
-
-def download(url, path, sha256=""):
-    """Fetch a plain URL to a file, with a bar -> its path. sha256: how its checksum begins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with reading(url, "a file that can be fetched", HTTPException, remedy="check the network"):
-        torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
-    return path
-
-
-def archive_member(path, file, largest=1 << 27):
-    """A task's file out of a .tar or .zip, as bytes. Nothing is unpacked. Raises InputError for
-    damage, and for names that lead outside.
-    CB/val.jsonl of members CB-old/val.jsonl, CB/val.jsonl -> the latter; the former if alone."""
-    *_, folder, name = file.split("/")
-    zipped = path.suffix == ".zip"
-    with reading(path, f"a whole archive with {folder}/{name}", remedy="delete it, fetch it again"):
-        with zipfile.ZipFile(path) if zipped else tarfile.open(path, "r:") as archive:
-            members = archive.namelist() if zipped else archive.getnames()
-            if any(".." in member.split("/") or member.startswith("/") for member in members):
-                raise ValueError("a member's name leads outside")
-            found = [member for member in members if PurePosixPath(member).name == name and
-                     folder in PurePosixPath(member).parent.name]
-            member = min(found, key=len, default=f"{folder}/{name}")
-            with archive.open(member) if zipped else archive.extractfile(member) as part:
-                content = part.read(largest + 1)
-        if len(content) > largest:
-            raise ValueError(f"{member} is too large for a task")
-    return content
-
-
-def released_folder(config):
-    """Where the authors' meta-trained prompt for a T5 of this shape is, fetched if it is not there.
-    Raises InputError for another shape than t5-base's and flan-t5-xl's."""
-    name = RELEASED.get((config.d_model, config.d_ff))
-    if not name:
-        raise InputError("the authors released prompts for t5-base and flan-t5-xl only: take one "
-                         "of these models, or --prompt RUN|random|vocab")
-    folder = Path("cache") / "released"
-    for file in (f"prompt_{name}.pt", f"gradient_edit_{name}.pt"):
-        if not (folder / file).exists():
-            download(RELEASED_URL + file, folder / file)
-    return folder

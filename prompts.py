@@ -16,7 +16,7 @@ from safetensors.torch import save
 import hub
 from common import InputError, read_json, reading, whole_file
 from estimate import model_shape
-from hub import RELEASED
+from download import RELEASED
 from supmer import REGULARIZERS, Regularizer
 
 LONGEST = 10_000        # vectors of a prompt: a file may claim any number without holding them

@@ -18,7 +18,6 @@ in the weights' dtype. The weights are frozen: torch.func differentiates twice i
 B batch, S encoder positions, L decoder positions, d d_model, h heads, k d_kv, V vocabulary.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 import onednn
-from common import TINY, InputError, fingerprint, reading
+from common import TINY, InputError, fingerprint, read_json, reading
 
 PAD, EOS = 0, 1  # in every T5 vocabulary; the decoder starts with PAD
 
@@ -219,11 +218,14 @@ def next_token_logits(t5, y):
 # Exporters store the embedding once or more, under any of these names; the head's only when tied.
 ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
            "lm_head.weight")
-STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"    # unused, v1.0
+STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"   # unused, v1.0
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-CONVERT = """; pytorch_model.bin is not read: take a revision of the model with safetensors, such as \
---model OWNER/NAME@refs/pr/1, or convert it in that folder: python -c "from transformers import \
-T5ForConditionalGeneration as T5; T5.from_pretrained('.').save_pretrained('.')\""""
+# One line of Python each, for what is saved in another way.
+PYTHON = 'python -c "from transformers import T5ForConditionalGeneration as T5; {}"'
+CONVERT = "T5.from_pretrained('{}').save_pretrained('{}')"
+COMPLETE = ("from safetensors.torch import load_file as load; m = T5.from_pretrained('BASE'); "
+            "m.load_state_dict({{n.removeprefix('{}'): x for n, x in load('{}').items()}}, "
+            "strict=False); m.save_pretrained('{}')")
 
 
 def read_config(folder):
@@ -232,7 +234,7 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     sizes = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size")
     with reading(path, "the config.json of a T5", remedy="take the one of the weights"):
-        values = json.loads(path.read_bytes())
+        values = read_json(path)
         kind, form = values.get("model_type", "t5"), values.get("feed_forward_proj", "relu")
         if kind != "t5" or form not in ("relu", "gated-gelu"):
             raise ValueError(f"its model_type is {kind}, its feed_forward_proj {form}")
@@ -281,17 +283,19 @@ def count_weights(config):
     return sum(map(math.prod, expected_shapes(config).values()))
 
 
-def weight_files(folder):
-    """model.safetensors of a folder, or else the shards of its index -> [path], or InputError."""
+def weight_files(folder, name=None):
+    """model.safetensors of a folder, or else the shards of its index -> [path], or InputError.
+    name: what the hub calls the model."""
     single, index = Path(folder) / SINGLE, Path(folder) / INDEX
     if single.is_file():
         return [single]
     if index.is_file():
         with reading(index, "an index of weights"):
-            names = json.loads(index.read_bytes())["weight_map"].values()
+            names = read_json(index)["weight_map"].values()
             return [index.with_name(name) for name in sorted(set(names))]
-    remedy = CONVERT if any(Path(folder).glob("pytorch_model*")) else ""
-    raise InputError(f"{single} is missing: put the model's safetensors weights there{remedy}")
+    convert = PYTHON.format(CONVERT.format(name or folder, "FOLDER" if name else folder))
+    raise InputError(f"{name or folder} has no {SINGLE}, and no other weights are read: look for a "
+                     f"revision with it, --model OWNER/NAME@refs/pr/1, or convert it: {convert}")
 
 
 def model_fingerprint(folder):
@@ -305,6 +309,16 @@ def read_tensors(paths):
         with reading(path, "a safetensors file"), safe_open(path, framework="pt") as file:
             for name in file.keys():
                 yield name, file.get_tensor(name)
+
+
+def advice(folder, names):
+    """What makes a T5 of weights with a prefix before their names, or of an encoder alone."""
+    last = "encoder.final_layer_norm.weight"
+    prefix = next((name.removesuffix(last) for name in names if name.endswith(last)), "")
+    if not prefix and any(name.startswith("decoder.block") for name in names):
+        return ""
+    line = COMPLETE.format(prefix, Path(folder) / SINGLE, folder)
+    return f"; or complete it from BASE, the model that it was made of: {PYTHON.format(line)}"
 
 
 def load_t5(folder, dtype=torch.float32, device="cpu"):
@@ -333,7 +347,8 @@ def load_t5(folder, dtype=torch.float32, device="cpu"):
               for name in sorted(expected | found) if expected.get(name) != found.get(name)]
     if wrong:
         raise InputError(f"{folder} has {len(wrong)} faults, such as {'; '.join(wrong[:3])}: take "
-                         "config.json and weights from one intact model folder")
+                         "config.json and weights from one intact model folder"
+                         f"{advice(folder, weights)}")
     weights = {name: weights[name] for name in expected}
     weights.setdefault("lm_head.weight", weights["shared.weight"])             # the tied head
     return T5(config, weights)

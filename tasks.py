@@ -23,7 +23,8 @@ from corpus import Document, build_from, hash_share
 from data import (MAX_TOKENS, Examples, Task, balanced, compile_template, decoder_targets,
                   examples_as_text, fill_template, shuffled, template_fields, tokenize,
                   usable_clusters)
-from hub import archive_member, download, fetch_file
+from download import archive_member, download
+from hub import fetch_file
 from tables import header_line, read_table
 
 

@@ -30,7 +30,7 @@ from corpus import open_store
 from data import load_tokenizer, tokenize
 from documents import documents
 from eval import Settings
-from hub import archive_member
+from download import archive_member
 from predict import predict
 from supmer import Method, init_state
 from tasks import TASKS, OwnTable, own_task, read_rows

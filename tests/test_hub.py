@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import socket
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import huggingface_hub
 import pytest
 
 import eval as evaluation
+import download as downloads
 import hub as hubs
 import t5 as T
 import tasks
@@ -48,7 +51,7 @@ def test_a_checksum_is_held_against_what_is_fetched(files):
     files.files = {"/CB.zip": zip_of({"CB/val.jsonl": b"x"}), "/test": b"x"}
     for name in ("cb", "kitchen"):
         wrong = TASKS[name]._replace(sha256=("", "0" * 32))
-        with pytest.raises(InputError, match="another checksum|invalid hash value"):
+        with pytest.raises(InputError, match="another checksum|1 of 1 bytes, sha256"):
             load_test(wrong, "none")
         assert not (tasks.FETCHED / wrong.test).exists()
 
@@ -82,12 +85,26 @@ def test_archives_that_cannot_be_trusted(files, name, content, says):
     assert [path for path in Path().rglob("*") if path.is_file()] == [Path("given") / name]
 
 
-def test_a_member_is_bounded(tmp_path):
-    """A small zip whose member is large is refused before it is read whole."""
+def test_a_member_is_bounded(tmp_path, monkeypatch):
+    """A small zip whose member is large is refused, and not read whole."""
     (tmp_path / "a.zip").write_bytes(zip_of({"CB/val.jsonl": b"x" * 1000}))
-    assert hubs.archive_member(tmp_path / "a.zip", "CB/val.jsonl", 1000) == b"x" * 1000
+    asked, read = [], zipfile.ZipExtFile.read
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda *a: asked.append(a[1]) or read(*a))
+    assert downloads.archive_member(tmp_path / "a.zip", "CB/val.jsonl", 1000) == b"x" * 1000
     with pytest.raises(InputError, match="too large"):
-        hubs.archive_member(tmp_path / "a.zip", "CB/val.jsonl", 999)
+        downloads.archive_member(tmp_path / "a.zip", "CB/val.jsonl", 999)
+    assert asked == [1001, 1000]
+
+
+def test_a_download_is_whole_or_not_at_all(files):
+    """A body that is cut short, and a server that says nothing, are one line, and leave no file."""
+    files.files, files.cut = {"/test": b"x" * 20}, 9
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for port, says in ((files.server_port, "9 of 20 bytes"),
+                           (silent.getsockname()[1], "timed out")):
+            with pytest.raises(InputError, match=f"/test is not a file .*{says}.*the network"):
+                downloads.download(f"http://127.0.0.1:{port}/test", Path("in/test"), timeout=0.3)
+    assert not list(Path("in").iterdir())
 
 
 def test_a_task_that_nobody_has_says_where_to_put_it(files):
@@ -121,7 +138,8 @@ def test_the_hubs_form_of_a_task_is_the_same_rows(name, hub, tmp_path, monkeypat
     """Row by row in label and texts, of the real files where they are here; fetched where the first
     source fails, both files in that form, also without a network once they are in the cache."""
     monkeypatch.chdir(tmp_path)
-    folder, task = Path(SUPMER_DATA or "none"), TASKS[name]._replace(urls=("http://127.0.0.1:1/a.tar",))
+    task = TASKS[name]._replace(urls=("http://127.0.0.1:1/a.tar",))
+    folder = Path(SUPMER_DATA or "none")
     if not (folder / task.train).is_file():
         if name not in FORMATS:
             pytest.skip("SUPMER_DATA does not name the folder of real data")
@@ -131,7 +149,7 @@ def test_the_hubs_form_of_a_task_is_the_same_rows(name, hub, tmp_path, monkeypat
               for load in (load_train, load_test)]
     assert tasks.find_task(task, folder) == task
     repository, split, *_ = task.hub
-    files = {f"{file}.jsonl": "".join(json.dumps(line) + "\n" for line in lines_of(name, rows)).encode()
+    files = {f"{file}.jsonl": "\n".join(map(json.dumps, lines_of(name, rows))).encode()
              for file, rows in zip(("train", split), wanted)}
     hub.repos[f"datasets/{repository}"] = {"main": (COMMIT, files)}
     for offline in (False, True):
@@ -143,7 +161,7 @@ def test_the_hubs_form_of_a_task_is_the_same_rows(name, hub, tmp_path, monkeypat
         shutil.rmtree("cache")
     hub.repos.clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(InputError, match=f"{task.train} is not in none.*train.jsonl is not in none"):
+    with pytest.raises(InputError, match=f"{task.train} is not in none.*jsonl is not in none"):
         tasks.find_task(task, "none")
 
 
@@ -208,8 +226,8 @@ def test_without_safetensors_the_ways_out_are_named(tmp_path, hub):
     config = hub_files(save_model(tmp_path / "m", V11), *WHOLE)
     hub.repos[ANY] = {"main": (COMMIT, {"config.json": config["config.json"], "x.bin": b""}),
                       "refs/pr/7": ("7" * 40, config)}
-    with pytest.raises(InputError, match=f"no safetensors at main.*{ANY}@refs/pr/N.*convert it: "
-                       "from transformers import .*save_pretrained"):
+    with pytest.raises(InputError, match=f"{ANY} has no model.safetensors.*@refs/pr/1.*convert it: "
+                       f"python -c .*T5.from_pretrained.'{ANY}'.*save_pretrained.'FOLDER'"):
         hubs.model_folder(ANY)
     assert load_t5(hubs.model_folder(f"{ANY}@refs/pr/7")).config == V11
 
@@ -218,14 +236,14 @@ def test_what_cannot_be_fetched_says_what_to_do(tmp_path, hub, monkeypatch):
     """A wrong name or revision, a line that breaks: one line with the way out, and no file that
     looks whole; the next try gets it."""
     hub.repos[ANY] = {"main": (COMMIT, hub_files(save_model(tmp_path / "m", V11), *WHOLE))}
-    for name, says in (("x/none", "model of x/none was not fetched .RepositoryNotFound"),
+    for name, says in (("x/none", "x/none was not fetched .RepositoryNotFound"),
                        ("too/many/parts", "was not fetched .HFValidationError: Repo id must"),
                        (f"{ANY}@v9", "not fetched .RevisionNotFound")):
         with pytest.raises(InputError, match=f"{says}.*check name, revision and network.*--model"):
             hubs.model_folder(name)
     hub.cut = 10_000
     monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda _: None)
-    with pytest.raises(InputError, match="model of x/model was not fetched"):
+    with pytest.raises(InputError, match="x/model was not fetched"):
         hubs.model_folder(ANY)
     assert not list((tmp_path / "hub").rglob("snapshots/*/model.safetensors"))
     hub.cut = None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import eval as evaluation
-import hub as hubs
+import download as downloads
 import prompts
 import supmer
 import t5 as T
@@ -97,16 +97,16 @@ def test_the_authors_files_are_fetched_once(place, monkeypatch):
     """`eval.py --prompt released` fetches both and starts from their theta, through their psi; no
     other model's shape gets them."""
     theta, phi = released_files(place / "theirs", "t5base", 16)
-    monkeypatch.setitem(hubs.RELEASED, (16, 32), "t5base")
-    monkeypatch.setattr(hubs, "RELEASED_URL", (place / "theirs").as_uri() + "/")
+    monkeypatch.setitem(downloads.RELEASED, (16, 32), "t5base")
+    monkeypatch.setattr(downloads, "RELEASED_URL", (place / "theirs").as_uri() + "/")
     settings, _ = evaluation.parse([*SMALL, "--prompt-length", "100", "--prompt", "released"])
     for _ in range(2):
         prompt = open_candidate("released", small_config(), settings)
         assert torch.equal(prompt.starts[0](small_t5())["theta"], theta)
         g, pooled = theta.flip(0) / 1e4, theta[0]
         assert torch.equal(prompt.psi(g, pooled), prompts.regularize_released(phi, g, pooled))
-        monkeypatch.setattr(hubs, "RELEASED_URL", "file:///nowhere/")   # they are there already
-    monkeypatch.delitem(hubs.RELEASED, (16, 32))
+        monkeypatch.setattr(downloads, "RELEASED_URL", "file:///nowhere/")   # they are there already
+    monkeypatch.delitem(downloads.RELEASED, (16, 32))
     with pytest.raises(InputError, match="for t5-base and flan-t5-xl only"):
         open_candidate("released", small_config(), settings)
 

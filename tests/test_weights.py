@@ -104,14 +104,26 @@ def test_every_tensor_is_needed_as_it_is(config, tmp_path):
 
 
 @needs_transformers
-def test_a_model_without_safetensors_can_be_converted(tmp_path, monkeypatch):
-    """The command that the refusal of a pytorch_model.bin names makes the folder's model."""
-    save_model(tmp_path, V11).joinpath(T.SINGLE).unlink()
-    torch.save(model(V11, torch.float32).weights, tmp_path / "pytorch_model.bin")
-    message = refused(tmp_path, "model.safetensors is missing", "OWNER/NAME@refs/pr/1")
-    monkeypatch.chdir(tmp_path)
-    exec(re.search('python -c "(.*)"', message)[1])
-    assert equal(T.load_t5(tmp_path), V11)
+def test_what_is_saved_in_another_way_can_be_mended(tmp_path):
+    """The command that a refusal names makes the folder a model: of a pytorch_model.bin, of names
+    with a prefix beside a classifier's, of an encoder alone, with the decoder of a whole T5."""
+    def run(says):
+        exec(re.search('python -c "(.*)"', says.replace("BASE", str(tmp_path / "base")))[1])
+    weights = model(V11, torch.float32).weights
+    save_model(tmp_path / "base", V11)
+    folder = save_model(tmp_path / "bin", V11)
+    (folder / T.SINGLE).unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    run(refused(folder, "bin has no model.safetensors", "OWNER/NAME@refs/pr/1"))
+    assert equal(T.load_t5(folder), V11)
+    longer = {f"model.{name}": weight for name, weight in weights.items()} | {"head": torch.ones(2)}
+    folder = save_model(tmp_path / "prefix", V11, longer)
+    run(refused(folder, "complete it from BASE"))
+    assert equal(T.load_t5(folder), V11)
+    alone = {name: w for name, w in weights.items() if name.startswith(("encoder", "shared"))}
+    folder = save_model(tmp_path / "encoder", V11, alone)
+    run(refused(folder, "complete it from BASE"))
+    assert equal(T.load_t5(folder), V11)
 
 
 def test_missing_and_damaged_files(tmp_path):
@@ -123,11 +135,17 @@ def test_missing_and_damaged_files(tmp_path):
     refused(folder, f"{shard} is not a safetensors file", "fetch it again")
     shard.unlink()
     refused(folder, f"{shard} is missing")
-    for text in ("<html>", '{"weight_map": [3]}', '{"weight_map": {"a": 3}}'):
+    for text, kind in (("<html>", "JSON"), ('{"weight_map": [3]}', "an index of weights"),
+                       ('{"weight_map": {"a": 3}}', "an index of weights")):
         index.write_text(text)
-        refused(folder, f"{index} is not an index of weights", "fetch it again")
+        refused(folder, f"{index} is not {kind}", "fetch it again")
+    for path in (index, tmp_path / "m/config.json"):
+        with open(path, "w") as file:
+            file.truncate(1 << 26)
+        refused(folder, f"{path} is not JSON (it is too large)")
+    save_model(folder, V11).joinpath(T.SINGLE).unlink()
     index.unlink()
-    refused(folder, "model.safetensors is missing: put the model's safetensors weights there")
+    refused(folder, "has no model.safetensors, and no other weights are read")
 
 
 def test_configs(tmp_path):
