@@ -352,11 +352,11 @@ def _cluster(folder, options, t5, embed, progress, ranks):
         size = min(len(training), SAMPLE * K)
         sample = rng(seed, 0, 0, "k-means sample").choice(training, size, replace=False)
         points = torch.cat(list(chunks("embedding a sample", sample, torch.Tensor.cpu)))
-        if not points.isfinite().all():
-            raise InputError("sentence embeddings are not finite: the model's weights are damaged")
         if ranks.rank == 0:
             progress("K-means", 0, len(points))
-            fitted = [kmeans(points.to(device), K, s).centroids.float().cpu() for s in seeds]
+            with reading("the sentences' embeddings", "ready to cluster", remedy="the model's "
+                         "weights are damaged, or too large for --dtype"):
+                fitted = [kmeans(points.to(device), K, s).centroids.float().cpu() for s in seeds]
             with whole_file(path) as file:
                 np.save(file, torch.stack(fitted).numpy())
         ranks.gather(None)

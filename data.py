@@ -51,6 +51,11 @@ class Variant(NamedTuple):
         """Whether each anchor needs a next sentence, in a document of 4 sentences or more."""
         return not {"next", "near"}.isdisjoint(chain(*self.beside))
 
+    @property
+    def others(self):
+        """The most sentences of other clusters that stand beside an anchor."""
+        return max((relations.count("other") for relations in self.beside), default=0)
+
 
 PAIR, YES_NO = "{0} <X> . {1}", ("yes", "no")
 CHOICE, LETTERS = "{0} ? A. {1} B. {2} C. {3} D. {4} . Answer: <X>", ("A", "B", "C", "D")
@@ -231,7 +236,9 @@ class Pool(NamedTuple):
 
     def counts(self, entry):
         """How many anchors of each cluster can serve a Variant: (K,)."""
-        return self.followed if entry.followed else np.diff(self.start)
+        sizes = np.diff(self.start)
+        counts = self.followed if entry.followed else sizes
+        return np.where(len(self.order) - sizes >= entry.others, counts, 0)
 
 
 def pool_of(order, bounds, split):
@@ -247,7 +254,7 @@ class TaskIndex:
     support, query: the sets' sizes. variants: the names that meta_task draws from. recast: {name:
     Variant} in place of VARIANTS' (Unified-PPT). mixing: training tasks will have partners of other
     clusters. A cluster is usable for a variant if support + query of its anchors can serve. Raises
-    InputError, with what each cluster lacks, if a variant has too few usable ones in a split.
+    InputError if a variant has too few usable ones in a split: see check_clusters.
     """
 
     def __init__(self, store, tokenizer, *, support=32, query=32, variants=PAPER_VARIANTS,
@@ -261,7 +268,7 @@ class TaskIndex:
                       for name, entry in self.table.items()}
         self.first = np.append(store.first, len(store.anchor))          # (documents + 1,)
         held_out = store.held_out[store.first]
-        self.documents, self.pools, self.usable = {}, {}, {}
+        self.documents, self.pools, self.usable, counts = {}, {}, {}, {}
         for split, chosen in (("train", ~held_out), ("validation", held_out)):
             rows = np.flatnonzero(chosen)
             lengths = np.diff(self.first)[rows]
@@ -269,24 +276,33 @@ class TaskIndex:
             for form, order, bounds in zip(FORMATS, store.order, store.bounds):
                 self.pools[split, form] = pool_of(order, bounds, split)
             for name, entry in self.table.items():
-                pool, wanted = self.pools[split, entry.format], support + query
-                clusters = max(entry.ways, 1 + (mixing and split == "train"))
-                self.usable[split, name] = usable_clusters(
-                    f"{name}: {split} sentences", wanted - pool.counts(entry),
-                    f"{wanted} usable ones", clusters)
-                others = len(pool.order) - np.diff(pool.start).max()
-                if others < 3 and "other" in chain(*entry.beside):
-                    raise InputError(f"one cluster holds all {split} sentences: ask for more")
+                found = self.pools[split, entry.format].counts(entry)
+                self.usable[split, name] = np.flatnonzero(found >= support + query)
+                ways = max(entry.ways, 1 + (mixing and split == "train"))
+                counts[f"{name}: {split} sentences"] = found, ways
+        most = max(1 + mixing, *(max(x.ways, 1 + (x.others > 0)) for x in self.table.values()))
+        check_clusters("--clusters", support + query, most, counts)
 
 
-def usable_clusters(what, lacking, wanted, least):
-    """The clusters that lack nothing. Raises InputError, with what each one lacks, if they are
-    fewer than least. lacking: (K,), at most 0 for a cluster that has enough."""
-    usable, lacking = np.flatnonzero(lacking <= 0), np.maximum(lacking, 0)
-    if len(usable) < least:
-        raise InputError(f"{what}: at least {least} cluster(s) must have {wanted}, each one lacks "
-                         f"{', '.join(map(str, lacking))}: give more data, or other --clusters")
-    return usable
+def check_clusters(option, wanted, least, found):
+    """Raise InputError unless there are `least` clusters, and each of found, {what: (counts (K,),
+    ways)}, has `ways` clusters of `wanted`. The message has the largest number of clusters that
+    fits: sizes are taken to be inverse to it. Else it says that none does, and what is missing."""
+    fits, lacking = np.inf, []
+    for what, (counts, ways) in found.items():
+        if len(counts) < least:
+            raise InputError(f"these tasks are of {least} clusters: give {option} {least} or more")
+        largest = np.sort(counts)[::-1][:ways]
+        fits = min(fits, np.count_nonzero(counts) * largest[-1] / wanted)
+        if largest[-1] < wanted:
+            lacking.append(f"{what}: {ways} cluster(s) must have {wanted}, the largest have "
+                           f"{', '.join(map(str, largest))}")
+    if lacking and fits >= least:
+        raise InputError(f"{lacking[0]}: {option} {int(fits)} is the largest number that fits")
+    if lacking:
+        times = f"{least / fits:.1f} times as much" if fits else "more"
+        raise InputError(f"{lacking[0]}: no {option} fits, it must be {least} or more: give "
+                         f"{times} text, or a smaller --support and --query")
 
 
 def meta_task(index, seed, step, i, *, variant=None, split="train", stream="task", avoid=()):
@@ -338,8 +354,7 @@ class Draw:
         self.entry, self.clusters = index.table[name], clusters
         self.pool = index.pools[split, self.entry.format]
         start, counts = self.pool.start, self.pool.counts(self.entry)
-        self.fresh = [shuffled(rng, self.pool.order[start[c]:][:counts[c]]) for c in clusters]
-        self.waiting = [{} for c in clusters]
+        self.anchors = [shuffled(rng, self.pool.order[start[c]:][:counts[c]]) for c in clusters]
 
     def examples(self, n):
         """One set of the task: n Examples with balanced labels."""
@@ -359,13 +374,13 @@ class Draw:
 
     def sentences(self, label):
         """An example's sentences. An anchor that cannot serve this label waits for another one."""
-        which = label if self.entry.ways > 1 else 0
-        waiting = self.waiting[which]
-        for anchor in chain(self.fresh[which], tuple(waiting)):
+        which, waiting = label if self.entry.ways > 1 else 0, []
+        for anchor in self.anchors[which]:
             if found := self.beside(self.clusters[which], anchor, label):
-                waiting.pop(anchor, None)
+                if waiting:
+                    self.anchors[which] = chain(self.anchors[which], waiting)
                 return found
-            waiting[anchor] = True
+            waiting.append(anchor)
         raise InputError(f"{self.name}: cluster {self.clusters[which]} has too few different "
                          f"sentences in {self.split}: give more text")
 

@@ -83,21 +83,21 @@ def kmeans(points, k, seed, iterations=50, chunk=1024, centroids=None):
     Up to `iterations` times: assign each point to its nearest centroid, fill empty clusters, move
     each centroid to the mean of its points. No step raises the inertia, except by rounding. A
     cluster ends empty only at the limit, or if fewer than k points are distinct.
-    Raises ValueError for k outside 1..n and for values that are not finite.
+    Raises ValueError for k outside 1..n and for an inertia that is not finite.
     """
     if not 1 <= k <= len(points):
         raise ValueError(f"cannot make {k} clusters of {len(points)} points: 1 <= k <= n")
-    if not all(x.isfinite().all() for x in points.split(chunk)):
-        raise ValueError("the points to cluster hold NaN or infinity")
     centroids = plus_plus(points, k, seed, chunk) if centroids is None else centroids
-    if centroids.shape != (k, points.shape[1]) or not centroids.isfinite().all():
-        raise ValueError(f"centroids must be {k} finite rows of width {points.shape[1]}")
+    if centroids.shape != (k, points.shape[1]):
+        raise ValueError(f"centroids must be {k} rows of width {points.shape[1]}")
     origin = points.mean(0)
     points, centroids = points - origin, centroids.double() - origin
     inertia, previous = [], None
     while True:
         assignments, distances = _nearest(points, centroids.to(points.dtype), chunk)
         inertia.append(distances.double().sum().item())                        # Eq. 16
+        if not np.isfinite(inertia[-1]):
+            raise ValueError(f"the inertia is {inertia[-1]}: points are too large, or not finite")
         filled = fill_empty(assignments, distances, k)
         if len(inertia) > iterations or previous is not None and torch.equal(filled, previous):
             return Clustering((centroids + origin).to(points.dtype), assignments, inertia)

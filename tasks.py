@@ -20,9 +20,9 @@ import torch
 import common
 from common import SOLO, TINY, InputError, knob, text_sha256, whole_file
 from corpus import Document, build_from, hash_share
-from data import (MAX_TOKENS, Examples, Task, balanced, compile_template, decoder_targets,
-                  examples_as_text, fill_template, shuffled, template_fields, tokenize,
-                  usable_clusters)
+from data import (MAX_TOKENS, Examples, Task, balanced, check_clusters, compile_template,
+                  decoder_targets, examples_as_text, fill_template, shuffled, template_fields,
+                  tokenize)
 from download import archive_member, download
 from hub import fetch_file
 from tables import header_line, read_table
@@ -373,8 +373,8 @@ def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, table=Ow
 class LabeledIndex:
     """What drawing a meta task from labeled sets needs (Table 3: labeled data as meta tasks).
     stores: {name: build_labeled's}. A cluster is usable if it has ceil(support / K) +
-    ceil(query / K) different texts of each label. InputError, with what each cluster lacks, unless
-    each set has a usable one in training (mixing: two, see TaskIndex) and in held-out texts."""
+    ceil(query / K) different texts of each label. InputError unless each set has a usable one in
+    training (mixing: two, see TaskIndex) and in held-out texts: see check_clusters."""
 
     def __init__(self, stores, tokenizer, *, support=32, query=32, max_tokens=MAX_TOKENS,
                  mixing=False):
@@ -385,17 +385,18 @@ class LabeledIndex:
             words = store.meta["made_of"]["options"]["words"]
             self.words[name] = decoder_targets(tokenizer, words)
             K, need = len(words), sum(-(-size // len(words)) for size in self.sizes)
-            clusters = store.centroids.shape[1]
+            clusters, found = store.centroids.shape[1], {}
             for split, inside in (("train", ~store.held_out), ("validation", store.held_out)):
                 rows = np.flatnonzero(inside & store.anchor)
                 group = store.cluster[0][rows] * K + store.label[rows]
                 counts = np.bincount(group, minlength=clusters * K)
                 self.rows[split, name] = np.split(rows[np.argsort(group, kind="stable")],
                                                   np.cumsum(counts)[:-1])
-                lacking = np.maximum(need - counts, 0).reshape(clusters, K).sum(1)
-                self.usable[split, name] = usable_clusters(
-                    f"{name}: {split} texts", lacking, f"{need} of each label",
-                    1 + (mixing and split == "train"))
+                enough = counts.reshape(clusters, K).min(1)
+                self.usable[split, name] = np.flatnonzero(enough >= need)
+                found[f"{name}: {split} texts of each label"] = (
+                    enough, 1 + (mixing and split == "train"))
+            check_clusters("--labeled-clusters", need, 1 + mixing, found)
 
 
 def labeled_task(index, seed, step, i, *, variant=None, split="train", stream="task", avoid=()):

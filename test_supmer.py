@@ -486,13 +486,15 @@ def test_float32_costs_no_digits():
 
 
 def test_kmeans_errors():
-    """Fewer points than clusters, no cluster, values that are not finite, and centroids that do
+    """Fewer points than clusters, no cluster, an inertia that is not finite, and centroids that do
     not fit are ValueErrors that name the numbers."""
     points, bad = cloud(5), torch.full((2, 4), math.nan, dtype=torch.float64)
+    alone = torch.cat([points[:4], points[4:] * math.inf])
     for words, x, k, start in (
             ("0 clusters of 5 points", points, 0, None), ("6 clusters of 5", points, 6, None),
-            ("NaN or infinity", points / 0, 2, None), ("NaN or infinity", bad, 2, None),
-            ("2 finite rows of width 4", points, 2, points[:3]), ("2 finite", points, 2, bad)):
+            ("inertia is nan", alone, 2, None), ("inertia is nan", bad, 2, None),
+            ("inertia is inf|nan", points.float() * 1e25, 2, None),
+            ("2 rows of width 4", points, 2, points[:3]), ("inertia is nan", points, 2, bad)):
         with pytest.raises(ValueError, match=words):
             km.kmeans(x, k, 0, centroids=start)
 
@@ -1496,27 +1498,48 @@ def test_small_clusters_are_skipped(planted):
     assert drawn == {0, 1, 2, 3, 4, 6}
 
 
-def test_too_few_sentences_for_the_tasks_are_counted(planted, small_world):
-    """The message says which variant and split, and how many sentences each cluster lacks. A
-    partner needs a second cluster: train.py says so before the first step."""
+def test_the_largest_number_of_clusters_that_fits():
+    """Sizes are inverse to the number: where 6 clusters that are not empty have up to 9, 5 have up
+    to 10. The least of all variants and splits is printed, or that none fits and what is missing:
+    no message asks for fewer clusters and the next one for more."""
+    def says(wanted, least, **found):
+        with pytest.raises(InputError) as caught:
+            data.check_clusters("--clusters", wanted, least, found)
+        return str(caught.value)
+    counts = np.array([9, 0, 1, 7, 2, 4, 5])
+    for wanted, ways in ((9, 1), (7, 2), (1, 6)):
+        data.check_clusters("--clusters", wanted, 1, {"x": (counts, ways)})
+    assert says(10, 1, x=(counts, 1)) == ("x: 1 cluster(s) must have 10, the largest have 9: "
+                                          "--clusters 5 is the largest number that fits")
+    assert says(10, 1, x=(counts, 1), y=(counts, 2)).endswith("--clusters 4 is the largest number "
+                                                              "that fits")
+    assert "no --clusters fits, it must be 6 or more: give 1.4 times as much text" in says(
+        10, 6, x=(counts, 2))
+    assert "give more text" in says(1, 2, x=(counts, 7)) and "give --clusters 8 or more" in says(
+        1, 8, x=(counts, 1))
+
+
+def test_too_few_sentences_for_the_tasks_are_named(planted, small_world):
+    """The number of clusters that the message names does fit; where one cluster holds everything,
+    or a partner needs a second one, more are asked for. train.py says so before the first step."""
     tokenizer, store, _ = planted
-    last = np.bincount([(7 * d + 39) % 5 for d in held_out_documents(store)], minlength=5)
-    here = np.bincount(store.cluster[0][store.held_out], minlength=5)   # nothing follows the last
-    says = "sp-next: validation sentences: .* have 100 usable ones, each one lacks (.*): give more"
-    with pytest.raises(InputError, match=says) as caught:
-        TaskIndex(store, tokenizer, support=50, query=50)
-    found = re.search(says, str(caught.value)).group(1)
-    assert sorted(map(int, found.split(", "))) == sorted(100 - min(here) + last)
+    finer = store.cluster + 5 * (np.arange(11200) % 8).astype(np.int32)         # 40 clusters
+    with pytest.raises(InputError, match="sp-next: validation .* --clusters") as caught:
+        TaskIndex(reclustered(store, finer, 40), tokenizer, variants=("sp-next",))
+    fits = int(re.search(r"--clusters (\d+) is the largest", str(caught.value)).group(1))
+    assert 5 <= fits < 20
+    TaskIndex(reclustered(store, store.cluster + 5 * (np.arange(11200) % (fits // 5)).astype(
+        np.int32), fits), tokenizer, variants=("sp-next",))
     one = reclustered(store, np.zeros_like(store.cluster), 1)
     TaskIndex(one, tokenizer, variants=("sp-next",))
-    for variant, mixing, says in (
-            ("mc-cluster", False, "one cluster holds all train sentences"),
-            ("sp-next", True, "sp-next: train .* at least 2 .* each one lacks 0: "),
-            ("ss-cluster", False, "ss-cluster: train .* at least 4 cluster"),
-            ("hidden", False, "hidden: train .* at least 2 cluster")):
-        with pytest.raises(InputError, match=says):
+    for variant, mixing, least in (("mc-cluster", False, 2), ("sp-next", True, 2),
+                                   ("ss-cluster", False, 4), ("hidden", False, 2)):
+        with pytest.raises(InputError, match=f"give --clusters {least} or more"):
             TaskIndex(one, tokenizer, variants=(variant,), mixing=mixing)
-    with pytest.raises(InputError, match="sp-next: train .* at least 2 cluster"):
+    alone = reclustered(store, np.zeros_like(store.cluster), 2)
+    with pytest.raises(InputError, match="mc-cluster: train .* no --clusters fits.* more text"):
+        TaskIndex(alone, tokenizer, variants=("mc-cluster",))
+    with pytest.raises(InputError, match="give --clusters 4 or more"):
         make_run(small_world, "unmixed", clusters=1)
 
 
@@ -1529,7 +1552,7 @@ def test_an_anchor_that_cannot_serve_a_label_serves_another(planted):
     tokens[store.offsets[bad + 1]:store.offsets[bad + 2]] = store.sentence(bad)
     index = TaskIndex(store._replace(tokens=tokens), tokenizer, variants=("sp-next",))
     draw = data.Draw(index, np.random.default_rng(0), "sp-next", "train", (0,))
-    draw.fresh = [iter([bad, good])]
+    draw.anchors = [iter([bad, good])]
     assert draw.sentences(0) == [good, good + 1] and draw.sentences(1)[0] == bad
     same = store._replace(tokens=np.full(len(store.tokens), 5, dtype=np.uint16))
     index = TaskIndex(same, tokenizer, variants=("sp-next",))

@@ -186,9 +186,12 @@ class Run:
                              "inner_rate, relative_step or prompt_rate")
         self.write({"step": step, "validation": result})
         if not (plain or self.ranks.rank) and before - after < 1e-4 * before:
-            tqdm.write(f"step {step}: the inner step lowers the held-out loss by less than 1e-4 of "
-                       f"it; it moves the prompt by {result['step_size']:.1e} of its length. See "
-                       "--relative-step and --inner-rate.")
+            worse = after - before > 1e-4 * before
+            does = f"raises the held-out loss to {after / before:.3g} times" if worse else (
+                "lowers the held-out loss by less than 1e-4 of")
+            tqdm.write(f"step {step}: the inner step {does} it; it moves the prompt by "
+                       f"{result['step_size']:.1e} of its length. Try a "
+                       f"{'smaller' if worse else 'larger'} --relative-step or --inner-rate.")
         loss = before if plain else after           # PPT is not learned for an inner step
         if loss < self.best:
             self.best, self.kept = loss, step

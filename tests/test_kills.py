@@ -161,7 +161,7 @@ def prepared(place):
                       url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setitem(tasks.TASKS, "kitchen", tasks.TASKS["kitchen"]._replace(
             urls=(f"http://127.0.0.1:{files.server_port}/test",)))
-        patch.setattr(train, "prepare", lambda *_: None)
+        patch.setattr(train, "prepare", lambda _, method, *rest: method)
         patch.setattr(corpus, "CHUNK", 256)         # so that a small store is saved in parts, too
         patch.setitem(tasks.TASKS, "planted", PLANTED)
         write_place(place)

@@ -81,14 +81,17 @@ def test_patience_ends_a_run_for_good(small_world, monkeypatch):
     assert again.train() is None and again.state.step == 6
 
 
-def test_an_inner_step_without_effect_is_reported(small_world, monkeypatch, capsys):
-    """A drop under 1e-4 of the loss is printed with the step's size and the options that help."""
+def test_an_inner_step_of_the_wrong_size_is_reported(small_world, monkeypatch, capsys):
+    """A drop under 1e-4 of the loss asks for a larger step, a rise for a smaller one; both print
+    the step's size."""
     run = make_run(small_world, "warned")
-    scripted(monkeypatch, [8.9999])
-    run.validate()
-    said = "".join(capsys.readouterr())
-    assert "length by 5.0e-02" in said or "5.0e-02 of its length" in said
-    assert "--relative-step" in said
+    for loss, does, size in ((8.9999, "lowers the held-out loss by less than 1e-4 of it", "larger"),
+                             (9.5, "raises the held-out loss to 1.06 times it", "smaller")):
+        scripted(monkeypatch, [loss])
+        run.validate()
+        said = "".join(capsys.readouterr())
+        assert does in said and "5.0e-02 of its length" in said
+        assert f"Try a {size} --relative-step" in said
 
 
 def test_a_validation_that_is_not_finite_stops_the_run(small_world, monkeypatch):
