@@ -5,57 +5,83 @@
                                  # and on real data
 """
 
-import baselines
-import common
+import contextlib
 import copy
-import corpus as corpus_module
-import data
 import doctest
-import eval as evaluation
 import inspect
 import itertools
-import jobs
-import kmeans as km
 import math
-import numpy as np
-import onednn
 import os
-import pickle
-import pytest
 import re
 import shutil
 import signal
 import socket
+import time
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from itertools import islice, permutations, product, repeat
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import baselines
+import common
+import corpus
+import data
+import eval as evaluation
+import jobs
+import kmeans as km
+import onednn
 import supmer
 import t5 as T
 import tasks
-import threading
-import torch
 import train
-from itertools import islice, permutations, product, repeat
-import torch.nn.functional as F
-from eval import Plan, open_candidate
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from common import InputError
+from conftest import (
+    BOTH, SENTINEL, SMALL, SUPMER_DATA, V10, V11, WORDS, accuracies, affine_start, ended,
+    eval_settings, logits, make_run, model, needs_data,
+    needs_sklearn, needs_transformers, on_ranks, outcome_of, parsed, random_examples, random_t5,
+    random_task, relative, rows_of, sklearn, small_examples, small_state, small_t5, start_train,
+    transformers, tune, write_model, write_rows)
 from data import MASK, TaskIndex, VARIANTS, fill_template, meta_task
-from dataclasses import replace
 from documents import documents
-from functools import partial
-from pathlib import Path
-from run_folder import new_run, write_run
+from eval import Plan, open_candidate
 from sentences import split_sentences
 from supmer import Method
 from tasks import TASKS, load_test
-from types import SimpleNamespace
-from conftest import (BOTH, GOLDEN_RUN, SENTINEL, SMALL, SUPMER_DATA, V10, V11, WORDS, batch,
-    accuracies, affine_start, by_hand, context, eval_settings, held_out_documents, logits, make_run, model, needs_data, needs_sklearn,
-    needs_transformers, parsed, posed, random_examples, random_t5, random_task, relative, sklearn, small_examples, small_state, small_t5, transformers, tune,
-    rows_of, write_model, write_rows)
-from conftest import ended, log_without_times, outcome_of, start_train, wait_for_steps
 
 
 # ------------------------------------------------------------------------ T5: against transformers
+
+KINDS = {"v1.0": dict(feed_forward_proj="relu", num_heads=4, d_kv=16),
+         "v1.1": dict(feed_forward_proj="gated-gelu", num_heads=4, d_kv=16),
+         "3 heads x 24 for d 64": dict(feed_forward_proj="gated-gelu", num_heads=3, d_kv=24)}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, tmp_path_factory):
+    """A random model of transformers, and what load_t5 makes of the folder that it saves."""
+    if transformers is None:
+        pytest.skip("transformers is not installed: pip install transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        d_model=64, d_ff=96, num_layers=3, num_decoder_layers=2, vocab_size=120, dropout_rate=0.,
+        tie_word_embeddings=request.param == "v1.0", **KINDS[request.param])
+    theirs = transformers.T5ForConditionalGeneration(config).eval()
+    if request.param != "v1.0":         # transformers 5 ties the head whatever the config says
+        theirs.lm_head.weight = torch.nn.Parameter(torch.randn(120, 64) * 0.3)
+    with torch.no_grad():
+        for parameter in theirs.parameters():   # at 0.1 the float32 of both is 1.6e-5 off
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("model")
+    theirs.save_pretrained(folder)
+    return theirs, T.load_t5(folder)
+
 
 def apart(theirs, ours, prompt, text, target):
     """How far the states, logits and input gradients of three examples, two of them padded, are
@@ -122,6 +148,15 @@ def test_official_shapes_equal_transformers(name, d, d_ff, heads, form, tmp_path
     assert len(T.weight_files(tmp_path / "shards")) > 1
     assert all(torch.equal(w, whole[name].bfloat16().double()) for name, w in ours.weights.items())
     assert max(apart(theirs, ours, 10, 14, 3)) < 1e-5
+
+
+def batch(config):
+    """Literal inputs: x (2, 24, d), mask (the second example has 9 positions), ids (2, 7)."""
+    x = torch.sin(2.1 * torch.arange(2 * 24 * config.d_model, dtype=torch.float64) ** 1.5)
+    mask = torch.ones(2, 24, dtype=torch.bool)
+    mask[1, 9:] = False
+    ids = torch.tensor([[0, 10, 3, 7, 1, 2, 9], [0, 5, 5, 8, 4, 6, 1]])
+    return x.view(2, 24, config.d_model), mask, ids
 
 
 # transformers' logits of formula() and batch() in float64, of example 1 at position 6.
@@ -441,7 +476,8 @@ def test_plus_plus_draws_by_squared_distance():
 def test_empty_clusters_by_hand():
     """Points 0, 1, 2, 10; centroids 1, 100, 200. All go to the first (inertia 1 + 0 + 1 + 81). The
     farthest, 10, fills the second; of 0 and 2, as far, 0 fills the third. Means 1.5, 10, 0; inertia
-    0.25 + 0.25; then nothing changes. No update leaves the start. Of 1,000 points equally far the first fill the clusters."""
+    0.25 + 0.25; then nothing changes. No update leaves the start. Of 1,000 points equally far the
+    first fill the clusters."""
     points = torch.tensor([[0.], [1.], [2.], [10.]], dtype=torch.float64)
     start = torch.tensor([[1.], [100.], [200.]], dtype=torch.float64)
     found = km.kmeans(points, 3, 0, centroids=start)
@@ -501,6 +537,19 @@ def test_kmeans_errors():
 
 # --------------------------------------------------- the method: the definition is what it says
 
+@pytest.fixture(scope="module")
+def world():
+    """A gated float64 T5, a prompt, a phi away from its start, a task and a partner, lambda, b and
+    a large a1."""
+    generator = torch.Generator().manual_seed(3)
+    phi = {name: value + 0.3 * torch.randn(value.shape, generator=generator, dtype=torch.float64)
+           for name, value in affine_start(8, torch.float64).items()}
+    return SimpleNamespace(
+        t5=random_t5(), theta=torch.randn(3, 8, generator=generator, dtype=torch.float64), phi=phi,
+        task=random_task(1), partner=random_task(2), lam=0.3, b=0.4,
+        method=Method(inner_rate=20.0, micro_tokens=24, gate_weight=0.7))
+
+
 def plain_loss(t5, theta, examples, method, partner=None, lam=0.0):
     """Eq. 1 and 4 written again, an example at a time, nothing padded but the shorter of a pair."""
     def states(examples, row):
@@ -548,8 +597,8 @@ def changed(w, **values):
 
 
 def test_the_definition_is_the_papers(world):
-    """meta_loss is L_q(theta - a1 psi(grad L_s)) with the query sets mixed, + lambda_reg L_reg, when
-    each piece is written again in the plainest way."""
+    """meta_loss is L_q(theta - a1 psi(grad L_s)) with the query sets mixed, + lambda_reg L_reg,
+    when each piece is written again in the plainest way."""
     w, method = world, replace(world.method, inner_rate=3.0)
     g = torch.func.grad(lambda theta: plain_loss(w.t5, theta, w.task.support, method))(w.theta)
     states = []
@@ -588,26 +637,14 @@ def slopes(w, method, monkeypatch):
     return found
 
 
-@pytest.fixture(scope="module")
-def differences(world):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        return slopes(world, world.method, monkeypatch)
-
-
-def test_meta_gradient_equals_finite_differences(world, differences):
-    """d theta and d phi have the slopes that values alone show: mixing, psi, L_reg and the Hessian
-    all on, to 1e-6."""
-    found = computed(world, world.method)
-    for name, (u, wanted) in differences.items():
-        assert abs(wanted) > 1e-4, f"the test must move {name}"
-        assert float((found[name] * u).sum()) == pytest.approx(wanted, rel=1e-6), name
-
-
-def test_a_relative_steps_rate_is_differentiated(world, monkeypatch):
-    """With relative_step a1 depends on theta, phi and g, and the gradient knows it."""
-    method = Method(relative_step=0.3, micro_tokens=36, gate_weight=0.7)
+@pytest.mark.parametrize("relative_step", [0.0, 0.3])
+def test_meta_gradient_equals_finite_differences(world, relative_step, monkeypatch):
+    """d theta and d phi have the slopes that values alone show, to 1e-6: mixing, psi, L_reg and the
+    Hessian all on; with relative_step a1 depends on theta, phi and g, and the gradient knows it."""
+    method = replace(world.method, relative_step=relative_step, micro_tokens=36)
     found = computed(world, method)
     for name, (u, wanted) in slopes(world, method, monkeypatch).items():
+        assert abs(wanted) > 1e-4, f"the test must move {name}"
         assert float((found[name] * u).sum()) == pytest.approx(wanted, rel=1e-6), name
 
 
@@ -900,7 +937,7 @@ def test_no_mixing_encodes_no_partner(world, monkeypatch):
 
 def test_the_prompt_starts_from_rows_of_the_embedding_table():
     """Distinct rows among the first 5000 of the table, drawn from the seed; float32."""
-    wide = random_t5(8, vocabulary=6000, dtype=torch.bfloat16)
+    wide = random_t5(vocab_size=6000, dtype=torch.bfloat16)
     table = wide.weights["shared.weight"].float()
     theta = supmer.init_prompt(wide, 900, 0)
     rows = (theta[:, None] == table).all(2).nonzero()[:, 1]
@@ -945,45 +982,28 @@ def test_meta_step_is_adam_on_the_mean_with_clip_and_linear_decay():
         assert log[name] == pytest.approx((value + parts[1].log[name]) / 2)
 
 
-def on_ranks(world, work):
-    """[work(ranks) of each rank]: one after the other, first up to their exchange, then beyond."""
-    given, copy_of = {}, lambda value: pickle.loads(pickle.dumps(value))
-
-    class Told(Exception):
-        pass
-
-    class Speaks(common.Ranks):
-        def gather(self, value):
-            given[self.rank] = copy_of(value)
-            raise Told
-
-    class Hears(common.Ranks):
-        def gather(self, value):
-            return [copy_of(given[rank]) for rank in range(world)]
-    for rank in range(world):
-        with pytest.raises(Told):
-            work(Speaks(rank, world))
-    return [work(Hears(rank, world)) for rank in range(world)]
-
-
 @pytest.mark.parametrize("advance", [supmer.meta_step, baselines.ppt_step])
-def test_ranks_share_tasks_and_change_no_bit(advance):
-    """theta, phi, s and the log of a step over three tasks are equal to the bit on one, two and
-    three ranks, which compute each task once; more ranks than tasks are refused."""
-    t5, pairs = random_t5(dtype=torch.float32), [(random_task(i), random_task(9 + i))
+def test_ranks_share_tasks_and_change_no_bit(advance, monkeypatch):
+    """theta, phi, s, the log and the validation of a step over three tasks are equal to the bit on
+    one, two and three ranks, which compute each task once; more ranks than tasks are refused."""
+    t5, pairs = random_t5(dtype=torch.float32), [(random_task(i, 3), random_task(9 + i, 3))
                                                  for i in range(3)]
-    method = Method(relative_step=0.1)
+    method, computed, kernel = Method(relative_step=0.1), [], supmer.meta_gradient
+    monkeypatch.setattr(supmer, "meta_gradient", lambda *a: computed.append(a) or kernel(*a))
 
     def step(ranks):
         state = supmer.init_state(supmer.init_prompt(t5, 3, 0), method)
         state.s = 0.3
         log = advance(t5, state, pairs, method, 0, ranks)
-        return torch.cat([state.theta.flatten(), *(x.flatten() for x in state.phi.values())]), log
+        learned = torch.cat([state.theta.flatten(), *(x.flatten() for x in state.phi.values())])
+        held_out = [task for task, _ in pairs]
+        return learned.tolist(), log, train.validate(t5, state, held_out, method, ranks)
 
-    alone, log = step(common.SOLO)
-    for world in (2, 3):
-        for learned, their_log in on_ranks(world, step):
-            assert torch.equal(learned, alone) and their_log == log
+    alone = step(common.SOLO)
+    for n in (2, 3):
+        computed.clear()
+        assert on_ranks(monkeypatch, n, step) == [alone] * n
+        assert len(computed) == 3 * (advance is supmer.meta_step)
     if advance is supmer.meta_step:
         with pytest.raises(InputError, match="4 processes.* --tasks 4"):
             step(common.Ranks(0, 4))
@@ -1009,15 +1029,20 @@ def test_ablations_leave_out_what_they_name():
     assert log["b"] == 0 and log["lambda"] == [supmer.draw_lambda(1.0, 1.0, 7, 0, 0)] != [0.0]
 
 
-def test_meta_step_stops_on_numbers_that_are_not_finite():
-    """A NaN in the weights stops the step with its number and a remedy, and changes nothing."""
-    method = Method()
-    t5, state = small_state(method)
-    t5.weights["lm_head.weight"][0, 0] = float("nan")
-    before = state.theta.clone()
-    with pytest.raises(InputError, match="step 0.*sp-next.*not finite.*inner_rate"):
-        supmer.meta_step(t5, state, [(random_task(1), random_task(2))], method, 0)
-    assert torch.equal(state.theta, before) and state.step == 0
+@pytest.mark.parametrize("advance, remedy", [(supmer.meta_step, "inner_rate"),
+                                             (baselines.ppt_step, "smaller prompt_rate")])
+def test_a_step_stops_on_numbers_that_are_not_finite(advance, remedy):
+    """A NaN in the weights, and a rate that leaves float32's range, stop the step with its number
+    and a remedy, and change nothing."""
+    for rate in (0.1, 1e29):
+        method = Method(inner_rate=rate)
+        t5, state = small_state(method)
+        if rate < 1 or advance is baselines.ppt_step:
+            t5.weights["lm_head.weight"][0, 0] = float("nan")
+        before = state.theta.clone()
+        with pytest.raises(InputError, match=f"step 0.*(sp-next.*not finite|nan).*{remedy}"):
+            advance(t5, state, [(random_task(1), random_task(2))], method, 0)
+        assert torch.equal(state.theta, before) and state.step == 0
 
 
 def test_meta_training_lowers_the_loss_after_adaptation():
@@ -1087,11 +1112,17 @@ def test_a_step_on_a_gpu_equals_the_cpus(world):
     assert all(relative(x.cpu(), y) < 1e-9 for x, y in zip(found[1], found[0]) if y.any())
 
 
+# Five steps of Alg. 1 on random tasks: s, the query loss, the length of theta after it.
+GOLDEN_RUN = [(-0.057357, 4.838695, 1.171528), (0.043455, 4.777033, 1.321654),
+              (0.026119, 4.092736, 1.422618), (-0.048968, 5.018450, 1.485282),
+              (-0.014996, 4.081985, 1.545177)]
+
+
 def test_golden_run():
     """Five steps have these numbers to 1e-4, on any machine. Not bit by bit, since a product's sums
     are split otherwise; and in float64, since Adam divides by tiny gradients: in float32 rounding
     has grown to 5e-4 by the fifth step."""
-    method, t5, found = Method(inner_rate=5.0, steps=9, micro_tokens=160), random_t5(8), []
+    method, t5, found = Method(inner_rate=5.0, steps=9, micro_tokens=160), random_t5(), []
     state = supmer.init_state(supmer.init_prompt(t5, 3, 0).double(), method)
     for step in range(5):
         pairs = [(random_task(4 * step + i), random_task(4 * step + i + 2)) for i in (0, 1)]
@@ -1102,30 +1133,14 @@ def test_golden_run():
 
 # --------------------------------------------------------------------------- the method: extremes
 
-@pytest.mark.parametrize("rate", [1e-4, 1.0, 1e3, 1e29])
-@pytest.mark.parametrize("n, P", [(1, 1), (2, 3)])
-def test_inner_rates_stay_finite_or_say_so(rate, n, P):
-    """From 1e-4 to 1e3, a prompt of one vector, a set of one example: all is finite. Beyond, the
-    error says the step, the task and a remedy, and nothing has changed."""
-    method = Method(inner_rate=rate, steps=3)
-    t5, state = small_state(method, P=P)
-    before, pairs = state.theta.clone(), [(random_task(1, n), random_task(2, n))]
-    if rate > 1e20:
-        with pytest.raises(InputError, match="step 0: .* sp-next task is not finite.*inner_rate"):
-            supmer.meta_step(t5, state, pairs, method, 0)
-        assert torch.equal(state.theta, before)
-    else:
-        log = supmer.meta_step(t5, state, pairs, method, 0)
-        assert all(math.isfinite(x) for x in log.values() if type(x) is float)
-        assert all(x.isfinite().all() for x in (state.theta, *state.phi.values()))
-
-
 @pytest.mark.parametrize("options", [{}, {"relative_step": 0.03, "exact_cosine": True}])
-@pytest.mark.parametrize("case", ["flat", "certain", "tiny", "gate 0", "gate 1", "A 0", "equal"])
+@pytest.mark.parametrize("case", ["flat", "certain", "tiny", "gate 0", "gate 1", "A 0", "equal",
+                                  "rate 1e-4", "rate 1e3"])
 def test_extremes_of_a_step_are_no_errors(case, options):
     """A gradient that is zero for every row, or whose squares are, by a loss that is flat or at its
     end; a gate driven to 0 or 1; an A that makes every row zero; equal texts with one label, mixed
-    with themselves, a prompt of one vector: two steps are finite, and so is their log."""
+    with themselves, a prompt of one vector; inner rates from 1e-4 to 1e3: two steps are finite, and
+    so is their log."""
     method, n = Method(steps=9, **options), 1 + (case != "equal")
     t5, state = small_state(method, P=n)
     pairs, head = [(random_task(1, n), random_task(2, n))], t5.weights["lm_head.weight"]
@@ -1142,6 +1157,8 @@ def test_extremes_of_a_step_are_no_errors(case, options):
         pairs = [(data.Task("sp-next", (0,), same, same),) * 2]
     elif case == "A 0":
         state.phi["A"].zero_()
+    elif case.startswith("rate"):
+        method = replace(method, inner_rate=float(case[5:]))
     else:
         state.phi["c"].fill_(1e4 if case == "gate 1" else -1e4)
     for _ in range(2):
@@ -1194,7 +1211,6 @@ def test_text_cannot_put_in_markers(tmp_path):
     examples = tasks.task_examples(tokenizer, task, rows)
     source, target = data.examples_as_text(tokenizer, examples, 0)
     assert (source, target) == ("a b a It was <extra_id_0> ?</s>", "a")
-    tokenizer.add_special_tokens(["<unk>"])             # as T5's has it
     a, b = data.tokenize(tokenizer, ["a", "b"])
     assert data.tokenize(tokenizer, ["a unseen b"]) == [[*a, data.UNK, *b]]
     for template in ("{text} a", "<X> {text} <X>"):
@@ -1463,7 +1479,7 @@ def test_the_partner_is_another_task(planted, variant):
 
 def reclustered(store, cluster, K):
     """A store with other clusters, of which it is not said where they came from."""
-    order, bounds = corpus_module.group_anchors(cluster[0], store.held_out, store.anchor,
+    order, bounds = corpus.group_anchors(cluster[0], store.held_out, store.anchor,
                                                 store.first, K)
     return store._replace(cluster=cluster, centroids=np.zeros((3, K, 5), np.float32),
                           order=np.stack([order] * 3), bounds=np.stack([bounds] * 3))
@@ -1482,7 +1498,7 @@ def test_anchors_are_grouped_by_split_cluster_and_use():
         for i in begin + np.flatnonzero(anchor[begin:begin + length]):
             alone = length < 4 or i == begin + length - 1
             expected[2 * (K * held_out[i] + cluster[i]) + alone].append(i)
-    order, bounds = corpus_module.group_anchors(cluster, held_out, anchor, first, K)
+    order, bounds = corpus.group_anchors(cluster, held_out, anchor, first, K)
     assert order.dtype == np.uint32 and len(bounds) == 4 * K + 1
     assert [order[a:b].tolist() for a, b in zip(bounds, bounds[1:])] == expected
 
@@ -1562,89 +1578,23 @@ def test_an_anchor_that_cannot_serve_a_label_serves_another(planted):
 
 # ------------------------------------------------------ each equation of the paper has its function
 
-@pytest.fixture(scope="module")
-def stepped(world):
-    """One meta_step from s = 0.2 by plain gradient descent, without clip: the changes of theta and
-    phi, and the definition's gradient at the lambda and b that Eq. 10 and Alg. 2 give."""
-    method = replace(world.method, clip=math.inf)
-    theta, phi = world.theta.clone(), {name: x.clone() for name, x in world.phi.items()}
-    state = supmer.MetaState(theta, phi, torch.optim.SGD([theta]),
-                             torch.optim.SGD([*phi.values()]), s=0.2)
-    log = supmer.meta_step(world.t5, state, [(world.task, world.partner)], method, seed=7)
-    w = changed(world, b=2 ** 0.6 - 1, lam=supmer.draw_lambda(2 ** 0.6 - 1, 1.0, 7, 0, 0))
-    g, pooled, _ = supmer.prompt_gradient(w.t5, w.theta, w.task.support, method)
-    adapted = supmer.inner_step(w.theta, w.phi, g, pooled, method)
-    v = torch.func.grad(lambda theta: plain_loss(
-        w.t5, theta, w.task.query, method, w.partner.query, w.lam))(adapted)
-    return SimpleNamespace(
-        log=log, s=state.s, w=w, gradient=defined(w, method),
-        cosine=F.cosine_similarity(v.flatten(), (w.theta - adapted).flatten(), dim=0).item(),
-        query_loss=plain_loss(w.t5, adapted, w.task.query, method, w.partner.query, w.lam).item(),
-        moved={"theta": theta - world.theta, **{k: phi[k] - world.phi[k] for k in phi}})
-
-
-def numbers(tensors):
-    """All of them, one after the other."""
-    return torch.cat([x.flatten() for x in tensors]).tolist()
-
-
-def along(w, name):
-    """The slope that meta_gradient gives, and the one that values show."""
-    u, wanted = w.differences[name]
-    return float((computed(w.world, w.world.method)[name] * u).sum()), wanted
-
-
-EQUATIONS = {   # the function that names and computes it; a value of it, and what it should be
-    "Eq. 1": (supmer.loss_share, lambda w: (
-        supmer.prompt_gradient(w.world.t5, w.world.theta, w.world.task.query, Method())[2].item(),
-        plain_loss(w.world.t5, w.world.theta, w.world.task.query, Method()).item())),
-    "Eq. 2": (supmer.inner_step, lambda w: (
-        supmer.inner_step(torch.ones(1, 2), affine_start(2), *by_hand()[2:]).tolist()[0],
-        [1 - 0.1 * 3, 1 - 0.1 * 4])),
-    "Eq. 3": (supmer.meta_step, lambda w: (
-        numbers([w.stepped.moved["theta"]]), numbers([-0.1 * w.stepped.gradient["theta"]]))),
-    "Eq. 4": (supmer.mix, lambda w: (
-        supmer.mix(torch.tensor([[[2.]]]), torch.ones(1, 1) > 0, torch.tensor([[1., 0.]]),
-                   torch.tensor([[[10.]]]), torch.ones(1, 1) > 0, torch.tensor([[0., 1.]]),
-                   0.25)[0].item(), 0.75 * 2 + 0.25 * 10)),
-    "Eq. 5": (supmer.regularize, lambda w: (
-        supmer.regularize(*by_hand()[1:4]).tolist()[0], [(-4 + 3) / 2, (3 + 4) / 2])),
-    "Eq. 6": (supmer.inner_step, lambda w: (
-        supmer.inner_step(*by_hand()).tolist()[0], [1 - 0.1 * -0.5, 1 - 0.1 * 3.5])),
-    "Eq. 7": (supmer.meta_step, lambda w: (
-        numbers(w.stepped.moved[name] for name in w.world.phi),
-        numbers(-1e-4 * w.stepped.gradient[name] for name in w.world.phi))),
-    "Eq. 8": (supmer.meta_gradient, lambda w: along(w, "theta")),
-    "Eq. 10": (supmer.curriculum, lambda w: (supmer.curriculum(0.0, 2.0), math.sqrt(2) - 1)),
-    "Eq. 16": (km.kmeans, lambda w: (
-        km.kmeans(torch.tensor([[0.], [1.], [10.], [12.]]), 2, 0).inertia[-1],
-        2 * 0.5 ** 2 + 2 * 1 ** 2)),
-    "Eq. 17": (data.meta_task, lambda w: (
-        posed(w, "sp-next"), ("s <extra_id_0> . s</s>", "yes", "no", "maybe"))),
-    "Eq. 18": (data.meta_task, lambda w: (posed(w, "mc-next"), (
-        "s ? A. s B. s C. s D. s . Answer: <extra_id_0></s>", *"ABCD"))),
-    "Eq. 19": (data.meta_task, lambda w: (posed(w, "ss-cluster"), (
-        "s ? A. [vector] B. [vector] C. [vector] D. [vector] . Answer: <extra_id_0></s>",
-        *"ABCD"))),
-    "Eq. 20": (supmer.meta_gradient, lambda w: along(w, "c")),
-    "Alg. 1": (supmer.meta_step, lambda w: (w.stepped.s, w.stepped.cosine)),
-    "Alg. 2": (supmer.draw_lambda, lambda w: (
-        [w.stepped.log["b"], *w.stepped.log["lambda"], w.stepped.log["query_loss"]],
-        [w.stepped.w.b, w.stepped.w.lam, w.stepped.query_loss]))}
+EQUATIONS = {   # its function; what it gives is proved above: by hand, by differences, literally
+    "Eq. 1": supmer.loss_share, "Eq. 2": supmer.inner_step, "Eq. 3": supmer.meta_step,
+    "Eq. 4": supmer.mix, "Eq. 5": supmer.regularize, "Eq. 6": supmer.inner_step,
+    "Eq. 7": supmer.meta_step, "Eq. 8": supmer.meta_gradient, "Eq. 10": supmer.curriculum,
+    "Eq. 16": km.kmeans, "Eq. 17": data.meta_task, "Eq. 18": data.meta_task,
+    "Eq. 19": data.meta_task, "Eq. 20": supmer.meta_gradient, "Alg. 1": supmer.meta_step,
+    "Alg. 2": supmer.draw_lambda}
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
-def test_each_equation_has_its_function(name, world, stepped, differences, planted):
-    """The function that computes an equation or algorithm names it, and gives a value that was
-    worked out by hand, by finite differences or by the plainest code."""
-    function, values = EQUATIONS[name]
+def test_each_equation_has_its_function(name):
+    """The function that computes an equation or algorithm names it."""
     kind, number = name.split()
-    named = re.findall(rf"{re.escape(kind)} ((?:\d|-|, | and )+)", inspect.getsource(function))
+    source = inspect.getsource(EQUATIONS[name])
+    named = re.findall(rf"{re.escape(kind)} ((?:\d|-|, | and )+)", source)
     spans = [part.split("-") for found in named for part in re.findall(r"[\d-]+", found)]
-    assert any(int(span[0]) <= int(number) <= int(span[-1]) for span in spans), function
-    found, wanted = values(SimpleNamespace(world=world, stepped=stepped, differences=differences,
-                                           planted=planted))
-    assert found == (wanted if isinstance(wanted, tuple) else pytest.approx(wanted, rel=1e-6))
+    assert any(int(span[0]) <= int(number) <= int(span[-1]) for span in spans)
 
 
 def test_analysis_of_equations_9_and_15(world):
@@ -1692,32 +1642,18 @@ def test_tuning_step_by_hand():
             states.append(H[0].mean(0))
         g, = torch.autograd.grad(sum(losses) / 2, leaf)
         psi = supmer.regularize(phi, g, (sum(states) / 2).detach())
-        clipped += float(psi.norm()) > 1
+        clipped += psi.norm() > 1
         psi = psi * min(1.0, 1.0 / (float(psi.norm()) + 1e-6))
         m, v = 0.9 * m + 0.1 * psi, 0.999 * v + 0.001 * psi**2
         unbiased, square = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
         theta = theta - rate * (1 - step / steps) * unbiased / (square.sqrt() + 1e-8)
     assert [entry["step"] for entry in curve] == [0, 1, 2, 3] and torch.equal(thetas[0], start)
+    assert clipped == 3
     assert torch.allclose(thetas[3], theta, rtol=1e-9, atol=1e-9) and not torch.equal(theta, start)
     cosine = float(F.cosine_similarity(psi.flatten(), g.flatten(), dim=0))
     assert curve[0]["psi_cosine"] is None and curve[3]["psi_cosine"] == pytest.approx(cosine)
     unit = tune(t5, start, None, (train, train), 10, 0.4, eval_settings(), 0.5)
     assert torch.equal(unit[1], tune(t5, start, None, (train, train), 10, 0.2, eval_settings())[1])
-
-
-def test_clipping_acts(monkeypatch):
-    """A long gradient reaches AdamW with norm 1."""
-    seen, original = [], torch.optim.AdamW.step
-
-    def step(self):
-        seen.append(float(self.param_groups[0]["params"][0].grad.norm()))
-        return original(self)
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    gradient = {"theta": 50 * torch.ones(3, 16)}, None
-    monkeypatch.setattr(evaluation, "tuning_gradient", lambda *_: gradient)
-    sample = small_examples(4), small_examples(4)
-    tune(small_t5(), torch.zeros(3, 16), None, sample, 10, 0.1, eval_settings())
-    assert seen == pytest.approx([1, 1], abs=1e-5)
 
 
 @pytest.mark.parametrize("values, chosen", [
@@ -1825,18 +1761,27 @@ def test_learns_a_planted_task():
     """16 examples per label of a planted task (which of two classes of words is in the sentence)
     teach a prompt of a frozen RANDOM T5 to classify new sentences; the untuned prompt is near
     chance."""
-    t5, new = small_t5(seed=3), small_examples(200, 2)
+    t5, new = small_t5(seed=1), small_examples(200, 2)
     start = baselines.normal_prompt(t5, 10, 8)["theta"]
     curve, thetas = tune(t5, start, None, (small_examples(32), small_examples(32, 1)), 10, 0.1,
-                         eval_settings(epochs=80, batch=32, words_only=True))
+                         eval_settings(epochs=40, batch=32, words_only=True))
     best = curve.index(min(curve, key=evaluation.preference))
     before, after = (supmer.measure(supmer.score(t5, theta, new, Method()), new.labels)["correct"]
                      / 200 for theta in (start, thetas[best]))
-    # 0.77 to 0.89 with the order of batches, or a last bit; 0.7 is chance and 5 standard errors
+    # 0.76 to 0.82 with the order of batches, or a last bit; 0.7 is chance and 5 standard errors
     assert before < 0.6 and after > 0.7 and best > 0
 
 
 # --------------------------------------------------------------- the protocol: the sealed test set
+
+@contextlib.contextmanager
+def context(t5, choices):
+    """A Context in this process, with no results from before."""
+    shutil.rmtree(jobs.TUNED, ignore_errors=True)
+    with jobs.workers(t5, None, ["cpu"], 1) as work:
+        yield evaluation.Context(choices, data.load_tokenizer("small", t5.config), work,
+                                 {"model": "this"}, 1.0)
+
 
 def test_tuning_needs_no_test_file(place):
     """With the test file absent the tuning rows and what is kept are the same, bit by bit."""
@@ -1918,25 +1863,31 @@ def test_sampled_texts_are_not_tested(place, monkeypatch, capsys):
 
 # --------------------------------------------- a run is resumed and shared, and not a bit changes
 
-def started_run(small_world, name):
-    """The folder of a run of which only run.json and step 0 are there."""
-    run = make_run(small_world, name)
-    write_run(run.folder, new_run([], run.training, run.method, run.made_of))
-    return run.folder
+@pytest.fixture(scope="module")
+def unbroken(small_world):
+    """The outcome of a run that was never stopped."""
+    folder, options = small_world
+    assert ended(start_train(folder, *options, "--run", "unbroken")) == 0
+    return outcome_of(folder / "unbroken")
 
 
 def steps_logged(run):
-    return len([entry for entry in log_without_times(run) if "query_loss" in entry])
+    log = run / "log.jsonl"
+    return log.read_text().count('"query_loss"') if log.exists() else 0
 
 
-def test_a_killed_run_resumes_bit_by_bit(small_world):
+def wait_for_steps(run, steps):
+    deadline = time.monotonic() + 60
+    while steps_logged(run) < steps:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_a_killed_run_resumes_bit_by_bit(small_world, unbroken):
     """Ctrl-C, --resume, kill -9, --resume: state, prompt and log equal an unbroken run's."""
     folder, options = small_world
-    options = [*options, "--save-seconds", "0"]
     broken = folder / "broken"
-    unbroken = start_train(folder, *options, "--run", "unbroken")
-    assert ended(unbroken) == 0
-    first = start_train(folder, *options, "--run", "broken")
+    first = start_train(folder, *options, "--save-seconds", "0", "--run", "broken")
     wait_for_steps(broken, 1)
     os.kill(first, signal.SIGINT)
     assert ended(first) == 130
@@ -1947,60 +1898,25 @@ def test_a_killed_run_resumes_bit_by_bit(small_world):
     os.kill(second, signal.SIGKILL)
     assert ended(second) == -signal.SIGKILL and done < 6, "too late to show anything"
     assert ended(start_train(folder, "--resume", "broken")) == 0
-    assert outcome_of(broken) == outcome_of(folder / "unbroken")
+    assert outcome_of(broken) == unbroken
 
 
-def test_a_rank_that_dies_ends_all_and_one_process_resumes(small_world):
+def test_a_rank_that_dies_ends_all_and_one_process_resumes(small_world, unbroken):
     """Two processes share a run's tasks. When one is killed the other says so and ends with status
     2; one process resumes, and the result equals that of one process alone."""
     folder, options = small_world
-    world = folder, [*options, "--save-seconds", "0"]
-    shared, alone = started_run(world, "shared"), started_run(world, "alone")
+    shared, ranks = folder / "shared", []
     with socket.create_server(("localhost", 0)) as free:
         port = str(free.getsockname()[1])
-    common_part = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
-                   "TORCHELASTIC_RUN_ID": "none"}
-    ranks = []
     for rank in ("0", "1"):
-        names = {**common_part, "RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(start_train(folder, "--resume", "shared",
+        names = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+                 "TORCHELASTIC_RUN_ID": "none", "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(start_train(folder, *options, "--save-seconds", "0", "--run", "shared",
                                  before=partial(os.environ.update, names)))
     wait_for_steps(shared, 2)
     os.kill(ranks[1], signal.SIGKILL)
     assert [ended(pid) for pid in reversed(ranks)] == [-signal.SIGKILL, 2]
     assert "error: rank 0: another rank stopped" in (folder / "said").read_text()
     assert steps_logged(shared) < 6, "the kill came too late to show anything"
-    for run in ("shared", "alone"):
-        assert ended(start_train(folder, "--resume", run)) == 0
-    assert outcome_of(shared) == outcome_of(alone)
-
-
-class Thread(common.Ranks):
-    """A rank that is a thread of this process: gather() by a shared list and a barrier."""
-    meeting = None          # (values, threading.Barrier)
-
-    def gather(self, value):
-        values, barrier = self.meeting
-        values[self.rank] = value
-        barrier.wait()
-        found = [*values]
-        barrier.wait()
-        return found
-
-
-def test_the_ranks_of_a_run_change_no_bit(small_world):
-    """1, 2 and 3 ranks, three tasks a step: the same log, validations and state to the bit."""
-    def work(world, rank):
-        run = make_run(small_world, f"{world}-ranks", Thread(rank, world), tasks=3)
-        run.step()
-        run.step()
-        run.validate()
-        run.save()
-        return run.folder
-    found = []
-    for world in (1, 2, 3):
-        Thread.meeting = [None] * world, threading.Barrier(world)
-        with ThreadPoolExecutor(world) as pool:
-            folder, *_ = pool.map(partial(work, world), range(world))
-        found.append(outcome_of(folder))
-    assert found[0] == found[1] == found[2]
+    assert ended(start_train(folder, "--resume", "shared")) == 0
+    assert outcome_of(shared) == unbroken

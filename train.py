@@ -369,6 +369,16 @@ def own_settings(folder):
             raise ValueError("it has other settings")
         if run["finished"]:
             raise InputError(f"{folder} is finished: start a new run")
+        argv = []                               # each value is checked as if it were given
+        for name, value in values.items():
+            option = "--" + name.replace("_", "-")
+            if isinstance(value, bool):
+                argv.append(option if value else option.replace("--", "--no-"))
+            elif not isinstance(value, list):
+                argv.append(f"{option}={value}")
+            elif (name, value) != ("corpus", []):
+                argv += [option, *map(str, value)]
+        values |= vars(command_line().parse_args(argv))
         return from_settings(Training, values), from_settings(Method, values)
 
 

@@ -1,6 +1,5 @@
 """The command lines: --help, and mistakes."""
 
-import re
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -12,25 +11,20 @@ import eval as evaluation
 import jobs
 import train
 from common import InputError
-from conftest import SMALL, run_train
+from conftest import SMALL, run_script
 from supmer import Method
 
 
 @pytest.mark.parametrize("argv, says", [
-    ("--stepz 3", "unrecognized arguments: --stepz 3"),
     ("--inner-rate inf", "inf must be above 0, at most 1e+30"),
     ("--tasks 0", "0 must be above 0"),
-    ("--tasks many", "invalid int value: 'many'"),
     ("--seed=-1", "-1 must be 0 or more"),
     ("--labeled-share 1.5", "1.5 must be above 0, at most 1"),
     ("--prompt-length 10001", "at most 10,000"),
-    ("--dtype float16", "invalid choice: 'float16'"),
     ("--method pt", "'unified-ppt'"),
-    ("--only xx", "invalid choice: 'xx'"),
     ("--device nonsense", "--device nonsense is not available"),
     ("--device cpu:0", "--device cpu:0 is not available"),
     ("--device cuda:99", "--device cuda:99 is not available"),
-    ("--max-minutes 0", "0 must be above 0"),
     ("--examples 9 --steps 3", "leave --steps away"),
     ("--method metapt", "give --labeled FOLDER"),
     ("--only sp --variants hidden mc-next", "--variants has none of this format"),
@@ -44,34 +38,31 @@ from supmer import Method
     ("WORLD --clusters 5000", "fewer --clusters"),
     ("WORLD --support 5000", "lacks 4917 that another one follows"),
     ("WORLD --labeled empty", "--labeled empty: no folder with .csv"),
-    ("WORLD --relative-step 0 --inner-rate 1e29", "not finite"),
-])
+    ("WORLD --relative-step 0 --inner-rate 1e29", "not finite")])
 def test_mistakes_end_with_status_2_and_one_line(small_world, argv, says):
     """A mistake is one line on the screen that says what is wrong, no traceback, exit status 2.
     WORLD stands for the options of a run that would work."""
     folder, options = small_world
     (folder / "empty").mkdir(exist_ok=True)
     words = argv.split()
-    status, said = run_train(folder, *(options + words[1:] if words[0] == "WORLD" else words))
+    words = [*options, *words[1:]] if words[0] == "WORLD" else words
+    status, said = run_script(train, *words, folder=folder)
     line = said.splitlines()[-1]
     assert status == 2 and line.startswith("error: ") and says in line, said
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("script", [train, evaluation])
-def test_help_names_defaults_and_sources(script, capsys):
-    """--help has each setting's default in brackets, and each of the paper's numbers its place."""
+@pytest.mark.parametrize("script, classes", [(train, (train.Training, Method)),
+                                             (evaluation, (evaluation.Settings,))])
+def test_help_names_defaults(script, classes, capsys):
+    """--help has each setting with its default in brackets."""
     with pytest.raises(SystemExit):
         script.parse(["--help"])
     text = "".join(capsys.readouterr().out.split())         # it breaks lines at hyphens, too
-    classes = (train.Training, Method) if script is train else (evaluation.Settings,)
     for entry in (entry for cls in classes for entry in fields(cls)):
         values = entry.default if isinstance(entry.default, tuple) else [entry.default]
         about = "".join(entry.metadata["help"].split()) + "[" + "".join(map(str, values))
         assert about in text, entry.name
-        assert not isinstance(values[0], (int, float)) or re.search(
-            r"Table|section|Alg|Eq|Fig|4\.1|C\.1|MetaPT|ours|released|LM-BFF|of the prompt|0: |psi",
-            entry.metadata["help"]) or isinstance(values[0], bool), entry.name
 
 
 def test_a_gpu_that_is_named_is_the_current_one(monkeypatch):

@@ -356,7 +356,7 @@ def test_each_figure_is_one_command(place, monkeypatch, study):
 
 
 FAKE_TRAIN = """
-import json, pathlib, shutil, sys
+import json, os, pathlib, shutil, signal, sys, time
 argv = sys.argv[1:]
 with open("called.jsonl", "a") as file:
     file.write(json.dumps(argv) + "\\n")
@@ -367,6 +367,12 @@ shutil.copytree("made", folder, dirs_exist_ok=True)
 if "supmer" in argv:
     (folder / "run.json").write_text(
         '{"finished": false, "name": "supmer", "model": "small"}')
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a job in the background has none
+    try:
+        os.kill(os.getppid(), signal.SIGALRM)           # the end of eval.py's --max-minutes
+        time.sleep(20)
+    except KeyboardInterrupt:
+        pathlib.Path("interrupted").touch()
 """
 
 
@@ -388,7 +394,8 @@ def test_a_study_makes_the_runs_that_are_missing(place, monkeypatch, capsys):
     assert "train.py refused" in written["prompts"]["metapt"]["not_run"]
     assert "| metapt | not run |" in capsys.readouterr().out
     assert written["prompts"]["ppt"]["file"] == "runs/compared/small-ppt"
-    evaluation.main([*study, "vocab", "supmer", "random"])          # supmer is stopped at once
+    evaluation.main([*study, "vocab", "supmer", "random", "--max-minutes", "9"])
+    assert Path("interrupted").exists()
     printed = capsys.readouterr().out
     assert "| supmer | not run |" in printed and "| random | not run |" in printed
     assert re.search(r"\| vocab \| \d+", printed) and "the same command resumes" in printed
@@ -410,15 +417,14 @@ def test_a_study_makes_the_runs_that_are_missing(place, monkeypatch, capsys):
     ([*OWN, "--data", "my.csv", "--words", "bad,good"], "my.csv has 3 labels, 0"),
     ([*OWN, "--data", "my.csv", "none.csv"], "none.csv is missing"),
     (["--predict", "my.csv", "--prompt", "my.csv"], "my.csv is not a result of eval.py")])
-def test_mistakes_end_in_one_line(place, monkeypatch, capsys, argv, said):
+def test_mistakes_end_in_one_line(place, argv, said):
     """What the user got wrong is one line on stderr that names it, with exit status 2."""
     write_run("runs/other", model="other", finished=False)
     write_run("runs/long", finished=False, P=5)
     Path("my.csv").write_bytes(b"label,text\n0,a\n1,b\n2,c\n")
-    assert run_script(argv, monkeypatch) == 2
-    error = capsys.readouterr().err.split("\r")[-1]
-    line = error[error.index("error: "):]
-    assert line.count("\n") == 1 and said in line
+    status, shown = run_script(evaluation, *argv)
+    line = shown[shown.index("error: "):]
+    assert status == 2 and line.count("\n") == 1 and said in line
 
 
 @needs_data

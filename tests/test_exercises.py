@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 import data
 import exercises
-from conftest import grad, inner
+
+grad = torch.func.grad
 
 
 def which_first(documents, words, mask, end, n, seed, *, answerable=True, balanced=True, shift=0):
@@ -28,6 +29,10 @@ def which_first(documents, words, mask, end, n, seed, *, answerable=True, balanc
         a, b = (b, a) if label else (a, b)
         ids.append([*a, mask, *b, end])
     return data.Examples(ids, [[]] * n, torch.zeros(n, 0, 0), torch.from_numpy(labels), words)
+
+
+def inner(support, psi, rate):
+    return lambda theta: theta - rate * psi(grad(support)(theta))
 
 
 def beta(first, second, mean, seeded=True):
@@ -48,11 +53,11 @@ def row_steps(start, step, columns=False):
 
 
 def two_steps(support, query, psi, theta, rate):
-    first = theta - rate * psi(torch.func.grad(support)(theta))
-    second = first - rate * psi(torch.func.grad(support)(first))
-    v = torch.func.grad(query)(second)
+    step = inner(support, psi, rate)
+    first = step(theta)
+    v = grad(query)(step(first))
     for point in (first, theta):
-        u, = torch.func.vjp(psi, torch.func.grad(support)(point))[1](v)
+        u, = torch.func.vjp(psi, grad(support)(point))[1](v)
         v = v - rate * RIGHT["hessian_vector"](support, point, u)
     return v
 
@@ -118,8 +123,8 @@ def test_each_check_refuses_what_is_wrong(mistake):
 
 
 def test_the_exercises_as_a_student_meets_them(monkeypatch, capsys):
-    """Without solutions the status is 1, with all of them 0; a solution that raises is one line, and
-    NaN is not right."""
+    """Without solutions the status is 1, with all of them 0; a solution that raises is one line,
+    and NaN is not right."""
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(exercises.__file__, run_name="__main__")
     assert ended.value.code == 1 and capsys.readouterr().out.count("not done yet\n") == 6

@@ -19,7 +19,7 @@ import train
 from eval import open_candidate
 from common import InputError
 from conftest import (SMALL, V11, Evil, affine_start, logits, peft, relative, released_files,
-                      run_with_prompt, save_model, small_config, small_t5, transformers)
+                      save_model, small_config, small_t5, transformers, write_run)
 from t5 import load_t5
 
 
@@ -138,7 +138,7 @@ def test_export_for_peft_and_back(tmp_path, capsys):
     """train.py --export-peft RUN DIR writes the two files of PEFT's format, once; load_prompt reads
     them back, also where PEFT stored a second set for the decoder."""
     model = save_model(tmp_path / "model", V11)
-    theta = run_with_prompt(tmp_path / "run", V11, model)
+    theta = write_run(tmp_path / "run", model, P=5, d=V11.d_model)
     out = tmp_path / "adapter"
     assert train.main(["--export-peft", str(tmp_path / "run"), str(out)]) == 0
     assert f"5 vectors for peft.PeftModel.from_pretrained on {model}" in capsys.readouterr().out
@@ -169,7 +169,7 @@ def test_peft_reads_our_prompt_and_we_read_theirs(tmp_path):
     theirs = transformers.T5ForConditionalGeneration(config).eval()
     theirs.save_pretrained(tmp_path / "model")
     ours = load_t5(tmp_path / "model")
-    theta = run_with_prompt(tmp_path / "run", ours.config, tmp_path / "model")
+    theta = write_run(tmp_path / "run", tmp_path / "model", P=5, d=32)
     prompts.export_peft(tmp_path / "run", tmp_path / "adapter")
     adapter = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)
     peft.get_peft_model(copy.deepcopy(theirs), adapter).save_pretrained(tmp_path / "of peft")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import t5 as T
 from common import InputError
 from conftest import (BOTH, V10, V11, formula, model, needs_data, needs_transformers, peak_of,
-                      refused, save_model, save_shards)
+                      save_model, save_shards)
 
 SHARED, HEAD = "shared.weight", "lm_head.weight"
 ENCODERS, DECODERS = "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
@@ -25,6 +25,17 @@ def equal(loaded, config, dtype=torch.float32):
     expected = model(config, dtype).weights
     return loaded.config == config and loaded.weights.keys() == expected.keys() and all(
         torch.equal(weight, expected[name]) for name, weight in loaded.weights.items())
+
+
+def refused(folder, *fragments):
+    """load_t5 raises InputError in one line that holds the fragments; the line is returned."""
+    with pytest.raises(InputError) as caught:
+        T.load_t5(folder)
+    message = str(caught.value)
+    assert "\n" not in message and str(folder) in message
+    for fragment in fragments:
+        assert fragment in message, (fragment, message)
+    return message
 
 
 @BOTH
