@@ -44,7 +44,7 @@ import train
 from common import InputError
 from conftest import (
     BOTH, SENTINEL, SMALL, SUPMER_DATA, V10, V11, WORDS, accuracies, affine_start, ended,
-    eval_settings, logits, make_run, model, needs_data,
+    eval_settings, held_out_documents, logits, make_run, model, needs_data,
     needs_sklearn, needs_transformers, on_ranks, outcome_of, parsed, random_examples, random_t5,
     random_task, relative, rows_of, sklearn, small_examples, small_state, small_t5, start_train,
     transformers, tune, write_model, write_rows)
