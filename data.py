@@ -241,13 +241,6 @@ class Pool(NamedTuple):
         return np.where(len(self.order) - sizes >= entry.others, counts, 0)
 
 
-def pool_of(order, bounds, split):
-    """One clustering's order and bounds in a store -> a split's Pool."""
-    half = len(bounds) // 2             # the training groups come first, then the held-out ones
-    part = bounds[half:] if split == "validation" else bounds[:half + 1]
-    return Pool(order[part[0]:part[-1]], part[::2] - part[0], np.diff(part)[::2])
-
-
 class TaskIndex:
     """What drawing a task needs, made once: a task costs the same whatever the corpus.
 
@@ -274,7 +267,10 @@ class TaskIndex:
             lengths = np.diff(self.first)[rows]
             self.documents[split] = rows, np.append(0, np.cumsum(lengths))
             for form, order, bounds in zip(FORMATS, store.order, store.bounds):
-                self.pools[split, form] = pool_of(order, bounds, split)
+                half = len(bounds) // 2     # the training groups come first
+                part = bounds[half:] if split == "validation" else bounds[:half + 1]
+                self.pools[split, form] = Pool(order[part[0]:part[-1]], part[::2] - part[0],
+                                               np.diff(part)[::2])
             for name, entry in self.table.items():
                 found = self.pools[split, entry.format].counts(entry)
                 self.usable[split, name] = np.flatnonzero(found >= support + query)
@@ -288,21 +284,23 @@ def check_clusters(option, wanted, least, found):
     """Raise InputError unless there are `least` clusters, and each of found, {what: (counts (K,),
     ways)}, has `ways` clusters of `wanted`. The message has the largest number of clusters that
     fits: sizes are taken to be inverse to it. Else it says that none does, and what is missing."""
-    fits, lacking = np.inf, []
-    for what, (counts, ways) in found.items():
-        if len(counts) < least:
-            raise InputError(f"these tasks are of {least} clusters: give {option} {least} or more")
-        largest = np.sort(counts)[::-1][:ways]
-        fits = min(fits, np.count_nonzero(counts) * largest[-1] / wanted)
-        if largest[-1] < wanted:
-            lacking.append(f"{what}: {ways} cluster(s) must have {wanted}, the largest have "
-                           f"{', '.join(map(str, largest))}")
-    if lacking and fits >= least:
-        raise InputError(f"{lacking[0]}: {option} {int(fits)} is the largest number that fits")
-    if lacking:
-        times = f"{least / fits:.1f} times as much" if fits else "more"
-        raise InputError(f"{lacking[0]}: no {option} fits, it must be {least} or more: give "
-                         f"{times} text, or a smaller --support and --query")
+    largest = {what: np.sort(counts)[::-1][:ways] for what, (counts, ways) in found.items()}
+    K = len(next(iter(found.values()))[0])
+    if K < least:
+        raise InputError(f"these tasks are of {least} clusters: give {option} {least} or more")
+    if min(sizes[-1] for sizes in largest.values()) >= wanted:
+        return
+    fits = {what: np.count_nonzero(counts) * largest[what][-1] / wanted
+            for what, (counts, _) in found.items()}
+    what = min(fits, key=fits.get)
+    times = f"{least / fits[what]:.1f} times as much" if fits[what] else "more"
+    advice = f"{option} {int(fits[what])} is the largest number that fits"
+    if fits[what] < least:
+        advice = (f"no {option} fits, it must be {least} or more: give {times} text, or a smaller "
+                  "--support and --query")
+    sizes = ", ".join(map(str, largest[what]))
+    raise InputError(f"{what}: {len(largest[what])} cluster(s) must have {wanted}, the largest "
+                     f"have {sizes}: {advice}")
 
 
 def meta_task(index, seed, step, i, *, variant=None, split="train", stream="task", avoid=()):

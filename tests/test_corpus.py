@@ -1,228 +1,28 @@
-"""Tests of corpus.py: sentences, documents, the store, its resuming, its ranks."""
+"""Tests of corpus.py: the store, its resuming, its ranks."""
 
-import common
-import corpus as corpus_module
-import data
-import documents as documents_module
-import gzip
-import lzma
+import threading
+from collections import Counter
+
 import numpy as np
 import pytest
-import re
-import t5 as T
-import tarfile
-import threading
 import torch
-from collections import Counter
+
+import common
+import corpus
+import data
+import documents as reader
+import t5 as T
 from common import InputError
+from conftest import (by_topic, contents, held_out_documents, on_ranks, planted_paths, random_t5,
+                      sentence, write_model)
 from documents import documents
-from sentences import split_sentences
-from pathlib import Path
-from conftest import (SUPMER_DATA, by_topic, contents, held_out_documents, needs_data,
-    on_ranks, openwebtext_tar, planted_paths, random_t5, sentence, tar_of, write_model)
-
-
-# -------------------------------------------------------------------------------------- sentences
-
-SENTENCES = """It rained. | We left.
-It rained! | We left? | Yes.
-What?! | No! | Really?? | Yes.
-One.
-no stop at all
-Mr. Fox met Dr. Hall and Mrs. Dean. | They sat.
-St. Paul came. | He spoke.
-Messrs. Smith and Co. were there.
-He read Tolkien, i.e. J. R. R. Tolkien, with joy. | Then he slept.
-See e.g. Plato. | He knew.
-J. Smith left. | R. Jones stayed.
-The U.S. Army won. | It was 1945.
-He lives in the U.S. | He likes it.
-Pi is 3.14 or so. | It cost $5.50. | Ten came.
-At 5 p.m. Tom left. | At 6 p.m. | He was back.
-On Jan. 5 he came. | On Feb. 7 he left.
-Apples, pears, etc. were sold.
-Apples, pears, etc. | The end.
-Ford Inc. sued Jones Ltd. over it. | They won.
-See No. 5 and vol. 3, p. 12. | Read on.
-I said no. | He left.
-"Why?" he said. | "Go."
-"Why? | Because," he said.
-"It rained." | We left.
-"It rained," he said. | "Yes."
-'Go,' said I. | 'Now!' | He went.
-“It rained.” | “So?” | “We left.”
-(It rained.) | We left.
-It rained (a lot). | We left.
-He said [sic.]. | We left.
-It rained (U.S. time). | We left.
-Well... maybe not. | Well... | We left. | Well… | We left.
-He was . . . not here.
-He left. . . . | She stayed.
-it rained. and then we left.
-eBay fell. iPhones rose.
-1. The first point. | 2. The second.
-In 1842. | In 1843 too. | Vitamin C. | The study ended.
-It was I. | He knew.
-Stop. | — He ran. | It rained. | 5 left.
-Der Weg ist weit. | Über uns nichts.
-Smith et al. proved it. | We use it.
-He met Gen. Grant vs. Lee. | They fought.
-Plain v. Fancy was the case.
-Version 2.0.1 is out. | Get it at a.b.com.
-the cat sat . | the dog ran . | is dr . fox here ? | yes !
-他走了。。。 | 她来了！ | 真的？ | 「行く。」と言った。 | 彼は来た。
-वह गया। | वह आई।
-هل ذهب؟ | ذهب الولد. | نام.
-The end.[1] | The next.[2][3] | It ended.² | A last one.[note 4] | Yes.
-*Bold.* | Another. | It rained. | *Then* he left. | **Note.** | Use `ls.` | Then stop.
-¿Qué pasa? | ¡Nada! | —Claro.
-1. Open the lid. | 2. Pour the water. | 3. Is it hot? | 4. Wait.
-Parker et al. | Later work agreed. | Smith et al. (2004) did not.
-Am 3. Mai kam er. | Er blieb bis 2014. | Dann ging er.
-Yan et al. [2004] analysed SSH variations. | It was warm.
-The booklet by D. Seyfort Ruegg and the matter of A. MacDonald's tomes. | Both are on file.
-Trying to get back to Com. & Adm. through the most direct path. | He has Ph.D.-level training.
-She is an M.D.: an oncologist. | Please assist me.
-Мама мыла раму… | Папа мыл кларнет!.. | Он ушёл.
-Gregorics Pálnak viszonya van vele. | »No lám, a vén kecske.« | Apró szcénákat tudtak.
-»Wie froh bin ich.« | Das hatte er am 1. Februar 1916 geschrieben. | „Mein 1. Hauptfach.“ | Gut.
-29 Nov 2021 . | 30 Nov 2021 . | 29 Nov 2021 .
-B follows A. | Then comes C.
-“Harry Potter . . . what an honor.” | He hurried out.
-« Vraiment ? » dit-il. | Oui ! | Let's go.Then return.""".split("\n")
-
-
-@pytest.mark.parametrize("text", SENTENCES)
-def test_sentences_are_split_where_a_reader_would(text):
-    """Every row is cut exactly at its bars: abbreviations, initials, quotes, brackets, ellipses;
-    other scripts, notes, emphasis, lists, dates; then what public reports of splitters show."""
-    assert split_sentences(text.replace(" | ", " ")) == text.split(" | ")
-
-
-def test_splitting_loses_no_text():
-    """The sentences of 500 random texts, joined by spaces, are the text with its white space
-    normalized; none is empty."""
-    rng = np.random.default_rng(0)
-    for _ in range(500):
-        text = "".join(rng.choice([*"aB. ?!\"'()…1\n\t“”", "Mr", "no", "\u3000é"], 60))
-        sentences = split_sentences(text)
-        assert " ".join(sentences) == " ".join(text.split())
-        assert all(s == s.strip() != "" for s in sentences)
-
-
-@needs_data
-def test_sentences_of_novels_look_like_sentences():
-    """Of a million characters of real novels: 97 % of the sentences end in a stop, 3 to 60 words
-    hold 93 %."""
-    found, counts = [], Counter()
-    for document in documents(Path(SUPMER_DATA) / "text" / "english_novels_100.jsonl.gz", counts):
-        found += [s for paragraph in document for s in split_sentences(paragraph)]
-        if counts["bytes"] > 1_000_000:
-            break
-    assert np.mean([s.rstrip("\"'”’)]")[-1:] in ".!?…:" for s in found]) > 0.97
-    assert np.mean([3 <= len(s.split()) <= 60 for s in found]) > 0.93
-
-
-# -------------------------------------------------------------------------------------- documents
-
-def test_documents_of_each_format_literally(tmp_path):
-    """.txt, .jsonl with either field, .jsonl.gz, tars as OpenWebText's and of plain texts, C4's
-    .json.gz. Blank lines are no documents, and a folder gives its corpus files in order."""
-    (tmp_path / "a.txt").write_text("\n\nIt rained.\nWe left.\n\n \nThe sun rose.\n\n")
-    (tmp_path / "b.jsonl").write_text('\n{"text": "One.\\nTwo."}\n\n \n'
-                                      '{"paragraphs": ["Three.", "Four."], "id": 7}\n')
-    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
-        file.write('{"text": "Five."}')
-    openwebtext_tar(tmp_path / "d.tar", [[b"Six.\n\nSeven.", b"Eight."], ["N\u00efne.".encode()]])
-    with tarfile.open(tmp_path / "e.tar.xz", "w:xz") as plain:
-        for name in ("a.txt", "LICENSE"):
-            plain.add(tmp_path / "a.txt", name)
-    with gzip.open(tmp_path / "f.json.gz", "wt") as file:                       # as C4's
-        file.write('{"text": "Ten.", "url": "x"}\n{"text": "Eleven."}\n')
-    for name in ("README.md", "settings.json", "notes.csv"):
-        (tmp_path / name).write_text("not a corpus")
-    expected = {"a.txt": [["It rained.", "We left."], ["The sun rose."]],
-                "b.jsonl": [["One.", "Two."], ["Three.", "Four."]], "c.jsonl.gz": [["Five."]],
-                "d.tar": [["Six.", "Seven."], ["Eight."], ["N\u00efne."]],
-                "e.tar.xz": [["It rained.", "We left.", "The sun rose."]],
-                "f.json.gz": [["Ten."], ["Eleven."]]}
-    files = documents_module.corpus_files([tmp_path])
-    assert {path.name: list(documents(path)) for path in files} == expected
-    assert [path.name for path in files] == list(expected)
-    for wrong in ("notes.csv", "nowhere"):
-        with pytest.raises(InputError, match=f"{wrong}: no text found"):
-            documents_module.corpus_files([tmp_path / wrong])
-
-
-@pytest.mark.parametrize("name, content, how, expected", [
-    ("a.txt", "the cat sat\nthe dog ran\n\nit rained", {}, "the cat sat|the dog ran||it rained"),
-    ("a.txt", "It sat.\nIt ran.\nhow it ran\n", {}, "It sat.|It ran.|how it ran"),
-    ("a.txt", "The cat sat\nthere. It\nran.\n\nNo.\n", {}, "The cat sat there. It ran.||No."),
-    ("a.txt", "One. Two.\n\nThree.", {"shape": "lines"}, "One. Two.||Three."),
-    ("a.txt.gz", "One.\n\nTwo.", {"shape": "files"}, "One.|Two."),
-    ("a.md", "# A\n\nOne two\nthree. Four.\n", {}, "# A|One two three. Four."),
-    ("a.json", '{"content": "One."}\n{"content": null}', {"field": "content"}, "One."),
-    ("a.json", '{"text": null, "paragraphs": ["One."]}', {"shape": "lines"}, "One.")])
-def test_what_parts_documents_and_paragraphs(tmp_path, name, content, how, expected):
-    """A sentence a line, wrapped lines, a document a line or file, another field, null texts."""
-    content = gzip.compress(content.encode()) if name.endswith("gz") else content.encode()
-    (tmp_path / name).write_bytes(content)
-    assert "||".join("|".join(found) for found in documents(tmp_path / name, **how)) == expected
-
-
-def test_no_document_is_held_beyond_a_limit(tmp_path, monkeypatch):
-    """A text that never ends comes in parts, which are counted and lose nothing; so does one line;
-    a JSON line is refused."""
-    monkeypatch.setattr(documents_module, "LONGEST", 8)
-    (tmp_path / "a.txt").write_text("1234\n5678\n90\n\nabcdefghijkl\n\nok")
-    (tmp_path / "b.tar").write_bytes(tar_of({"b.txt": b"0123456789abcdefgh"}))
-    (tmp_path / "c.jsonl").write_text('{"text": ""}')
-    counts = Counter()
-    found = [text for name in ("a.txt", "b.tar") for text in documents(tmp_path / name, counts)]
-    assert found == [["1234", "5678"], ["90"], ["abcdefgh"], ["ijkl"], ["ok"], ["01234567"],
-                     ["89abcdef"], ["gh"]]
-    assert counts["long documents parted"] == 1 + 1 + 2 and counts["bytes"] == 42
-    with pytest.raises(InputError, match="c.jsonl, line 1 is not a document .8 bytes or more"):
-        list(documents(tmp_path / "c.jsonl"))
-
-
-def test_broken_utf8_is_replaced_and_counted(tmp_path):
-    """A corpus survives bytes that are not UTF-8, and the zeros that a torn disk leaves: they
-    become U+FFFD, their lines are counted; U+FFFD itself is not."""
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9\n\nok \xef\xbf\xbd\n\n\xff\xfe\n\na\0\0")
-    (tmp_path / "b.jsonl").write_bytes(b'{"text": "\\ud800 half"}')
-    counts = Counter()
-    found = [text for name in ("a.txt", "b.jsonl") for text in documents(tmp_path / name, counts)]
-    assert found == [["caf\ufffd"], ["ok \ufffd"], ["\ufffd\ufffd"], ["a\ufffd\ufffd"], ["? half"]]
-    assert counts["broken UTF-8"] == 3
-
-
-@pytest.mark.parametrize("name, content, says", [
-    ("a.jsonl", b'{"text": "ok"}\n{"text": ', "a.jsonl, line 2 is not a document"),
-    ("a.json", b'{"body": "ok"}', "(no paragraphs or text; choose --field of body)"),
-    ("a.jsonl", b'{"paragraphs": 1}', "line 1 is not a document (paragraphs or text must be"),
-    ("a.jsonl", b'{"paragraphs": ["ok"]}\n{"paragraphs": [1]}', "line 2 is not a document"),
-    ("a.txt", "not UTF-8".encode("utf-16"), "a.txt is not readable text (UTF-16"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "ok"}' * 99)[:-9], "a.jsonl.gz is not readable text"),
-    ("a.tar", b"not a tar", "a.tar is not readable text"),
-    ("a.tar", tar_of({"b.jsonl": b'{"text": "ok"}'}), "no .txt inside"),
-    ("a.tar", tar_of({"b.xz": lzma.compress(b"x" * 999)[:-9]}), "a.tar, b.xz is not a tar of text"),
-    ("a.tar", tar_of({"b.txt": b"a" * 9999})[:6000], "a.tar is not readable text"),
-])
-def test_bad_corpus_files_are_refused_with_file_and_reason(tmp_path, name, content, says):
-    """Each is an InputError of one line that names the file, and the line where there is one; a
-    truncated archive is never a shorter corpus."""
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=re.escape(says)) as error:
-        list(documents(tmp_path / name))
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 # -------------------------------------------------------------------------------------- the store
 
 def test_short_sentences_join_their_neighbours():
     """The docstring's cases; nothing is lost unless the whole document is too short."""
-    join = corpus_module.join_short
+    join = corpus.join_short
     assert join([[7, 5], [1, 2, 3, 4], [6, 7, 8, 9], [3]]) == [[7, 5, 1, 2, 3, 4], [6, 7, 8, 9, 3]]
     assert join([[1], [2], [3], [4], [5]]) == [[1, 2, 3, 4, 5]]
     assert join([[3]]) == join([]) == []
@@ -249,10 +49,10 @@ def test_a_document_is_held_out_by_its_own_hash():
     """Below 0.05, and the two lowest where fewer are: of any part of a corpus with two below, the
     same ones."""
     shares = np.random.default_rng(0).random(400)
-    chosen = corpus_module.hold_out(shares)
+    chosen = corpus.hold_out(shares)
     assert np.array_equal(chosen, shares < 0.05) and 10 < chosen.sum() < 30
-    assert np.array_equal(corpus_module.hold_out(shares[:300]), chosen[:300])
-    assert corpus_module.hold_out(np.array([0.3, 0.06, 0.9, 0.02])).tolist() == [0, 1, 0, 1]
+    assert np.array_equal(corpus.hold_out(shares[:300]), chosen[:300])
+    assert corpus.hold_out(np.array([0.3, 0.06, 0.9, 0.02])).tolist() == [0, 1, 0, 1]
 
 
 def build(planted, folder, cache="cache", **changes):
@@ -264,7 +64,7 @@ def build(planted, folder, cache="cache", **changes):
             (folder / "text" / f"{name}.jsonl").write_text("\n".join(part))
         write_model(folder / "m", [])
     arguments = {"clusters": 3, "seed": 0, "model": folder / "m", "embed": by_topic(planted[0])}
-    return corpus_module.build_store(folder / cache, [folder / "text"], planted[0], None,
+    return corpus.build_store(folder / cache, [folder / "text"], planted[0], None,
                                      **arguments | changes)
 
 
@@ -317,7 +117,7 @@ def test_embedding_is_the_mean_of_the_encoders_states():
     without </s>."""
     t5, sentences = random_t5(8), [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     ids, mask = data.padded(sentences)
-    for row, s in zip(corpus_module.embed_sentences(t5, ids, mask), sentences):
+    for row, s in zip(corpus.embed_sentences(t5, ids, mask), sentences):
         alone = T.encode(t5, T.embed_tokens(t5, torch.tensor([s])),
                          torch.ones(1, len(s), dtype=torch.bool))
         assert (row - alone[0].mean(0)).abs().max() < 1e-12 * row.abs().max()
@@ -337,7 +137,7 @@ def test_batches_keep_to_their_budget_and_lose_no_sentence():
         shapes.append(ids.shape)
         assert not ids[~mask].any()
         return torch.stack([ids.sum(1), mask.sum(1)], 1)
-    found = corpus_module.embed_rows(tokens, offsets, embed, 200, rows)
+    found = corpus.embed_rows(tokens, offsets, embed, 200, rows)
     sums = np.add.reduceat(tokens.astype(int), offsets[:-1])
     assert found.tolist() == [[sums[r], lengths[r]] for r in rows]
     assert max(a * b for a, b in shapes[:-1]) <= 200 and len(shapes) < 90
@@ -361,7 +161,7 @@ def test_a_store_is_made_once_for_the_same_things(planted, tmp_path):
     assert len(folders) == 8 and sorted(folders) == sorted((tmp_path / "cache").iterdir())
     for key in ("corpus", "tokenizer", "model", "options"):
         with pytest.raises(InputError, match=f"built with another {key}: delete it"):
-            corpus_module.open_store(first.folder, first.meta["made_of"] | {key: "other"})
+            corpus.open_store(first.folder, first.meta["made_of"] | {key: "other"})
     bounds = first.folder / "bounds.npy"
     torn = bytearray(bounds.read_bytes())
     torn[40:80] = bytes(40)
@@ -380,9 +180,9 @@ def test_a_fingerprint_is_of_the_size_and_both_ends(tmp_path):
         if place is not None:
             content[place:place + 1] = b"1"             # at 3 << 20 it is one more
         path.write_bytes(content)
-        prints.add(documents_module.ends_fingerprint([path]))
+        prints.add(reader.ends_fingerprint([path]))
     (tmp_path / "b").write_bytes(b"b")
-    prints |= {documents_module.ends_fingerprint([tmp_path / name for name in names])
+    prints |= {reader.ends_fingerprint([tmp_path / name for name in names])
                for names in ("ab", "ba")}
     assert len(prints) == 8
 
@@ -416,16 +216,15 @@ def test_a_corpus_of_another_size_or_shape_is_refused_unembedded(tmp_path, text,
     model, tokenizer = write_model(tmp_path / "m", ["a", "b"])
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(InputError, match=says):
-        corpus_module.build_store(tmp_path / "s", [tmp_path / "a.txt"], tokenizer, None, clusters,
+        corpus.build_store(tmp_path / "s", [tmp_path / "a.txt"], tokenizer, None, clusters,
                                   0, model=model, followed=3)
     assert not list((tmp_path / "s").iterdir())
 
 
 def test_embeddings_that_are_not_finite_stop_the_build(planted, tmp_path):
     """A model that gives NaN is not clustered in silence."""
-    nan = torch.full((1, 2), float("nan"))
-    with pytest.raises(InputError, match="not finite"):
-        build(planted, tmp_path, embed=lambda ids, mask: nan.expand(len(ids), 2))
+    with pytest.raises(InputError, match="embeddings .*not finite.*: the model's weights"):
+        build(planted, tmp_path, embed=lambda ids, mask: torch.full((len(ids), 2), torch.nan))
 
 
 def test_an_interrupted_build_resumes(planted, tmp_path, monkeypatch):
@@ -433,8 +232,8 @@ def test_an_interrupted_build_resumes(planted, tmp_path, monkeypatch):
     assignments: what was done is not done again, and the store is byte for byte an unbroken one's,
     although a kill left half-written bytes behind. Documents longer than what is tokenized together
     are whole."""
-    monkeypatch.setattr(corpus_module, "CHUNK", 64)
-    monkeypatch.setattr(corpus_module, "SLICE", 7)
+    monkeypatch.setattr(corpus, "CHUNK", 64)
+    monkeypatch.setattr(corpus, "SLICE", 7)
     did, stop, embed = Counter(), ("", 0, None), by_topic(planted[0])
     read = documents
 
@@ -449,7 +248,7 @@ def test_an_interrupted_build_resumes(planted, tmp_path, monkeypatch):
     def progress(stage, done, total):
         if stage == stop[0] and done > stop[1]:
             raise stop[2]
-    monkeypatch.setattr(corpus_module, "documents", spy)
+    monkeypatch.setattr(corpus, "documents", spy)
     whole = build(planted, tmp_path, "whole", embed=counted)
     assert dict(did) == {"a.jsonl": 1, "b.jsonl": 1, "embedded": 720 + 800}
     did.clear()
@@ -475,7 +274,7 @@ def test_ranks_make_one_store(planted, tmp_path, monkeypatch):
     """Three ranks share the embedding, each sentence once, and the store is byte for byte one
     rank's, though an embedding's last bits depend on what is in its batch; so it is with more ranks
     than chunks. Ranks with other options are refused."""
-    monkeypatch.setattr(corpus_module, "CHUNK", 64)
+    monkeypatch.setattr(corpus, "CHUNK", 64)
     embedded = Counter()
 
     def work(ranks, cache="together"):
@@ -488,7 +287,7 @@ def test_ranks_make_one_store(planted, tmp_path, monkeypatch):
     stores = on_ranks(monkeypatch, 3, work)
     assert contents(alone.folder) == contents(stores[2].folder)
     assert sum(embedded.values()) == 18 * 40 + 800 and min(embedded.values()) > 400
-    monkeypatch.setattr(corpus_module, "CHUNK", 500)
+    monkeypatch.setattr(corpus, "CHUNK", 500)
     few = [work(common.SOLO, "few"), *on_ranks(monkeypatch, 3, lambda ranks: work(ranks, "fewer"))]
     assert contents(few[0].folder) == contents(few[3].folder)
     found = on_ranks(monkeypatch, 2, lambda ranks: build(planted, tmp_path, seed=5 + ranks.rank,

@@ -1,0 +1,180 @@
+"""Tests of sentences.py and documents.py: how text is split, what parts a corpus's documents."""
+
+import gzip
+import lzma
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import documents as reader
+from common import InputError
+from conftest import SUPMER_DATA, needs_data, tar_of
+from documents import documents
+from sentences import split_sentences
+
+
+# -------------------------------------------------------------------------------------- sentences
+
+# English; other kinds, by issue; the last eleven lines are of public reports of other splitters.
+SENTENCES = """It rained. | We left. | It rained! | We left? | Yes. | What?! | No! | Really?? | One.
+Mr. Fox met Dr. Hall and Mrs. Dean. | They sat. | St. Paul came. | He spoke.
+Messrs. Smith and Co. were there.
+He read Tolkien, i.e. J. R. R. Tolkien, with joy. | Then he slept. | See e.g. Plato. | He knew.
+J. Smith left. | R. Jones stayed. | The U.S. Army won. | It was 1945.
+He lives in the U.S. | He likes it. | Pi is 3.14 or so. | It cost $5.50. | Ten came.
+At 5 p.m. Tom left. | At 6 p.m. | He was back. | On Jan. 5 he came. | On Feb. 7 he left.
+Apples, pears, etc. were sold. | Apples, pears, etc. | The end.
+Ford Inc. sued Jones Ltd. over it. | They won. | See No. 5 and vol. 3, p. 12. | Read on.
+I said no. | He left. | "Why?" he said. | "Go." | "Why? | Because," he said.
+"It rained." | We left. | "It rained," he said. | "Yes." | 'Go,' said I. | 'Now!' | He went.
+“It rained.” | “So?” | “We left.” | (It rained.) | We left. | It rained (a lot). | We left.
+He said [sic.]. | We left. | It rained (U.S. time). | We left.
+Well... maybe not. | Well... | We left. | Well… | We left. | He was . . . not here.
+He left. . . . | She stayed.
+eBay fell. iPhones rose. | 1. The first point. | 2. The second.
+In 1842. | In 1843 too. | Vitamin C. | The study ended. | It was I. | He knew.
+Stop. | — He ran. | It rained. | 5 left. | Der Weg ist weit. | Über uns nichts.
+Smith et al. proved it. | We use it. | He met Gen. Grant vs. Lee. | They fought.
+Plain v. Fancy was the case. | Version 2.0.1 is out. | Get it at a.b.com.
+no stop at all
+it rained. and then we left.
+هل ذهب؟ | ذهب الولد. | نام.
+The end.[1] | The next.[2][3] | It ended.² | A last one.[note 4] | Yes.
+*Bold.* | Another. | It rained. | *Then* he left. | **Note.** | Use `ls.` | Then stop.
+¿Qué pasa? | ¡Nada! | —Claro. | 1. Open the lid. | 2. Pour the water. | 3. Is it hot? | 4. Wait.
+Parker et al. | Later work agreed. | Smith et al. (2004) did not.
+Am 3. Mai kam er. | Er blieb bis 2014. | Dann ging er.
+the cat sat . | the dog ran . | is dr . fox here ? | yes !
+他走了。。。 | 她来了！ | 真的？ | 「行く。」と言った。 | 彼は来た。
+वह गया। | वह आई।
+Yan et al. [2004] analysed SSH variations. | It was warm.
+The booklet by D. Seyfort Ruegg and the matter of A. MacDonald's tomes. | Both are on file.
+Trying to get back to Com. & Adm. through the most direct path. | He has Ph.D.-level training.
+She is an M.D.: an oncologist. | Please assist me.
+Мама мыла раму… | Папа мыл кларнет!.. | Он ушёл.
+Gregorics Pálnak viszonya van vele. | »No lám, a vén kecske.« | Apró szcénákat tudtak.
+»Wie froh bin ich.« | Das hatte er am 1. Februar 1916 geschrieben. | „Mein 1. Hauptfach.“ | Gut.
+29 Nov 2021 . | 30 Nov 2021 . | 29 Nov 2021 . | B follows A. | Then comes C.
+“Harry Potter . . . what an honor.” | He hurried out.
+« Vraiment ? » dit-il. | Oui ! | Let's go.Then return.""".split("\n")
+
+
+@pytest.mark.parametrize("text", SENTENCES)
+def test_sentences_are_split_where_a_reader_would(text):
+    """Every row is cut exactly at its bars: abbreviations, initials, quotes, brackets, ellipses;
+    other scripts, notes, emphasis, lists, dates."""
+    assert split_sentences(text.replace(" | ", " ")) == text.split(" | ")
+
+
+def test_splitting_loses_no_text():
+    """The sentences of 500 random texts, joined by spaces, are the text with its white space
+    normalized; none is empty."""
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        text = "".join(rng.choice([*"aB. ?!\"'()…1\n\t“”", "Mr", "no", "\u3000é"], 60))
+        sentences = split_sentences(text)
+        assert " ".join(sentences) == " ".join(text.split())
+        assert all(s == s.strip() != "" for s in sentences)
+
+
+@needs_data
+def test_sentences_of_novels_look_like_sentences():
+    """Of a million characters of real novels: 97 % of the sentences end in a stop, 3 to 60 words
+    hold 93 %."""
+    found, counts = [], Counter()
+    for document in documents(Path(SUPMER_DATA) / "text" / "english_novels_100.jsonl.gz", counts):
+        found += [s for paragraph in document for s in split_sentences(paragraph)]
+        if counts["bytes"] > 1_000_000:
+            break
+    assert np.mean([s.rstrip("\"'”’)]")[-1:] in ".!?…:" for s in found]) > 0.97
+    assert np.mean([3 <= len(s.split()) <= 60 for s in found]) > 0.93
+
+
+# -------------------------------------------------------------------------------------- documents
+
+OPENWEBTEXT = tar_of({"x.xz": lzma.compress(tar_of({"1.txt": b"Six.\n\nSeven.", "2.txt": b"8."})),
+                      "y.xz": lzma.compress(tar_of({"3.txt": "Nïne.".encode()}))})
+LATIN = b"\xef\xbb\xbfcaf\xe9\n\nok \xef\xbf\xbd\n\n\xff\xfe\n\na\0\0"
+
+
+@pytest.mark.parametrize("name, content, how, expected, mended", [
+    ("a.txt", "\n\nIt rained.\nWe left.\n\n \nThe sun rose.\n\n", {},
+     "It rained.|We left.||The sun rose.", 0),
+    ("a.txt", "the cat sat\nthe dog ran\n\nit rained", {}, "the cat sat|the dog ran||it rained", 0),
+    ("a.txt", "It sat.\nIt ran.\nhow it ran\n", {}, "It sat.|It ran.|how it ran", 0),
+    ("a.txt", "The cat sat\nthere. It\nran.\n\nNo.\n", {}, "The cat sat there. It ran.||No.", 0),
+    ("a.txt", "One. Two.\n\nThree.", {"shape": "lines"}, "One. Two.||Three.", 0),
+    ("a.txt.gz", gzip.compress(b"One.\n\nTwo."), {"shape": "files"}, "One.|Two.", 0),
+    ("a.md", "# A\n\nOne two\nthree. Four.\n", {}, "# A|One two three. Four.", 0),
+    ("a.jsonl", '\n{"text": "One.\\nTwo."}\n\n{"paragraphs": ["3.", "4."], "id": 7}', {},
+     "One.|Two.||3.|4.", 0),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "Five."}'), {"shape": "lines"}, "Five.", 0),
+    ("a.json", '{"content": "One."}\n{"content": null}', {"field": "content"}, "One.", 0),
+    ("a.json", '{"text": null, "paragraphs": ["One."]}', {}, "One.", 0),
+    ("a.tar", OPENWEBTEXT, {}, "Six.|Seven.||8.||Nïne.", 0),
+    ("a.tar.xz", lzma.compress(tar_of({"a.txt": b"One.\n\nTwo.", "LICENSE": b"x"})), {},
+     "One.|Two.", 0),
+    ("a.txt", LATIN, {}, "caf\ufffd||ok \ufffd||\ufffd\ufffd||a\ufffd\ufffd", 3),
+    ("a.jsonl", '{"text": "\\ud800 half"}', {}, "? half", 0)])
+def test_documents_of_each_kind_literally(tmp_path, name, content, how, expected, mended):
+    """What parts documents and paragraphs: a sentence a line, wrapped lines, a document a line or
+    file, either field or another, null texts, tars. Bytes that are not UTF-8 and a torn disk's
+    zeros become U+FFFD, and their lines are counted; U+FFFD itself is not."""
+    content, counts = content if isinstance(content, bytes) else content.encode(), Counter()
+    (tmp_path / name).write_bytes(content)
+    found = "||".join("|".join(x) for x in documents(tmp_path / name, counts, **how))
+    assert (found, counts["broken UTF-8"]) == (expected, mended)
+
+
+def test_a_folder_gives_its_corpus_files_in_order(tmp_path):
+    """What is about them is left out, and printed; alone it is text."""
+    for name in ("b.txt", "a.json.gz", "c/d.tar", "README.md", "settings.json", "notes.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    files = reader.corpus_files([tmp_path])
+    assert [str(path.relative_to(tmp_path)) for path in files] == ["a.json.gz", "b.txt", "c/d.tar"]
+    assert reader.unread_files([tmp_path], files) == ["README.md", "notes.csv", "settings.json"]
+    assert reader.corpus_files([tmp_path / "README.md"]) == [tmp_path / "README.md"]
+    for wrong in ("notes.csv", "nowhere"):
+        with pytest.raises(InputError, match=f"{wrong}: no text found"):
+            reader.corpus_files([tmp_path / wrong])
+
+
+def test_no_document_is_held_beyond_a_limit(tmp_path, monkeypatch):
+    """A text that never ends comes in parts, which are counted and lose nothing; so does a line;
+    a JSON line is refused."""
+    monkeypatch.setattr(reader, "LONGEST", 8)
+    (tmp_path / "a.txt").write_text("1234\n5678\n90\n\nabcdefghijkl\n\nok")
+    (tmp_path / "b.tar").write_bytes(tar_of({"b.txt": b"0123456789abcdefgh"}))
+    (tmp_path / "c.jsonl").write_text('{"text": ""}')
+    counts = Counter()
+    found = [text for name in ("a.txt", "b.tar") for text in documents(tmp_path / name, counts)]
+    assert found == [["1234", "5678"], *([x] for x in (
+        "90", "abcdefgh", "ijkl", "ok", "01234567", "89abcdef", "gh"))]
+    assert counts["long documents parted"] == 1 + 1 + 2 and counts["bytes"] == 42
+    with pytest.raises(InputError, match="c.jsonl, line 1 is not a document .8 bytes or more"):
+        list(documents(tmp_path / "c.jsonl"))
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("a.jsonl", b'{"text": "ok"}\n{"text": ', "a.jsonl, line 2 is not a document"),
+    ("a.json", b'{"body": "ok"}', "(no paragraphs or text; choose --field of body)"),
+    ("a.jsonl", b'{"paragraphs": 1}', "line 1 is not a document (paragraphs or text must be"),
+    ("a.jsonl", b'{"paragraphs": ["ok"]}\n{"paragraphs": [1]}', "line 2 is not a document"),
+    ("a.txt", "not UTF-8".encode("utf-16"), "a.txt is not readable text (UTF-16"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "ok"}' * 99)[:-9], "a.jsonl.gz is not readable text"),
+    ("a.tar", b"not a tar", "a.tar is not readable text"),
+    ("a.tar", tar_of({"b.jsonl": b'{"text": "ok"}'}), "no .txt inside"),
+    ("a.tar", tar_of({"b.xz": lzma.compress(b"x" * 999)[:-9]}), "a.tar, b.xz is not a tar of text"),
+    ("a.tar", tar_of({"b.txt": b"a" * 9999})[:6000], "a.tar is not readable text"),
+])
+def test_bad_corpus_files_are_refused_with_file_and_reason(tmp_path, name, content, says):
+    """Each is an InputError of one line that names the file, and the line where there is one; a
+    truncated archive is never a shorter corpus."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(says)) as error:
+        list(documents(tmp_path / name))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
