@@ -88,8 +88,8 @@ def open_store(folder, made_of=None):
                              "delete it")
         columns = {name: column(folder, name) for name in COLUMNS if name in Store._fields}
         columns |= {name: np.load(folder / f"{name}.npy") for name in ("centroids", "bounds")}
-        rows, n = len(columns["bounds"]), len(columns["anchor"])
-        columns["cluster"] = columns["cluster"].reshape(n, rows).T
+        rows = len(columns["bounds"])
+        columns["cluster"] = columns["cluster"].reshape(-1, rows).T
         columns["order"] = columns["order"].reshape(rows, -1)
         for name in ("cluster", "order", "centroids", "bounds"):    # one clustering serves all
             every = len(FORMATS), *columns[name].shape[1:]
@@ -142,13 +142,16 @@ def build_from(cache, files, read, options, tokenizer, t5, model, embed, progres
     or None) is called now and then. All ranks must see cache: the first one writes, all embed.
     Memory: SAMPLE * K embeddings, and 30 bytes a sentence. Raises InputError for too little text.
     """
-    made_of = {"corpus": ends_fingerprint(files), "model": model_fingerprint(model),
-               "tokenizer": text_sha256(tokenizer.to_str()).hexdigest(), "options": options,
+    made_of = {"corpus": ends_fingerprint(files),
+               "model": model_fingerprint(model),
+               "tokenizer": text_sha256(tokenizer.to_str()).hexdigest(),
+               "options": options,
                "rules": RULES}
     name = text_sha256(json.dumps(made_of)).hexdigest()[:16]
     if len(set(ranks.gather(name))) > 1:
         raise InputError("the ranks have different corpora, models or options: give all the same")
-    folder, writes = Path(cache, name), ranks.rank == 0
+    writes = ranks.rank == 0
+    folder = Path(cache, name)
     folder.mkdir(parents=True, exist_ok=True)
     waiting = partial(progress, "waiting for the process that makes the same store", 0, None)
     with one_process(folder, waiting) if writes else nullcontext():
@@ -209,7 +212,8 @@ def write_text(folder, files, read, tokenizer, progress):
     After each file, read.json has the number of files, the columns' sizes and the counts: an
     interrupted build resumes there.
     """
-    notes, paths = folder / "read.json", {name: folder / f"{name}.bin" for name in TEXT}
+    notes = folder / "read.json"
+    paths = {name: folder / f"{name}.bin" for name in TEXT}
     done, sizes, counts = read_json(notes) if notes.exists() else (0, {}, {})
     counts = Counter(counts)
     for name, path in paths.items():
@@ -272,11 +276,14 @@ def _choose(folder, options, progress, wanted):
     """Write held_out and anchor: of equal sentences the first is an anchor. Raises InputError,
     before anything is embedded, for too little text, and for less than `wanted` anchors of a split
     that another sentence follows: a corpus of the wrong shape."""
-    keys, first, shares = (column(folder, name) for name in ("keys", "first", "shares"))
+    keys = column(folder, "keys")
+    first = column(folder, "first")
+    shares = column(folder, "shares")
     held_out = np.repeat(hold_out(shares), np.diff(first, append=len(keys)))
     anchor = np.zeros(len(keys), dtype=bool)
     anchor[np.unique(keys, return_index=True)[1]] = True
-    different, shape = int((anchor & ~held_out).sum()), options.get("documents", "rows")
+    different = int((anchor & ~held_out).sum())
+    shape = options.get("documents", "rows")
     found = (f"{len(first):,} document(s) by {shape}, of {len(keys) / max(1, len(first)):.1f} "
              "sentences on average")
     others = f", another one of --documents {', '.join(SHAPES)}" if shape in SHAPES else ""
@@ -312,7 +319,8 @@ def embed_rows(tokens, offsets, embed, budget, rows):
     """Sentences `rows` -> (len(rows), d). They are embedded sorted by length, in padded batches of
     at most `budget` tokens, or one sentence."""
     lengths = offsets[rows + 1] - offsets[rows]
-    order, begin, states = np.argsort(lengths, kind="stable"), 0, []
+    order = np.argsort(lengths, kind="stable")
+    begin, states = 0, []
     while begin < len(rows):        # lengths rise: the last sentence of a batch sets its width
         widths = lengths[order[begin:begin + budget]]
         fitting = np.searchsorted(widths * np.arange(1, len(widths) + 1), budget, "right")
@@ -324,29 +332,34 @@ def embed_rows(tokens, offsets, embed, budget, rows):
 
 def embed_chunks(folder, embed, budget, progress, ranks, stage, rows, finish):
     """Yield finish(embeddings) of each CHUNK of rows, in order. The ranks share the chunks."""
-    tokens, offsets, done = column(folder, "tokens"), column(folder, "offsets"), 0
+    tokens = column(folder, "tokens")
+    offsets = column(folder, "offsets")
+    done = 0
 
     def counted(ids, mask):
         nonlocal done
         done += len(ids) * ranks.world
         progress(stage, min(done, len(rows)), len(rows))
         return embed(ids, mask)
+
+    def work(chunk):
+        return finish(embed_rows(tokens, offsets, counted, budget, np.array(chunk)))
     progress(stage, 0, len(rows))
     chunks = [rows[begin:begin + CHUNK] for begin in range(0, len(rows), CHUNK)]
     for begin in range(0, len(chunks), ranks.world):
-        yield from ranks.map(
-            lambda chunk: finish(embed_rows(tokens, offsets, counted, budget, np.array(chunk))),
-            chunks[begin:begin + ranks.world])
+        yield from ranks.map(work, chunks[begin:begin + ranks.world])
 
 
 def _cluster(folder, options, t5, embed, progress, ranks):
     """Write centroids.npy (clusterings, K, d) and append to cluster (n, clusterings)."""
-    held_out, anchor = column(folder, "held_out"), column(folder, "anchor")
+    held_out = column(folder, "held_out")
+    anchor = column(folder, "anchor")
     device = t5.weights["shared.weight"].device if t5 else torch.device("cpu")
     chunks = partial(embed_chunks, folder, embed or partial(embed_sentences, t5),
                      BATCH_TOKENS[device.type], progress, ranks)
     path, K, seed = folder / "centroids.npy", options["clusters"], options["seed"]
-    seeds = range(seed, seed + (len(FORMATS) if options.get("one_per_format") else 1))
+    clusterings = len(FORMATS) if options.get("one_per_format") else 1
+    seeds = range(seed, seed + clusterings)
     if not ranks.gather(path.exists())[0]:
         training = np.flatnonzero(anchor & ~held_out)
         size = min(len(training), SAMPLE * K)
@@ -354,13 +367,17 @@ def _cluster(folder, options, t5, embed, progress, ranks):
         points = torch.cat(list(chunks("embedding a sample", sample, torch.Tensor.cpu)))
         if ranks.rank == 0:
             progress("K-means", 0, len(points))
-            with reading("the sentences' embeddings", "ready to cluster", remedy="the model's "
-                         "weights are damaged, or too large for --dtype"):
+            try:
                 fitted = [kmeans(points.to(device), K, s).centroids.float().cpu() for s in seeds]
+            except ValueError as error:
+                raise InputError(f"the sentences' embeddings make no clusters, {error}: the "
+                                 "model's weights are damaged, or too large for --dtype") from None
             with whole_file(path) as file:
                 np.save(file, torch.stack(fitted).numpy())
         ranks.gather(None)
-    n, row, centroids = len(anchor), 4 * len(seeds), np.load(path)      # bytes in a row
+    n = len(anchor)
+    row = 4 * clusterings               # bytes
+    centroids = np.load(path)
     with open(folder / "cluster.bin", "ab") as file:                    # only rank 0 writes
         done = ranks.gather(min(file.tell() // row // CHUNK * CHUNK, n))[0]
         if ranks.rank == 0:
@@ -380,8 +397,10 @@ def _assign(centroids, H):
 
 def _finish(folder, made_of, options, progress):
     """Write order and bounds for each clustering, and meta.json."""
-    first, held_out, anchor, cluster = (column(folder, name) for name in (
-        "first", "held_out", "anchor", "cluster"))
+    first = column(folder, "first")
+    held_out = column(folder, "held_out")
+    anchor = column(folder, "anchor")
+    cluster = column(folder, "cluster")
     progress("grouping", 0, None)
     grouped = [group_anchors(row, held_out, anchor, first, options["clusters"])
                for row in cluster.reshape(len(anchor), -1).T]

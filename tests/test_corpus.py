@@ -223,7 +223,7 @@ def test_a_corpus_of_another_size_or_shape_is_refused_unembedded(tmp_path, text,
 
 def test_embeddings_that_are_not_finite_stop_the_build(planted, tmp_path):
     """A model that gives NaN is not clustered in silence."""
-    with pytest.raises(InputError, match="embeddings .*not finite.*: the model's weights"):
+    with pytest.raises(InputError, match="embeddings .*inertia is nan.* the model's weights"):
         build(planted, tmp_path, embed=lambda ids, mask: torch.full((len(ids), 2), torch.nan))
 
 
