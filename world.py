@@ -1,7 +1,7 @@
 """The planted world: a language made by hand, in which a newcomer sees what meta-learning does.
 
-    python world.py                                                 # one seed, a table: 2 minutes
-    python world.py --seeds 0 1 2 3 4 --plot figures/world.png      # the table of docs/results.md
+    python world.py                                                 # one seed, a table: 4 minutes
+    python world.py --seeds 0 1 2 3 4 --plot figures/world.png      # a mean over five, resumable
 
 PLANTED: it was built so that SUPMER can show what it is for, and says nothing about text. It is to
 prompt tuning what sinusoids are to MAML: small, and every right answer is known.
