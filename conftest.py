@@ -449,7 +449,7 @@ def outcome_of(run):
     """All that a run leaves, to the bit: the state, the prompt, what is said of it, the log."""
     path = run / "prompt.safetensors"
     state = torch.load(run / "state.pt", weights_only=True)
-    return (exact(state), exact(load_file(path)), prompts.prompt_metadata(path),
+    return (exact(state), exact(load_file(path)), prompts.load_prompt(path)[2],
             log_without_times(run))
 
 

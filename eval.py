@@ -34,7 +34,7 @@ from common import (GIB, InputError, TINY, fingerprint, from_settings, knob, one
                     run_script, settings_parser, text_sha256, whole_file)
 from data import load_tokenizer
 from download import RELEASED, released_folder
-from hub import fetch_list, model_folder, tokenizer_file
+from hub import fetch_list, last_name, model_folder, tokenizer_file
 from jobs import TUNED, find_devices, make_job, read_result, workers
 from predict import predict
 from prompts import load_prompt
@@ -53,7 +53,7 @@ class Settings(OwnTable):
     """The options of an evaluation, with the paper's values."""
     model: str = knob("tiny", "tiny, flan-t5-xl, ..., a hub id, or a T5's folder", first=True)
     task: tuple = knob(("movie",), "names, or groups: all (Table 1), dg (Table 2)", first=True)
-    prompt: tuple = knob(("newest", "random"), "a run; a prompt of ours, PEFT's or the authors'; "
+    prompt: tuple = knob(("newest", "random"), "a run; a prompt, tuned, PEFT's or the authors'; "
                          f"newest (last finished run), {', '.join(NAMES)}", first=True)
     study: str = knob("", "of the paper, see studies.py", first=True, choices=tuple(STUDIES))
     data: tuple = knob((os.environ.get("SUPMER_DATA") or "data",), "folder of the tasks' files; or "
@@ -445,8 +445,8 @@ def open_candidate(name, config, settings):
     ours = about.get("model_sha256") == model_fingerprint(model_folder(settings.model))
     if about["regularizer"] == "released":
         ours = RELEASED.get((config.d_model, config.d_ff)) == about["model"]
-    elif about["regularizer"] == "none" and "model_sha256" not in about:
-        ours = True                             # PEFT's says nothing that could be checked
+    elif about["regularizer"] == "none" and "model_sha256" not in about:    # PEFT's
+        ours = about["model"] == "" or last_name(about["model"]) == last_name(settings.model)
     if not ours:
         raise InputError(f"{path} was learned on another {about.get('model')} than "
                          f"{settings.model} is now: take a prompt of this model")

@@ -6,7 +6,7 @@ The hub's client keeps its own cache ($HF_HOME), resumes, and under HF_HUB_OFFLI
 import os
 from collections import namedtuple
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from huggingface_hub import hf_hub_download, logging, snapshot_download
 from huggingface_hub.errors import DryRunError, EntryNotFoundError, HFValidationError, HTTPError
@@ -63,6 +63,11 @@ def hub_source(name):
         raise InputError(f"no model {name!r}: give tiny, {', '.join(MODELS)}, OWNER/NAME[@REVISION]"
                          " of the hub, or a folder")
     return source
+
+
+def last_name(model):
+    """What a model is called, wherever it is. google-t5/t5-base@main, x/t5-base/ -> t5-base"""
+    return PurePath(MODELS.get(model, model).partition("@")[0]).name
 
 
 @contextmanager

@@ -57,16 +57,15 @@ def save_prompt(path, theta, phi, metadata):
     all. metadata["regularizer"] names phi's form; "affine" unless given."""
     tensors = {"theta": theta, **{f"phi.{name}": x for name, x in (phi or {}).items()}}
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    payload = save(tensors, {"regularizer": "affine" if phi else "none", **metadata})
     with whole_file(path) as file:
-        file.write(payload)
+        file.write(save(tensors, {"regularizer": "affine" if phi else "none", **metadata}))
 
 
-def load_prompt(path, d):
-    """Read a prompt for a T5 of width d -> theta (P, d), phi or None, metadata {str: str}.
+def load_prompt(path, d=None):
+    """Read a prompt, of a T5 of width d if given -> theta (P, d), phi or None, metadata {str: str}.
 
-    path: save_prompt's file or its run's folder; a folder of Hugging Face PEFT's; or a folder with
-    the authors' released files. metadata["regularizer"]: one of REGULARIZERS.
+    path: save_prompt's file or its run's folder; a file that eval.py tuned; a folder of Hugging
+    Face PEFT's; or a folder with the authors' files. metadata["regularizer"]: one of REGULARIZERS.
     Raises InputError for anything else, another width or form, values that are not finite.
     """
     path = Path(path)
@@ -78,26 +77,25 @@ def load_prompt(path, d):
             tensors, metadata = _read_released(path, d)
         else:
             tensors, metadata = _read_ours(path)
-        _check(tensors, metadata["regularizer"], d)
+        _check(tensors, metadata, d or tensors["theta"].shape[1])
         tensors = {name: x.detach().float().contiguous() for name, x in tensors.items()}
     theta = tensors.pop("theta")
     return theta, {name.removeprefix("phi."): x for name, x in tensors.items()} or None, metadata
 
 
-def prompt_metadata(path):
-    """save_prompt's metadata of a file, {str: str}. Raises InputError if it is not a prompt's."""
-    return _read_safetensors(path)[1]
-
-
-def _check(tensors, form, d):
-    """Raise ValueError unless the tensors are theta (P, d) and phi of this form, and finite."""
-    length = len(tensors["theta"])
+def _check(tensors, metadata, d):
+    """Raise ValueError unless the tensors are theta (P, d) and phi of the form that the metadata
+    names, and finite."""
+    length, form = len(tensors["theta"]), metadata["regularizer"]
     if not 0 < length <= LONGEST:
         raise ValueError(f"it has {length:,} vectors")
-    wanted = {f"phi.{name}": x.shape for name, x in REGULARIZERS[form].init(length, d).items()}
-    wanted["theta"] = (length, d)
+    if form not in REGULARIZERS or not "".join(metadata.values()).isprintable():
+        raise ValueError(f"its regularizer is {form!r}, not one of {', '.join(REGULARIZERS)}, or "
+                         "it has line breaks in its metadata")
+    wanted = {f"phi.{name}": x for name, x in REGULARIZERS[form].init(length, d).items()}
+    shapes = {name: tuple(x.shape) for name, x in wanted.items()} | {"theta": (length, d)}
     found = {name: tuple(x.shape) for name, x in tensors.items()}
-    if found != {name: tuple(shape) for name, shape in wanted.items()}:
+    if found != shapes:
         raise ValueError(f"it holds {found}")
     if not all(x.is_floating_point() and x.float().isfinite().all() for x in tensors.values()):
         raise ValueError("it has values that are not finite")
@@ -106,34 +104,35 @@ def _check(tensors, form, d):
 def _read_safetensors(path):
     """A file's tensors and metadata."""
     with reading(path, "a prompt's safetensors"), safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if not "".join([*metadata, *metadata.values()]).isprintable():
-            raise ValueError("line breaks in its metadata")
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def _read_ours(path):
-    """save_prompt's tensors and metadata."""
+    """save_prompt's tensors and metadata, or of what eval.py tuned theta and where it belongs."""
     tensors, metadata = _read_safetensors(path / "prompt.safetensors" if path.is_dir() else path)
+    if "result" in metadata:
+        about = json.loads(metadata["result"])
+        method = "unified-ppt" if about["baseline"] == "unified" else "tuned"
+        metadata = {"model": about["model"], "model_sha256": about["model_sha256"],
+                    "method": method, "regularizer": "none"}
+        tensors = {"theta": tensors["theta"]}           # without other steps' states
     form = metadata["regularizer"] or "none"        # "": of an earlier version
-    if form not in REGULARIZERS:
-        raise ValueError(f"its regularizer is {form!r}, not one of {', '.join(REGULARIZERS)}")
     return tensors, metadata | {"regularizer": form}
 
 
 def _read_released(folder, d):
     """The authors' prompt_*.pt and gradient_edit_*.pt for a T5 of width d."""
-    names = [name for (width, _), name in RELEASED.items() if width == d]
-    if not names:
+    name = {width: name for (width, _), name in RELEASED.items()}.get(d)
+    if not name:
         raise ValueError("the authors released prompts of widths 768 and 2048")
     read = []
-    for file in (f"prompt_{names[0]}.pt", f"gradient_edit_{names[0]}.pt"):
+    for file in (f"prompt_{name}.pt", f"gradient_edit_{name}.pt"):
         with reading(folder / file, "a file of github.com/beepkh/SUPMER", AssertionError):
             read.append(torch.load(folder / file, map_location="cpu", weights_only=True))
     theta, phi = read
     unused = ("grad_mean", "grad_std", "grad_s", "k")       # buffers: psi never uses them
-    tensors = {f"phi.{name}": x for name, x in phi.items() if name not in unused}
-    return {"theta": theta, **tensors}, {"model": names[0], "regularizer": "released"}
+    tensors = {f"phi.{key}": x for key, x in phi.items() if key not in unused}
+    return {"theta": theta, **tensors}, {"model": name, "regularizer": "released"}
 
 
 # --------------------------------------------------------------------- Hugging Face PEFT
@@ -149,8 +148,8 @@ def _read_peft(folder):
     vectors = tensors.pop("prompt_embeddings")
     if tensors or len(vectors) not in (length, 2 * length):
         raise ValueError(f"it must hold {length} vectors as prompt_embeddings alone")
-    model = str(config.get("base_model_name_or_path"))
-    return {"theta": vectors[:length]}, {"model": model, "regularizer": "none"}
+    base = str(config.get("base_model_name_or_path") or "")
+    return {"theta": vectors[:length]}, {"model": base, "regularizer": "none"}
 
 
 def save_peft(folder, theta, config, model, revision=None):
@@ -163,23 +162,22 @@ def save_peft(folder, theta, config, model, revision=None):
               "num_transformer_submodules": 1,      # else PEFT expects the decoder's vectors, too
               "num_attention_heads": config.num_heads, "num_layers": config.num_layers,
               "prompt_tuning_init": "RANDOM"}
-    payload = save({"prompt_embeddings": theta.float().cpu().contiguous()}, {"format": "pt"})
     new = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(new, ignore_errors=True)              # what a kill left
     new.mkdir(parents=True)
-    (new / "adapter_model.safetensors").write_bytes(payload)
+    (new / "adapter_model.safetensors").write_bytes(save({"prompt_embeddings": theta}))
     (new / "adapter_config.json").write_text(json.dumps(values, indent=2))
     new.rename(folder)
 
 
 def export_peft(source, folder):
-    """Write the prompt of a run, or of a prompt's file, as a new folder for PEFT -> what to say."""
+    """Write the prompt of a run, or of a prompt's or tuned file, as a new folder for PEFT -> what
+    to say."""
     if folder.exists():
         raise InputError(f"{folder} exists: name another folder")
-    path = source / "prompt.safetensors" if source.is_dir() else source
-    name = prompt_metadata(path).get("model", "")
+    name = load_prompt(source)[2].get("model", "")
     config = model_shape(name)
-    theta, _, _ = load_prompt(path, config.d_model)
+    theta, _, _ = load_prompt(source, config.d_model)
     base = {"model": str(hub.model_folder(name))} if hub.is_local(name) else \
         dict(zip(("model", "revision"), hub.hub_source(name).values()))
     save_peft(folder, theta, config, **base)

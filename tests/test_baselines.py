@@ -285,7 +285,7 @@ def test_plain_pretraining_is_chosen_without_an_inner_step(small_world, monkeypa
             for _ in range(2):
                 run.step()
                 run.validate()
-        assert prompts.prompt_metadata(run.folder / "prompt.safetensors")["step"] == kept
+        assert prompts.load_prompt(run.folder)[2]["step"] == kept
 
 
 def test_only_prompts_follow_the_tables_scale():

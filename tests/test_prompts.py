@@ -1,17 +1,20 @@
 """Tests of prompts."""
 
+import contextlib
 import copy
 import json
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-import eval as evaluation
 import download as downloads
+import eval as evaluation
+import jobs
 import prompts
 import supmer
 import t5 as T
@@ -19,7 +22,7 @@ import train
 from eval import open_candidate
 from common import InputError
 from conftest import (SMALL, V11, Evil, affine_start, logits, peft, relative, released_files,
-                      save_model, small_config, small_t5, transformers, write_run)
+                      rows_of, save_model, small_config, small_t5, transformers, write_run)
 from t5 import load_t5
 
 
@@ -39,7 +42,7 @@ def test_ours_are_read_and_others_refused(tmp_path):
     theta, read, about = prompts.load_prompt(tmp_path, 8)
     assert torch.equal(theta, torch.ones(3, 8)) and read.keys() == phi.keys()
     assert all(torch.equal(read[name], phi[name]) for name in phi)
-    assert about == prompts.prompt_metadata(path) == {"model": "m", "regularizer": "affine"}
+    assert about == {"model": "m", "regularizer": "affine"}
     refused(path, 16, "not a prompt for a T5 of width 16 .it holds")
     ones = torch.ones(3, 8)
     for theta, form, says in ((ones, "affine", "it holds"), (ones, "other", "not one of"),
@@ -156,6 +159,30 @@ def test_export_for_peft_and_back(tmp_path, capsys):
         refused(out, V11.d_model, "must hold 5 vectors")
     (out / "adapter_config.json").write_text(json.dumps(values | {"peft_type": "LORA"}))
     refused(out, V11.d_model, "it is LORA for SEQ_2_SEQ_LM, not PROMPT_TUNING")
+
+
+def test_a_tuned_prompt_can_leave(place, capsys):
+    """A file that eval.py tuned is a --prompt of another task, with the tuned vectors and without
+    psi, and goes to PEFT and back; to the --model that PEFT names, and to no other."""
+    evaluation.main([*SMALL, "--prompt", "vocab", "--seeds", "10", "--rates", "0.1"])
+    tuned = rows_of("runs/eval/small-planted.json", kind="tuned")[0]["file"]
+    theta, config = jobs.read_result(tuned)[0]["theta"], small_config()
+    settings, _ = evaluation.parse([*SMALL, "--prompt", tuned])
+    prompt = open_candidate(tuned, config, settings)
+    assert torch.equal(prompt.starts[0](small_t5())["theta"], theta) and prompt.psi is None
+    train.main(["--export-peft", tuned, "adapter"])
+    assert f"adapter: {len(theta)} vectors" in capsys.readouterr().out
+    prompt = open_candidate("adapter", config, settings)
+    assert torch.equal(prompt.starts[0](small_t5())["theta"], theta)
+    for name, says in (("t5-base", "was learned on another t5-base than small"), (None, None),
+                       ("elsewhere/small/", None)):
+        values = json.loads(Path("adapter/adapter_config.json").read_text())
+        Path("adapter/adapter_config.json").write_text(
+            json.dumps(values | {"base_model_name_or_path": name}))
+        with pytest.raises(InputError, match=says) if says else contextlib.nullcontext():
+            open_candidate("adapter", config, settings)
+    evaluation.main([*SMALL, "--prompt", tuned, "--seeds", "20", "--out", "again.json"])
+    assert rows_of("again.json", kind="tuned", split="test")
 
 
 @pytest.mark.skipif(peft is None, reason="peft is not installed: pip install peft")
