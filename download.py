@@ -1,4 +1,6 @@
-"""What other servers than the hub have: plain files, members of archives, the authors' prompts."""
+"""Where a task's files are, and what other servers than the hub have: files, archives' members,
+the authors' prompts.
+"""
 
 import hashlib
 import tarfile
@@ -7,11 +9,60 @@ from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from urllib.request import urlopen
 
-from common import InputError, bar, reading, whole_file
+from common import TINY, InputError, bar, reading, whole_file
+from hub import fetch_file
+
+FETCHED = Path("cache/data")
+HUB = "the hub"                 # in place of a URL: the file's name is OWNER/NAME/FILE there
 
 RELEASED = {(768, 3072): "t5base", (2048, 5120): "flant5xl"}    # d_model, d_ff: the authors' name
 RELEASED_URL = ("https://raw.githubusercontent.com/beepkh/SUPMER/"
                 "adaddb3144183a823247fdba80102b0c9185e871/pretrain_prompt/")
+
+
+def locate(task, split, folder=TINY):
+    """The path of a task's "train" or "test" file: in the folder, in tiny/ or in cache/data, where
+    it is fetched. A file that is there is not opened, nor hashed: the test file stays sealed.
+    Raises InputError, with where to put what, if the file cannot be fetched."""
+    file, sha256 = getattr(task, split), task.sha256[split == "test"]
+    path, tried = find(file, folder), []
+    for url in task.urls if path is None else ():
+        if url.endswith((".tar", ".zip", file.rpartition("/")[2], HUB)):
+            try:
+                return fetch(url, file, sha256, folder)
+            except InputError as error:
+                tried.append(str(error))
+    if path is None:
+        raise InputError("; ".join([f"{file} is not in {folder}: put it there, or give --data "
+                                    "FOLDER that has it", *tried]))
+    return path
+
+
+def find(name, folder):
+    """The path of a file in the folder, in tiny/ or in cache/data; None if it is in none."""
+    places = (place / name for place in (Path(folder), TINY, FETCHED))
+    return next(filter(Path.is_file, places), None)
+
+
+def fetch(url, file, sha256, folder):
+    """Fetch a task's file from the hub, from a URL, or from the archive there -> its path in
+    cache/data."""
+    path, name = FETCHED / file, url.rpartition("/")[2]
+    if url == HUB:
+        repository, _, name = file.rpartition("/")
+        source = {"repo_id": repository, "repo_type": "dataset"}
+        content = fetch_file(name, source, "data").read_bytes()
+    elif name.endswith((".tar", ".zip")):
+        archive = find(name, folder) or download(url, FETCHED / name)
+        content = archive_member(archive, file)
+    else:
+        return download(url, path, sha256)
+    if not hashlib.sha256(content).hexdigest().startswith(sha256):
+        raise InputError(f"{file} of {archive} has another checksum: delete it, fetch it again")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as out:
+        out.write(content)
+    return path
 
 
 def download(url, path, sha256="", timeout=30):

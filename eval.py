@@ -33,7 +33,7 @@ from baselines import BASELINES, ft_memory, given_prompt, pose, tuning_gradient,
 from common import (GIB, InputError, TINY, fingerprint, from_settings, knob, one_process, rng,
                     run_script, settings_parser, text_sha256, whole_file)
 from data import load_tokenizer
-from download import RELEASED, released_folder
+from download import RELEASED, find, released_folder
 from hub import fetch_list, last_name, model_folder, tokenizer_file
 from jobs import TUNED, find_devices, make_job, read_result, workers
 from predict import predict
@@ -41,7 +41,7 @@ from prompts import load_prompt
 from studies import (PRETRAINED, STUDIES, figure, import_pyplot, newest_run, pretrained_run, show)
 from supmer import Method, REGULARIZERS, cosine, measure, score
 from t5 import load_t5, model_fingerprint
-from tasks import (GROUPS, LabeledTask, OwnTable, TASKS, count_cut, few_shot, find, find_task,
+from tasks import (GROUPS, LabeledTask, OwnTable, TASKS, count_cut, few_shot, find_task,
                    load_test, load_train, own_task, task_lines)
 
 NAMES = ("shipped", "released", *(name for name, one in BASELINES.items() if one.start),

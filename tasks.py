@@ -5,7 +5,6 @@
     examples = task_examples(tokenizer, TASKS["sst2"], train)
 """
 
-import hashlib
 import re
 import shlex
 import string
@@ -14,17 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-import common
-from common import SOLO, TINY, InputError, knob, text_sha256, whole_file
-from corpus import Document, build_from, hash_share
-from data import (MAX_TOKENS, Examples, Task, balanced, check_clusters, compile_template,
-                  decoder_targets, examples_as_text, fill_template, shuffled, template_fields,
-                  tokenize)
-from download import archive_member, download
-from hub import fetch_file
+from common import TINY, InputError, knob, text_sha256
+from data import (Examples, compile_template, decoder_targets, examples_as_text, fill_template,
+                  template_fields, tokenize)
+from download import HUB, find, locate
 from tables import header_line, read_table
 
 
@@ -73,7 +67,6 @@ LMBFF = "https://nlp.cs.princeton.edu/projects/lm-bff/datasets.tar"
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"      # its own SST-2 is another, of 67,349
 SUPERGLUE = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2/"
 PERL = "https://raw.githubusercontent.com/eyalbd2/PERL/"
-HUB = "the hub"                 # in place of a URL: the file's name is OWNER/NAME/FILE there
 ENTAILMENT = '" {hypothesis} " ? <X> , " {premise} "'
 SAME = "Do {a} and {b} have the same meaning? <X> ."
 
@@ -160,6 +153,28 @@ GROUPS = {group: tuple(name for name, task in TASKS.items() if group in task.gro
           for group in ("all", "dg", "offline", "evidence")}
 
 
+def on_hub(task):
+    """A task as it is written on the hub, where rows may be split in another way."""
+    repository, test, columns, labels = task.hub
+    return task._replace(train=f"{repository}/train.jsonl", test=f"{repository}/{test}.jsonl",
+                         columns=columns, labels=tuple(labels), incomplete="left", urls=(HUB,),
+                         sha256=("", ""), hub=())
+
+
+def find_task(task, folder):
+    """A task, or what it is on_hub(): the form whose training file is in the folder, or else the
+    first that can be fetched. Both files are of one form. Raises InputError if there is none."""
+    forms = [task, on_hub(task)] if task.hub else [task]
+    there, tried = [form for form in forms if find(form.train, folder)], []
+    for form in there or forms:
+        try:
+            locate(form, "train", folder)
+            return form
+        except InputError as error:
+            tried.append(str(error))
+    raise InputError("; ".join(tried))
+
+
 # --------------------------------------------------------------------------- reading rows
 
 def load_train(task, folder=TINY, say=lambda line: None):
@@ -191,6 +206,10 @@ def own_task(path, options, template, *, test=None, max_tokens=256, say=print):
     return LabeledTask(str(path), str(test), template, tuple(matched.values()), max_tokens,
                        labels=tuple(matched), columns=columns, incomplete="left",
                        header=options.header, encoding=options.encoding)
+
+
+# What two and five classes are called whose labels are mere numbers.
+SENTIMENT = {2: ("terrible", "great"), 5: ("terrible", "bad", "okay", "good", "great")}
 
 
 def match_words(path, counts, words):
@@ -341,155 +360,3 @@ def task_lines(tokenizer, task, rows):
             examples = task_examples(tokenizer, task, [Row(k, texts)])
             shown = " -> ".join(examples_as_text(tokenizer, examples, 0))
         yield f"  {counts[k]:,} rows of label {label}: {shown}"
-
-
-# ------------------------------------------------------------- labeled sets as meta tasks
-
-# What two and five classes are called whose labels are mere numbers.
-SENTIMENT = {2: ("terrible", "great"), 5: ("terrible", "bad", "okay", "good", "great")}
-
-
-def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, table=OwnTable(),
-                  embed=None, progress=lambda stage, done, total: None, ranks=SOLO):
-    """A labeled file -> Store, as build_store's; it is read, and labels become words, as in
-    own_task. A sentence of it is a whole text, cut at MAX_TOKENS, and a document; `label` is the
-    place of its word in meta["made_of"]["options"]["words"]."""
-    task = own_task(path, table, LabeledTask("", "").template)
-    rows = read_rows(path, task, say=print)
-    for line in task_lines(tokenizer, task, rows):
-        print(line)
-
-    def read(path, counts):
-        for label, fields in rows:
-            text, = fields.values()
-            counts["bytes"] += len(text.encode())
-            yield Document(hash_share([text]), [text], label)
-    how = [*task.labels, *task.columns, task.header, task.encoding]
-    options = {"words": list(task.words), "clusters": clusters, "seed": seed, "table": how}
-    return build_from(cache, [Path(path)], read, options, tokenizer, t5, model, embed, progress,
-                      ranks)
-
-
-class LabeledIndex:
-    """What drawing a meta task from labeled sets needs (Table 3: labeled data as meta tasks).
-    stores: {name: build_labeled's}. A cluster is usable if it has ceil(support / K) +
-    ceil(query / K) different texts of each label. InputError unless each set has a usable one in
-    training (mixing: two, see TaskIndex) and in held-out texts: see check_clusters."""
-
-    def __init__(self, stores, tokenizer, *, support=32, query=32, max_tokens=MAX_TOKENS,
-                 mixing=False):
-        self.stores, self.sizes, self.max_tokens = stores, (support, query), max_tokens
-        self.variants, self.words, self.rows, self.usable = tuple(stores), {}, {}, {}
-        self.parts = compile_template(tokenizer, LabeledTask("", "").template)
-        for name, store in stores.items():
-            words = store.meta["made_of"]["options"]["words"]
-            self.words[name] = decoder_targets(tokenizer, words)
-            K, need = len(words), sum(-(-size // len(words)) for size in self.sizes)
-            clusters, found = store.centroids.shape[1], {}
-            for split, inside in (("train", ~store.held_out), ("validation", store.held_out)):
-                rows = np.flatnonzero(inside & store.anchor)
-                group = store.cluster[0][rows] * K + store.label[rows]
-                counts = np.bincount(group, minlength=clusters * K)
-                self.rows[split, name] = np.split(rows[np.argsort(group, kind="stable")],
-                                                  np.cumsum(counts)[:-1])
-                enough = counts.reshape(clusters, K).min(1)
-                self.usable[split, name] = np.flatnonzero(enough >= need)
-                found[f"{name}: {split} texts of each label"] = (
-                    enough, 1 + (mixing and split == "train"))
-            check_clusters("--labeled-clusters", need, 1 + mixing, found)
-
-
-def labeled_task(index, seed, step, i, *, variant=None, split="train", stream="task", avoid=()):
-    """As meta_task, of a LabeledIndex: one cluster of one labeled set, which is the variant.
-    Labels are balanced in each set, no text is in both.
-    `A fine film. It was <extra_id_0> ?</s>` -> `great`"""
-    rng = common.rng(seed, step, i, stream)
-    drawn = index.variants[rng.integers(len(index.variants))]
-    variant = variant or drawn
-    store, words = index.stores[variant], index.words[variant]
-    usable = np.setdiff1d(index.usable[split, variant], avoid)
-    if not len(usable):
-        raise InputError(f"{variant}: one usable {split} cluster, mixing needs two: give more rows")
-    cluster, K = int(rng.choice(usable)), len(words)
-    texts = [shuffled(rng, rows)
-             for rows in index.rows[split, variant][cluster * K:(cluster + 1) * K]]
-    sets = []
-    for n in index.sizes:
-        labels = balanced(rng, K, n)
-        rows = [next(texts[label]) for label in labels]
-        ids = [fill_template(index.parts, {"text": store.sentence(r).tolist()}, index.max_tokens)[0]
-               for r in rows]
-        sets.append(Examples(ids, [[]] * n, torch.empty(n, 0, 0), torch.from_numpy(labels), words))
-    return Task(variant, (cluster,), *sets)
-
-
-# --------------------------------------------------------------------------- where they are
-
-FETCHED = Path("cache/data")
-
-
-def on_hub(task):
-    """A task as it is written on the hub, where rows may be split in another way."""
-    repository, test, columns, labels = task.hub
-    return task._replace(train=f"{repository}/train.jsonl", test=f"{repository}/{test}.jsonl",
-                         columns=columns, labels=tuple(labels), incomplete="left", urls=(HUB,),
-                         sha256=("", ""), hub=())
-
-
-def find_task(task, folder):
-    """A task, or what it is on_hub(): the form whose training file is in the folder, or else the
-    first that can be fetched. Both files are of one form. Raises InputError if there is none."""
-    forms = [task, on_hub(task)] if task.hub else [task]
-    there, tried = [form for form in forms if find(form.train, folder)], []
-    for form in there or forms:
-        try:
-            locate(form, "train", folder)
-            return form
-        except InputError as error:
-            tried.append(str(error))
-    raise InputError("; ".join(tried))
-
-
-def locate(task, split, folder=TINY):
-    """The path of a task's "train" or "test" file: in the folder, in tiny/ or in cache/data, where
-    it is fetched. A file that is there is not opened, nor hashed: the test file stays sealed.
-    Raises InputError, with where to put what, if the file cannot be fetched."""
-    file, sha256 = getattr(task, split), task.sha256[split == "test"]
-    path, tried = find(file, folder), []
-    for url in task.urls if path is None else ():
-        if url.endswith((".tar", ".zip", file.rpartition("/")[2], HUB)):
-            try:
-                return fetch(url, file, sha256, folder)
-            except InputError as error:
-                tried.append(str(error))
-    if path is None:
-        raise InputError("; ".join([f"{file} is not in {folder}: put it there, or give --data "
-                                    "FOLDER that has it", *tried]))
-    return path
-
-
-def find(name, folder):
-    """The path of a file in the folder, in tiny/ or in cache/data; None if it is in none."""
-    places = (place / name for place in (Path(folder), TINY, FETCHED))
-    return next(filter(Path.is_file, places), None)
-
-
-def fetch(url, file, sha256, folder):
-    """Fetch a task's file from the hub, from a URL, or from the archive there -> its path in
-    cache/data."""
-    path, name = FETCHED / file, url.rpartition("/")[2]
-    if url == HUB:
-        repository, _, name = file.rpartition("/")
-        source = {"repo_id": repository, "repo_type": "dataset"}
-        content = fetch_file(name, source, "data").read_bytes()
-    elif name.endswith((".tar", ".zip")):
-        archive = find(name, folder) or download(url, FETCHED / name)
-        content = archive_member(archive, file)
-    else:
-        return download(url, path, sha256)
-    if not hashlib.sha256(content).hexdigest().startswith(sha256):
-        raise InputError(f"{file} of {archive} has another checksum: delete it, fetch it again")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as out:
-        out.write(content)
-    return path

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import corpus
 import data
 import hub
+import labeled
 import tasks
 from baselines import (ABLATIONS, METHODS, PLAIN, UNIFIED, examples_per_step, mixes, name_of,
                        ppt_step)
@@ -290,15 +291,15 @@ def open_sources(training, method, model_folder, tokenizer, t5, ranks=SOLO):
     if training.labeled:
         stores = {}
         for path in sorted(Path(training.labeled).glob("*")):
-            if path.suffix in (".csv", ".tsv", ".jsonl"):
-                store = store_of(path.name, tasks.build_labeled, path, training.labeled_clusters,
+            if path.suffix.lower() in (".csv", ".tsv", ".jsonl", ".json"):
+                store = store_of(path.name, labeled.build_labeled, path, training.labeled_clusters,
                                  table=training)
                 stores[path.name] = store
                 made_of = store.meta["made_of"] | made_of
                 made_of[f"labeled {path.name}"] = store.folder.name
         if not stores:
             raise InputError(f"--labeled {training.labeled}: no folder with .csv, .tsv or .jsonl")
-        sources.append((tasks.labeled_task, tasks.LabeledIndex(stores, tokenizer, **sizes)))
+        sources.append((labeled.labeled_task, labeled.LabeledIndex(stores, tokenizer, **sizes)))
     return sources, made_of
 
 

@@ -53,7 +53,7 @@ def test_a_checksum_is_held_against_what_is_fetched(files):
         wrong = TASKS[name]._replace(sha256=("", "0" * 32))
         with pytest.raises(InputError, match="another checksum|1 of 1 bytes, sha256"):
             load_test(wrong, "none")
-        assert not (tasks.FETCHED / wrong.test).exists()
+        assert not (downloads.FETCHED / wrong.test).exists()
 
 
 def test_a_test_file_that_is_there_stays_sealed(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ import pytest
 import common
 import corpus
 import eval as evaluation
+import download
 import hub
 import tasks
 import train
@@ -57,7 +58,7 @@ def begin_export():
 
 def begin_download():
     hub.model_folder(ANY)
-    tasks.locate(tasks.TASKS["kitchen"], "test", "none")
+    download.locate(tasks.TASKS["kitchen"], "test", "none")
 
 
 COMMANDS = {    # what begins or resumes it; what must not differ from an unbroken one's

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import data
+import labeled
 import tasks
 from common import InputError
 from conftest import FORMATS, SUPMER_DATA, by_topic, needs_data, write_model, write_task
@@ -44,7 +45,8 @@ def test_templates_and_words_literally():
              for name, task in known.items()}
     sentiment = ("s It was X ?", "terrible great")
     assert shown == {
-        **dict.fromkeys(("sst2", "mr", "cr", *tasks.GROUPS["dg"], *tasks.GROUPS["offline"]), sentiment),
+        **dict.fromkeys(("sst2", "mr", "cr", *tasks.GROUPS["dg"], *tasks.GROUPS["offline"]),
+                        sentiment),
         "sst5": ("s It was X ?", "terrible bad okay good great"),
         "subj": ("s This is X .", "subjective objective"),
         "trec": ("s X :", "description entity expression human location number"),
@@ -279,7 +281,7 @@ def labeled_store(folder, rows, clusters=3):
     model, tokenizer = write_model(folder / "m", [*known, *tasks.SENTIMENT[5], "It", "was", "?"])
     with open(folder / "set.csv", "w", newline="") as file:
         csv.writer(file).writerows([("label", "text"), *rows])
-    return tasks.build_labeled(folder / "cache", folder / "set.csv", tokenizer, None, clusters, 0,
+    return labeled.build_labeled(folder / "cache", folder / "set.csv", tokenizer, None, clusters, 0,
                               model=model, embed=by_topic(tokenizer)), tokenizer
 
 
@@ -290,11 +292,11 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
     for i in range(900):
         label[f"T{i % 3} d{i}"] = ("good", "bad", "so-so")[i // 3 % 3]
     store, tokenizer = labeled_store(tmp_path, [(word, text) for text, word in label.items()])
-    index = tasks.LabeledIndex({"set": store}, tokenizer, support=7, query=3)
+    index = labeled.LabeledIndex({"set": store}, tokenizer, support=7, query=3)
     for step in range(20):
         split = ("train", "validation")[step % 2]
-        task = tasks.labeled_task(index, 0, step, 0, split=split)
-        partner = tasks.labeled_task(index, 0, step, 0, stream="partner", avoid=task.clusters)
+        task = labeled.labeled_task(index, 0, step, 0, split=split)
+        partner = labeled.labeled_task(index, 0, step, 0, stream="partner", avoid=task.clusters)
         assert task.variant == "set" and partner.clusters != task.clusters
         sources = []
         for examples, n in ((task.support, 7), (task.query, 3)):
@@ -304,17 +306,18 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
                 assert label[text] == target
                 sources.append(text)
             counts = Counter(target for _, target in shown)
-            assert set(counts) == {"good", "bad", "so-so"} and max(counts.values()) <= n // 3 + 1
+            assert set(counts) == {"good", "bad", "so-so"}
+            assert max(counts.values()) <= n // 3 + 1
         assert len(set(sources)) == 10 and len({text[:2] for text in sources}) == 1
-    again = tasks.labeled_task(tasks.LabeledIndex({"set": store}, tokenizer, support=7, query=3),
+    again = labeled.labeled_task(labeled.LabeledIndex({"set": store}, tokenizer, support=7, query=3),
                               0, 19, 0, split="validation")
     assert again.support.ids == task.support.ids and again.query.ids == task.query.ids
     says = "set: validation texts of each label: 1 .* must have 40, .* no --labeled-clusters fits"
     with pytest.raises(InputError, match=says):
-        tasks.LabeledIndex({"set": store}, tokenizer, support=60, query=60)
+        labeled.LabeledIndex({"set": store}, tokenizer, support=60, query=60)
     one = {"set": store._replace(cluster=np.zeros_like(store.cluster))}
-    tasks.LabeledIndex(one, tokenizer, support=7, query=3)
+    labeled.LabeledIndex(one, tokenizer, support=7, query=3)
     with pytest.raises(InputError, match="set: train texts .* 2 .* the largest have 280, 0: no"):
-        tasks.LabeledIndex(one, tokenizer, support=7, query=3, mixing=True)
+        labeled.LabeledIndex(one, tokenizer, support=7, query=3, mixing=True)
     with pytest.raises(InputError, match="set: one usable train cluster, mixing needs two"):
-        tasks.labeled_task(index, 0, 0, 0, stream="partner", variant="set", avoid=tuple(range(99)))
+        labeled.labeled_task(index, 0, 0, 0, stream="partner", variant="set", avoid=tuple(range(99)))
