@@ -1,15 +1,13 @@
 """The evidence that this repository does what it says; each test's docstring is its claim.
 
     pytest                       # needs nothing but requirements.txt
-    SUPMER_DATA=FOLDER pytest    # with transformers and scikit-learn installed: against them, too,
-                                 # and on real data
+    SUPMER_DATA=FOLDER pytest    # against transformers and scikit-learn, too, and on real data
 """
 
 import contextlib
 import copy
 import doctest
 import inspect
-import itertools
 import math
 import os
 import re
@@ -58,9 +56,8 @@ from tasks import TASKS, load_test
 
 # ------------------------------------------------------------------------ T5: against transformers
 
-KINDS = {"v1.0": dict(feed_forward_proj="relu", num_heads=4, d_kv=16),
-         "v1.1": dict(feed_forward_proj="gated-gelu", num_heads=4, d_kv=16),
-         "3 heads x 24 for d 64": dict(feed_forward_proj="gated-gelu", num_heads=3, d_kv=24)}
+KINDS = {"v1.0": ("relu", 4, 16), "v1.1": ("gated-gelu", 4, 16),
+         "3 heads x 24 for d 64": ("gated-gelu", 3, 24)}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -69,11 +66,12 @@ def pair(request, tmp_path_factory):
     if transformers is None:
         pytest.skip("transformers is not installed: pip install transformers")
     torch.manual_seed(0)
+    form, heads, d_kv = KINDS[request.param]
     config = transformers.T5Config(
         d_model=64, d_ff=96, num_layers=3, num_decoder_layers=2, vocab_size=120, dropout_rate=0.,
-        tie_word_embeddings=request.param == "v1.0", **KINDS[request.param])
+        tie_word_embeddings=form == "relu", feed_forward_proj=form, num_heads=heads, d_kv=d_kv)
     theirs = transformers.T5ForConditionalGeneration(config).eval()
-    if request.param != "v1.0":         # transformers 5 ties the head whatever the config says
+    if form != "relu":                  # transformers 5 ties the head whatever the config says
         theirs.lm_head.weight = torch.nn.Parameter(torch.randn(120, 64) * 0.3)
     with torch.no_grad():
         for parameter in theirs.parameters():   # at 0.1 the float32 of both is 1.6e-5 off
@@ -273,7 +271,7 @@ def test_buckets_equal_transformers():
     """Every distance from -600 to 600 has transformers' bucket, for four sizes of the table."""
     theirs = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket
     distance = torch.arange(-600, 601)
-    for sizes in itertools.product((True, False), (32, 8), (128, 256)):
+    for sizes in product((True, False), (32, 8), (128, 256)):
         assert torch.equal(T.relative_position_bucket(distance, *sizes), theirs(distance, *sizes))
 
 
@@ -864,13 +862,6 @@ def test_lengths_are_kept_and_zero_rows_have_finite_derivatives(world):
     d_phi, d_g = pull_back(torch.ones_like(psi))
     assert all(x.isfinite().all() for x in (psi, d_g, *d_phi.values()))
     assert not torch.allclose(psi[0].norm(), g[0].norm(), rtol=1e-3)
-
-
-def test_pool_ignores_padding():
-    """Each example's mean over its own positions only: literal numbers."""
-    H = torch.tensor([[[1.0], [3.0], [100.0]], [[2.0], [4.0], [6.0]]])
-    mask = torch.tensor([[True, True, False], [True, True, True]])
-    assert torch.equal(supmer.pool(H, mask), torch.tensor([[2.0], [4.0]]))
 
 
 def test_cosine_by_hand():
@@ -1826,39 +1817,26 @@ def test_test_labels_do_not_reach_tuning(place, monkeypatch):
         assert np.add(one, two) == pytest.approx([100, 100])
 
 
-def test_sampled_texts_are_not_tested(place, monkeypatch, capsys):
+def test_sampled_texts_are_not_tested(place, capsys):
     """A test file that is the training file and one row more (a domain's pool): each seed is tested
     on the rows that it has not sampled, and how many were left out is printed."""
     train = Path("data/planted/train.csv").read_text()
     Path("data/planted/test.csv").write_text(train + "1,good film\n")
-    t5, choices = small_t5(), eval_settings(shots=(4,), seeds=(10, 20), rates=(0.1,))
-    plan = Plan("planted", 4, TASKS["planted"], {"planted": TASKS["planted"]}, "data")
-    with context(t5, choices) as c:
-        samples = evaluation.draw_samples(c, plan)
-    sampled = [[row.fields for row in sample.train + sample.held_out] for sample in samples]
-    by_path = {}
-
-    def right_but_for_the_sample(path):
-        """Predict the label of every row that the seed has sampled wrongly, the others rightly."""
-        rows = load_test(TASKS["planted"], "data")
-        seed = by_path[path]
-        texts = sampled[choices.seeds.index(seed)] if seed else ()
-        labels = torch.tensor([row.label ^ (row.fields in texts) for row in rows])
-        return {"scores": F.one_hot(labels, 2).float()}, {}
-    with context(t5, choices) as c:
-        candidate = open_candidate("vocab", t5.config, choices)
-        tuned = evaluation.tune_candidate(c, plan, candidate, samples)
-        chosen = {("vocab", row["seed"]): row for row in tuned if row["kind"] == "tuned"}
-        asked = evaluation.test_jobs(c, plan, "planted", load_test(TASKS["planted"], "data"),
-                                         [candidate], chosen, samples)
-        by_path |= {job.path: row["seed"] for row, job in asked}
-        monkeypatch.setattr(evaluation, "test_jobs", lambda *_: asked)
-        monkeypatch.setattr(evaluation, "read_result", right_but_for_the_sample)
-        rows = evaluation.evaluate_target(c, plan, "planted", [candidate], chosen, samples)
-    assert [len(texts) for texts in sampled] == [16, 16]
-    scored = [row for row in rows if row["prompt"] == "vocab"]
-    assert [row["accuracy"] for row in scored] == [100] * 4
+    evaluation.main([*SMALL, "--prompt", "vocab", "--rates", "0.1", "--predictions", "--out",
+                     "out.json"])
     assert "[16, 16] test rows, by seed, are left out" in capsys.readouterr().out
+    plan = Plan("planted", 4, TASKS["planted"], {}, "data")
+    with context(small_t5(), eval_settings(seeds=(10, 20))) as c:
+        samples = dict(zip((10, 20), evaluation.draw_samples(c, plan)))
+    rows = load_test(TASKS["planted"], "data")
+    tested = rows_of("out.json", prompt="vocab", split="test")
+    for row in tested:
+        sample = samples[row["seed"]]
+        sampled = [one.fields for one in sample.train + sample.held_out]
+        right = [a == b for a, b, one in zip(row["predictions"], row["labels"], rows, strict=True)
+                 if one.fields not in sampled]
+        assert len(right) == 45 and row["accuracy"] == pytest.approx(100 * np.mean(right))
+    assert len(tested) == 4
 
 
 # --------------------------------------------- a run is resumed and shared, and not a bit changes
