@@ -9,6 +9,7 @@ import io
 import json
 import pickle
 import pickletools
+from itertools import product
 from pathlib import Path
 
 from common import InputError, reading
@@ -37,13 +38,18 @@ def text_of(path, encoding):
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: byte {content[error.start]:#04x} is not {encoding}:"
-                         " mend it, or give --encoding, such as cp1252 or utf-16") from None
+        raise not_of(path, line, f"byte {content[error.start]:#04x}", encoding) from None
+
+
+def not_of(path, line, what, encoding):
+    """The InputError for what cannot be decoded."""
+    return InputError(f"{path}, line {line}: {what} is not {encoding.removesuffix('-sig')}: mend it,"
+                      " or give --encoding, such as cp1252 or utf-16")
 
 
 def check_columns(path, columns, names):
-    """Raise InputError unless a table's columns, with these names, are those and more."""
-    if not set(columns) <= set(names):
+    """Raise InputError unless each of the columns is once among a table's names."""
+    if any(list(names).count(name) != 1 for name in columns):
         raise InputError(f"{path} has the columns {', '.join(names)}, and not all of "
                          f"{', '.join(columns)}: name its columns, or give --no-header")
 
@@ -57,18 +63,21 @@ def header_line(path, columns, header, encoding):
     with reading(path, "a table"), open(path, encoding=encoding, errors="replace") as file:
         if not header or kind.startswith(".json"):
             return f"{path}: columns {', '.join(columns)}"
-        how, names = dialect(path, file.readline(), columns, True)
+        line = file.readline()
+        if "\ufffd" in line:
+            raise not_of(path, 1, "it", encoding)
+        how, names = dialect(path, line, columns, True)
         check_columns(path, columns, names)
     return f"{path}: columns {', '.join(names)}; delimiter {how['delimiter']!r}"
 
 
 def dialect(path, text, columns, header):
     """How a table is written -> csv.reader's options, its first row. Of a user's table the first
-    row has the columns or, without a header, as many, and most rows are as wide. Between tabs a
-    quote may be a character, as in GLUE's files."""
-    tab, ways = ("\t", csv.QUOTE_NONE), []
-    known = [tab if path.suffix == ".tsv" else (",", csv.QUOTE_MINIMAL)]
-    for delimiter, quoting in known if header is None else [*((d, 0) for d in ",\t;|"), tab]:
+    row has the columns or, without a header, as many, and most rows are as wide. A quote may be a
+    character, as in GLUE's .tsv files: if so, more rows are whole."""
+    known = ("\t", csv.QUOTE_NONE) if path.suffix == ".tsv" else (",", csv.QUOTE_MINIMAL)
+    both, ways = (csv.QUOTE_MINIMAL, csv.QUOTE_NONE), []
+    for delimiter, quoting in [known] if header is None else product(",\t;|", both):
         how = {"delimiter": delimiter, "quoting": quoting, "skipinitialspace": header is not None}
         lines = filter(None, csv.reader(io.StringIO(text, newline=""), strict=True, **how))
         first, score = [], 0
@@ -96,12 +105,15 @@ def _csv_rows(path, columns, header, encoding):
     else:
         names = list(columns)
     places = [names.index(name) for name in columns]
-    for line in lines:
-        if header is not None and len(line) > len(names):
-            raise InputError(f"{path}, line {lines.line_num}: {len(line)} columns, not "
-                             f"{len(names)}: put its texts between quotes")
-        whole = len(line) == len(names)
-        yield lines.line_num, [line[place] for place in places] if whole else None
+    try:
+        for line in lines:
+            if header is not None and len(line) > len(names):
+                raise csv.Error(f"{len(line)} columns, not {len(names)}")
+            whole = len(line) == len(names)
+            yield lines.line_num, [line[place] for place in places] if whole else None
+    except csv.Error as error:
+        raise InputError(f"{path}, line {lines.line_num}: {error}: put its texts between quotes, and "
+                         "double the quotes inside") from None
 
 
 def _jsonl_rows(path, columns, header, encoding):

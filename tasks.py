@@ -198,10 +198,12 @@ def own_task(path, options, template, *, test=None, max_tokens=256, say=print):
     columns = (options.label_column, *template_fields(template))
     if len(columns) == 1:
         raise InputError(f"the template {template!r} shows no {{column}} of {path}: add one")
-    for table in dict.fromkeys((path, test)):
-        say(header_line(table, columns, options.header, options.encoding))
     rows = read_table(path, columns, options.header, options.encoding)
     counts = Counter(values[0].strip() for _, values in rows if is_whole(values))
+    for table in dict.fromkeys((path, test)):
+        say(header_line(table, columns, options.header, options.encoding))
+    if not counts:
+        raise InputError(f"{path} has no rows with {', '.join(columns)}: give some")
     matched = match_words(path, counts, options.words)
     return LabeledTask(str(path), str(test), template, tuple(matched.values()), max_tokens,
                        labels=tuple(matched), columns=columns, incomplete="left",

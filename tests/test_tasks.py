@@ -151,7 +151,8 @@ def test_labels_are_matched_by_name_or_refused(labels, words, matched):
      [("terrible", "a"), ("great", "b")], ["columns label, text; delimiter ';'"]),
     ("0,a\n1,b\n", {"header": False}, [("terrible", "a"), ("great", "b")], ["columns label, text"]),
     ("label,text\n1,Caf\u00e9\n".encode("cp1252"), {}, "line 2: byte 0xe9 is not utf-8", []),
-    ("label;text\n0;a\n".encode("utf-16"), {}, "columns .*, and not all of label, text", []),
+    ("label;text\n0;a\n".encode("utf-16"), {}, "line 1: byte 0xff is not utf-8: .*--encoding", []),
+    ('{"label": {"0": 1}, "text": {"0": "x"}}', {"name": "a.csv.json"}, "no rows with label", []),
     ("kind,body\nspam,x\n", {}, "columns kind, body, and not all of label, text", []),
     ("0,a\n1,b\n", {}, "columns 0, a, and not all of label, text: .* --no-header", [])])
 def test_what_was_read_is_printed_or_refused(tmp_path, content, options, rows, said):
