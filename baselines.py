@@ -233,6 +233,7 @@ INSTRUCTIONS = {
     "wic": "Does the word have the same meaning in both sentences? Answer No or Yes.",
     "mrpc": "Do both sentences say the same? Answer No or Yes.",
     "qqp": "Do both questions ask the same? Answer No or Yes.",
+    "source": "Where is this text from?",
 }
 
 

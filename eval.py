@@ -36,15 +36,17 @@ from data import load_tokenizer
 from download import RELEASED, find, released_folder
 from hub import fetch_list, last_name, model_folder, tokenizer_file
 from jobs import TUNED, find_devices, make_job, read_result, workers
+from pictures import import_pyplot
 from predict import predict
 from prompts import load_prompt
-from studies import (PRETRAINED, STUDIES, figure, import_pyplot, newest_run, pretrained_run, show)
+from studies import PRETRAINED, STUDIES, figure, newest_run, pretrained_run, show
 from supmer import Method, REGULARIZERS, cosine, measure, score
 from t5 import load_t5, model_fingerprint
 from tasks import (GROUPS, LabeledTask, OwnTable, TASKS, count_cut, few_shot, find_task,
                    load_test, load_train, own_task, task_lines)
 
-NAMES = ("shipped", "released", *(name for name, one in BASELINES.items() if one.start),
+SHIPPED = {"shipped": TINY / "prompt.safetensors", "shipped-ppt": TINY / "ppt.safetensors"}
+NAMES = (*SHIPPED, "released", *(name for name, one in BASELINES.items() if one.start),
          *PRETRAINED)
 
 
@@ -62,7 +64,7 @@ class Settings(OwnTable):
                          first=True)
     max_tokens: int = knob(256, "tokens of your own task's source (ours)")
     predict: str = knob("", "only label this file's texts with one tuned --prompt", first=True)
-    quick: bool = knob(False, "a demonstration: one seed, one rate, 60 epochs", first=True)
+    quick: bool = knob(False, "a demonstration: the task source, one rate, 10 steps", first=True)
     max_minutes: float = knob(0.0, "then stop tuning; 0: never", zero=True, first=True)
     labeled: str = knob("", "folder of labeled sentiment sets, for metapt")
     prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)", most=10_000)
@@ -84,12 +86,18 @@ class Settings(OwnTable):
     device: str = knob("auto", "auto (all GPUs if there are any), cpu, cuda, cuda:1, ...")
     out: str = knob("", "of predictions; or the JSON file [runs/eval/<model>-<task>.json]")
 
+    @property
+    def over_steps(self):
+        """Whether each validation's state is tested, too: for a picture over steps."""
+        return self.study == "steps" or self.quick and self.plot
+
 
 # What the embedded T5 needs instead of the paper's numbers, and why.
 FOR_TINY = {"prompt_length": (20, "100 vectors would outnumber the tokens of its texts"),
             "rate_scale": ("rms", "its embeddings are small, see tiny/README.md")}
-QUICK = {"prompt": ("random", "vocab", "newest"), "seeds": (10,), "rates": (0.2,),
-         "epochs": 40, "test_rows": 300}
+QUICK = {"task": ("source",), "prompt": (*SHIPPED, "newest", "vocab", "random"), "shots": (8,),
+         "seeds": (10, 20, 30), "rates": (0.1,), "epochs": 10, "validate_every": 10,
+         "test_rows": 160}
 CODE = ("eval", "baselines", "prompts", "supmer", "tasks", "tables", "data", "t5", "onednn",
         "common")                                                       # results depend on it
 PLACES = {"model", "data", "labeled", "jobs", "device", "out", "plot", "quick", "study"}
@@ -276,7 +284,7 @@ def tune_candidate(context, plan, candidate, samples):
                 context.made_of, f"{plan.name}-{candidate.name}-{plan.shots}-{seed}-{rate}",
                 tune_job, baseline=candidate.baseline, start=start, psi=candidate.psi,
                 sample=posed, seed=sample.seed, rate=rate, unit=context.unit, about=about,
-                tuning=tuning, all_steps=settings.study == "steps")
+                tuning=tuning, all_steps=settings.over_steps)
     context.work(jobs.values(), f"tune {plan.name}")
     for (seed, _), job in jobs.items():
         _, result = read_result(job.path, tensors=False)
@@ -437,8 +445,8 @@ def open_candidate(name, config, settings):
     path = Path(name)
     if name in PRETRAINED:
         path = pretrained_run(name, settings)
-    elif name == "shipped":
-        path = TINY
+    elif name in SHIPPED:
+        path = SHIPPED[name]
     elif name == "released":
         path = released_folder(config)
     theta, phi, about = load_prompt(path, config.d_model)
@@ -468,18 +476,18 @@ def parse(argv):
     preset, why = STUDIES.get(given.get("study"), {}), f"--study {given.get('study')}"
     tiny = FOR_TINY if given.get("model", "tiny") == "tiny" else {}
     if given.get("quick"):
-        preset, why = QUICK | {"prompt": (*QUICK["prompt"], *["shipped"] * bool(tiny))}, "--quick"
+        preset, why = QUICK, "--quick"
+        if not tiny:
+            preset = QUICK | {"prompt": ("newest", "vocab", "random")}
     values = {name: value for name, (value, _) in tiny.items()} | preset | given
     prompts = [newest_run(values.get("model", "tiny")) if name == "newest" else name
                for name in values.get("prompt", Settings.prompt)]
     settings = from_settings(Settings, values | {"prompt": prompts})
     settings = replace(settings, **{name: tuple(dict.fromkeys(getattr(settings, name)))
                                     for name in ("task", "prompt", "shots", "seeds", "rates")})
-    known = ("shipped", "released", *(name for name in BASELINES if BASELINES[name].start),
-             *PRETRAINED)
     for name in settings.prompt:
-        if name not in known and not Path(name).exists():
-            raise InputError(f"prompt {name} is missing: give RUN, newest, {', '.join(known)}")
+        if name not in NAMES and not Path(name).exists():
+            raise InputError(f"prompt {name} is missing: give RUN, newest, {', '.join(NAMES)}")
     if "data" in given and not Path(settings.data[0]).exists():
         raise InputError(f"--data {settings.data[0]} is missing: give a folder, or your own file")
     reasons = {name: reason for name, (_, reason) in tiny.items()}

@@ -49,6 +49,7 @@ class LabeledTask(NamedTuple):
     sha256: tuple[str, str] = ("", "")  # how those of train and test begin, where they are known
     hub: tuple = ()     # a second form of it, as JSON lines: repository, split of the paper's test
                         # set, names of label and texts there, its labels in the words' order
+    parts: tuple[str, ...] = ()         # tasks whose rows these are: label k has the k-th one's
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ TASKS = {
     **{name: LabeledTask(f"tasks/{name}/train.csv", f"tasks/{name}/test.csv",
                          groups=("offline", "evidence"))
        for name in ("movie", "amazon", "nyt", "tweets")},
+    # Ours: which of the four is a text from? As many rows of each.
+    "source": LabeledTask(
+        "tasks/amazon/train.csv", "tasks/amazon/test.csv", max_tokens=64, words=tuple("ABCD"),
+        template="{text} ? A. product B. movie C. newspaper D. message . Answer: <X>",
+        parts=("amazon", "movie", "nyt", "tweets")),
     "sst2": original("SST-2", (6920, 872), "0e2eb9cad237f8bc", "628b5f860a1584f1", test="dev.tsv",
                      columns=("label", "sentence"),
                      hub=("SetFit/sst2", "dev", ("label", "text"), "01")),
@@ -180,12 +186,23 @@ def find_task(task, folder):
 def load_train(task, folder=TINY, say=lambda line: None):
     """A LabeledTask's training split -> [Row]. say(line) is called about anything unexpected.
     a line `1,"It works, and well."` of a .csv -> Row(1, {"text": "It works, and well."})"""
+    if task.parts:
+        return by_part(task, load_train, folder, say)
     return read_rows(locate(task, "train", folder), task, task.sizes[0], say)
 
 
 def load_test(task, folder=TINY, say=lambda line: None):
     """Its test split. Apart from load_train, so that tuning can be shown never to open the file."""
+    if task.parts:
+        return by_part(task, load_test, folder, say)
     return read_rows(locate(task, "test", folder), task, task.sizes[1], say)
+
+
+def by_part(task, load, folder, say):
+    """The rows of a task's parts, the first ones, as many of each; label k has the k-th one's."""
+    parts = [load(TASKS[name], folder, say) for name in task.parts]
+    fewest = min(map(len, parts))
+    return [Row(k, row.fields) for k, part in enumerate(parts) for row in part[:fewest]]
 
 
 def own_task(path, options, template, *, test=None, max_tokens=256, say=print):

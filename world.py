@@ -249,7 +249,7 @@ def print_table(results):
 
 def draw(results, path):
     """Accuracy over AdamW steps as a PNG, a panel for each world; a method's color is the same."""
-    from studies import import_pyplot, save_picture
+    from pictures import import_pyplot, save_picture
     picture, axes = import_pyplot().subplots(1, 2, figsize=(14, 4.5), layout="constrained")
     names = ["MAML and psi", "MAML and psi" + OFF, *WORLDS["shortcut"][1:]]
     for axis, world in zip(axes, WORLDS):

@@ -37,9 +37,9 @@ def test_prompts_by_default(place):
     assert evaluation.parse([])[0].prompt == ("shipped", "random")
     assert evaluation.parse(["--model", "t5-base"])[0].prompt == ("released", "random")
     write_run("runs/tiny-1", model="tiny")
-    quick, why = evaluation.parse(["--quick", "--epochs", "9", "--shots", "8", "8"])
-    assert quick.prompt == ("random", "vocab", "runs/tiny-1", "shipped") and quick.shots == (8,)
-    assert (quick.seeds, quick.rates, quick.epochs, quick.test_rows) == ((10,), (0.2,), 9, 300)
+    quick, why = evaluation.parse(["--quick", "--epochs", "9", "--shots", "4", "4"])
+    assert quick.prompt == ("shipped", "shipped-ppt", "runs/tiny-1", "vocab", "random")
+    assert (quick.task, quick.shots, quick.rates, quick.epochs) == (("source",), (4,), (0.1,), 9)
     assert any("prompt_length 20: 100 vectors" in line for line in why) and len(why) <= 12
     for name, ended, more in (("b", 20.0, {}), ("a", 30.0, {}), ("z", 10.0, {}),
                               ("y", 99.0, {"model": "other"}), ("w", 99.0, {"name": "no-mgr"}),

@@ -36,6 +36,18 @@ def test_each_format_literally(tmp_path, name):
     assert len(said) == len(odd + wanted) and all(b in a for a, b in zip(said, odd + wanted))
 
 
+@pytest.mark.parametrize("load", (load_train, load_test))
+def test_a_task_of_parts_has_as_many_rows_of_each(load):
+    """source: label k has the first rows of the k-th task's file, whatever their labels there."""
+    task, rows = TASKS["source"], load(TASKS["source"])
+    texts = [[row.fields for row in load(TASKS[name])] for name in task.parts]
+    n = min(map(len, texts))
+    assert [(row.label, row.fields) for row in rows] == [
+        (k, fields) for k, part in enumerate(texts) for fields in part[:n]]
+    assert all(part in option.lower() for part, option in zip(
+        ("product", "movie", "newspaper", "message"), re.split(r"[A-D][.]", task.template)[1:]))
+
+
 def test_templates_and_words_literally():
     """What T5 reads of an example of each task, as the authors released their templates."""
     row = {"hypothesis": "h", "premise": "p", "text": "s", "sentence": "s", "question": "q",
