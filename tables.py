@@ -15,6 +15,7 @@ from pathlib import Path
 from common import InputError, reading
 
 csv.field_size_limit(1 << 27)           # characters of a text
+ENCODING = "mend it, or give --encoding, such as cp1252 or utf-16"
 
 
 def read_table(path, columns, header=None, encoding="utf-8-sig"):
@@ -38,13 +39,8 @@ def text_of(path, encoding):
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise not_of(path, line, f"byte {content[error.start]:#04x}", encoding) from None
-
-
-def not_of(path, line, what, encoding):
-    """The InputError for what cannot be decoded."""
-    return InputError(f"{path}, line {line}: {what} is not {encoding.removesuffix('-sig')}: mend it,"
-                      " or give --encoding, such as cp1252 or utf-16")
+        raise InputError(f"{path}, line {line}: byte {content[error.start]:#04x} is not "
+                         f"{encoding.removesuffix('-sig')}: {ENCODING}") from None
 
 
 def check_columns(path, columns, names):
@@ -65,7 +61,7 @@ def header_line(path, columns, header, encoding):
             return f"{path}: columns {', '.join(columns)}"
         line = file.readline()
         if "\ufffd" in line:
-            raise not_of(path, 1, "it", encoding)
+            raise InputError(f"{path}, line 1, is not {encoding.removesuffix('-sig')}: {ENCODING}")
         how, names = dialect(path, line, columns, True)
         check_columns(path, columns, names)
     return f"{path}: columns {', '.join(names)}; delimiter {how['delimiter']!r}"
@@ -112,8 +108,8 @@ def _csv_rows(path, columns, header, encoding):
             whole = len(line) == len(names)
             yield lines.line_num, [line[place] for place in places] if whole else None
     except csv.Error as error:
-        raise InputError(f"{path}, line {lines.line_num}: {error}: put its texts between quotes, and "
-                         "double the quotes inside") from None
+        raise InputError(f"{path}, line {lines.line_num}: {error}: put quotes around texts, and "
+                         "double those inside") from None
 
 
 def _jsonl_rows(path, columns, header, encoding):

@@ -108,7 +108,7 @@ def test_the_authors_files_are_fetched_once(place, monkeypatch):
         assert torch.equal(prompt.starts[0](small_t5())["theta"], theta)
         g, pooled = theta.flip(0) / 1e4, theta[0]
         assert torch.equal(prompt.psi(g, pooled), prompts.regularize_released(phi, g, pooled))
-        monkeypatch.setattr(downloads, "RELEASED_URL", "file:///nowhere/")   # they are there already
+        monkeypatch.setattr(downloads, "RELEASED_URL", "file:///nowhere/")    # they are there
     monkeypatch.delitem(downloads.RELEASED, (16, 32))
     with pytest.raises(InputError, match="for t5-base and flan-t5-xl only"):
         open_candidate("released", small_config(), settings)

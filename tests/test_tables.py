@@ -62,7 +62,8 @@ def test_tables_as_people_have_them(tmp_path, name, content, header, rows):
     ("a.csv", "columns id, my text, my-label; delimiter ';'"),
     ("b.csv", "b.csv has the columns text, label, and not all of"),
     ("a.json", "columns my-label, my text"),
-    ("d.csv", "d.csv, line 1: it is not utf-8: .* --encoding"), ("c.csv", "c.csv is missing"), ("a.txt", "give a .csv, .tsv, .jsonl or .json")])
+    ("d.csv", "d.csv, line 1, is not utf-8: .* --encoding"), ("c.csv", "c.csv is missing"),
+    ("a.txt", "give a .csv, .tsv, .jsonl or .json")])
 def test_a_header_is_checked_without_a_row(tmp_path, name, says):
     """header_line() reads the first line: what follows may be of no encoding."""
     (tmp_path / "a.csv").write_bytes(b"id;my text;my-label\n\xff\xfe;1;2;3")

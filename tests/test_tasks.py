@@ -322,8 +322,8 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
             assert set(counts) == {"good", "bad", "so-so"}
             assert max(counts.values()) <= n // 3 + 1
         assert len(set(sources)) == 10 and len({text[:2] for text in sources}) == 1
-    again = labeled.labeled_task(labeled.LabeledIndex({"set": store}, tokenizer, support=7, query=3),
-                              0, 19, 0, split="validation")
+    index = labeled.LabeledIndex({"set": store}, tokenizer, support=7, query=3)
+    again = labeled.labeled_task(index, 0, 19, 0, split="validation")
     assert again.support.ids == task.support.ids and again.query.ids == task.query.ids
     says = "set: validation texts of each label: 1 .* must have 40, .* no --labeled-clusters fits"
     with pytest.raises(InputError, match=says):
@@ -333,4 +333,4 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
     with pytest.raises(InputError, match="set: train texts .* 2 .* the largest have 280, 0: no"):
         labeled.LabeledIndex(one, tokenizer, support=7, query=3, mixing=True)
     with pytest.raises(InputError, match="set: one usable train cluster, mixing needs two"):
-        labeled.labeled_task(index, 0, 0, 0, stream="partner", variant="set", avoid=tuple(range(99)))
+        labeled.labeled_task(index, 0, 0, 0, stream="partner", variant="set", avoid=range(99))
