@@ -367,9 +367,8 @@ def count_cut(tokenizer, task, rows):
 
 
 def task_lines(tokenizer, task, rows):
-    """What is learned -> for each label a line to print: its rows, its word, one of its sources.
-    Long texts are shortened. `617 rows of label 1: A fine film. It was <extra_id_0> ?</s> -> great`
-    """
+    """What is learned -> for each label a line to print: its rows, one source, long texts shortened,
+    and its word. `7 rows of label 1: A fine film. It was <extra_id_0> ?</s> -> great`"""
     counts = Counter(row.label for row in rows)
     first = {row.label: row for row in reversed(rows)}
     for k, label in enumerate(task.labels or range(len(task.words))):
