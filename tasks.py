@@ -367,7 +367,7 @@ def count_cut(tokenizer, task, rows):
 
 
 def task_lines(tokenizer, task, rows):
-    """What is learned -> for each label a line to print: its rows, one source, long texts shortened,
+    """What is learned -> a line to print for each label: its rows, a source (long texts shortened)
     and its word. `7 rows of label 1: A fine film. It was <extra_id_0> ?</s> -> great`"""
     counts = Counter(row.label for row in rows)
     first = {row.label: row for row in reversed(rows)}

@@ -407,7 +407,7 @@ def test_a_study_makes_the_runs_that_are_missing(place, monkeypatch, capsys):
 @pytest.mark.parametrize("argv, said", [
     (["--task", "sst3"], "no task sst3: there are movie, "),
     (["--model", "elsewhere"], "RUN|released|random|vocab"),            # no finished run
-    (["--prompt", "randm"], "randm is missing: give RUN, newest, shipped, released, random"),
+    (["--prompt", "randm"], "randm is missing: give RUN, newest, shipped, "),
     ([*SMALL, "--prompt", "released"], "released prompts for t5-base and flan-t5-xl only"),
     ([*SMALL, "--prompt", "runs/other"], "was learned on another other than small"),
     ([*SMALL, "--prompt", "runs/long"], "--prompt-length 5"),
