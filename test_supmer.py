@@ -1064,11 +1064,11 @@ def test_scores_and_measures(world):
         alone = w.task.query._replace(ids=w.task.query.ids[r:r + 1], slots=[[]],
                                       vectors=w.task.query.vectors[r:r + 1])
         assert relative(supmer.score(w.t5, w.theta, alone, plain)[0], scores[r]) < 1e-12
-    scores = torch.log(torch.tensor([[0.2, 0.6], [0.3, 0.1]]))
-    found = supmer.measure(scores, torch.tensor([1, 1]))
-    assert found["correct"] == 1
-    assert found["loss"] == pytest.approx(-(math.log(0.6) + math.log(0.1)) / 2)
-    assert found["word_loss"] == pytest.approx(-(math.log(0.75) + math.log(0.25)) / 2)
+    scores = torch.log(torch.tensor([[0.2, 0.6], [0.3, 0.1], [0.1, 0.4]]))
+    found = supmer.measure(scores, torch.tensor([1, 1, 1]))
+    assert found["correct"] == 2
+    assert found["loss"] == pytest.approx(-math.log(0.6 * 0.1 * 0.4) / 3)
+    assert found["word_loss"] == pytest.approx(-math.log(0.75 * 0.25 * 0.8) / 3)
 
 
 def test_bfloat16_weights_do_not_swallow_the_inner_step():
