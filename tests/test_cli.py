@@ -36,7 +36,7 @@ from supmer import Method
     ("WORLD --corpus empty", "empty: no text found"),
     ("WORLD --corpus nowhere", "nowhere: no text found"),
     ("WORLD --clusters 5000", "fewer --clusters"),
-    ("WORLD --support 5000", "lacks 4917 that another one follows"),
+    ("WORLD --support 5000", "a smaller --support and --query"),
     ("WORLD --labeled empty", "--labeled empty: no folder with .csv"),
     ("WORLD --relative-step 0 --inner-rate 1e29", "not finite")])
 def test_mistakes_end_with_status_2_and_one_line(small_world, argv, says):
