@@ -1,0 +1,227 @@
+"""The method in pictures: this draws them, docs/tour.md shows and explains them.
+
+    python tour.py                      # all of them, into figures/tour/; needs matplotlib
+    python tour.py --only clusters gate # some; run: RUN's log (--run runs/tiny-1)
+
+All is measured on the embedded T5, its corpus and its prompt, on held-out tasks: their documents
+were never trained on. The planted world's picture is world.py's own.
+"""
+
+import textwrap
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+import corpus
+import data
+import supmer
+import train
+from common import InputError, Parser, TINY, bar, run_script
+from prompts import load_prompt
+from run_folder import read_log
+from studies import import_pyplot, save_picture
+from t5 import load_t5
+
+FOLDER = Path(__file__).resolve().parent / "figures" / "tour"
+GREY, RED, BLUE, GREEN = "0.55", "C3", "C0", "C2"   # start, meta-trained, exact, first order
+METHOD = supmer.Method(relative_step=0.03)
+
+
+@cache
+def world():
+    """The embedded T5, the demonstration's store as an index, the shipped prompt and the start."""
+    t5 = load_t5(TINY)
+    tokenizer = data.load_tokenizer(TINY, t5.config)
+    bytes, clusters = (train.TINY_VALUES[name][0] for name in ("bytes", "clusters"))
+    store = corpus.build_store(Path("cache"), [TINY / "corpus.jsonl.gz"], tokenizer, t5, clusters,
+                               0, model=TINY, max_bytes=bytes)
+    index = data.TaskIndex(store, tokenizer, support=16, query=16, max_tokens=64)
+    theta, phi, _ = load_prompt(TINY, t5.config.d_model)
+    start = supmer.init_prompt(t5, len(theta), 0)
+    return SimpleNamespace(t5=t5, tokenizer=tokenizer, index=index, theta=theta, phi=phi,
+                           start=start)
+
+
+def held_out(number):
+    """So many held-out tasks of each variant."""
+    draw = partial(data.meta_task, world().index, 1, 0, split="validation", stream="validation")
+    return [draw(i, variant=name) for i in range(number) for name in world().index.variants]
+
+
+def query_loss(theta, task):
+    """The query set's mean loss over its label words."""
+    scores = supmer.score(world().t5, theta, task.query, METHOD)
+    return supmer.measure(scores, task.query.labels)["word_loss"]
+
+
+def support_gradient(theta, task):
+    """g (P, d) and the gate's input (d,) of a task's support set."""
+    g, pooled, _ = supmer.prompt_gradient(world().t5, theta, task.support, METHOD)
+    return g, pooled
+
+
+# ----------------------------------------------------------------------------------- the pictures
+
+def clusters(figure):
+    """Sentences of six clusters on the plane of their two widest directions."""
+    index, t5 = world().index, world().t5
+    store, pool = index.store, index.pools["train", "sp"]
+    largest = np.argsort(-np.diff(pool.start))[:6]
+    rows = [np.sort(pool.order[pool.start[c]:pool.start[c + 1]][:150]) for c in largest]
+    points = [corpus.embed_rows(store.tokens, store.offsets, partial(corpus.embed_sentences, t5),
+                                4096, part) for part in rows]
+    whole = torch.cat(points)
+    _, _, axes = torch.pca_lowrank(whole, 2, niter=10)
+    axis = figure.subplots()
+    for color, (cluster, part) in enumerate(zip(largest, points)):
+        plane = (part - whole.mean(0)) @ axes
+        centroid = torch.from_numpy(store.centroids[0][[cluster]])
+        distance = torch.cdist(part, centroid)
+        said = [store.sentence(rows[color][place]).tolist()
+                for place in (distance.argmin(), distance.argmax())]
+        near, far = (textwrap.shorten(text, 55) for text in world().tokenizer.decode_batch(said))
+        axis.plot(*plane.T, ".", color=f"C{color}", alpha=0.5,
+                  label=f"nearest: {near}\nfarthest: {far}")
+        axis.text(*plane.mean(0), str(cluster), weight="bold", fontsize=14, ha="center",
+                  bbox={"facecolor": "white", "edgecolor": f"C{color}", "boxstyle": "circle"})
+    axis.set_xlabel("first principal direction of the sentence embeddings")
+    axis.set_ylabel("second")
+    figure.legend(loc="outside right upper", fontsize=9, title="sentences of each cluster",
+                  labelspacing=1.2, markerscale=2)
+
+
+def tasks(figure):
+    """One task of each format, as a reader sees it."""
+    axes = figure.subplots(1, 3)
+    for axis, name in zip(axes, ("sp-cluster", "mc-cluster", "ss-cluster")):
+        task = data.meta_task(world().index, 3, 0, 0, variant=name)
+        lines = []
+        for part, row in (("support", 0), ("support", 1), ("query", 0)):
+            source, target = data.examples_as_text(world().tokenizer, getattr(task, part), row,
+                                                   task.clusters)
+            source = source.replace("<extra_id_0>", "___").removesuffix("</s>")
+            lines += [f"{part}:", *textwrap.wrap(source, 44), f"___ = {target}", ""]
+        axis.text(0.02, 0.98, "\n".join(lines), va="top", family="monospace", fontsize=8)
+        axis.set_title(name)
+        axis.set(xticks=[], yticks=[])
+
+
+def directions(figure):
+    """The query loss along three directions from one prompt."""
+    theta, phi, shares = world().theta, world().phi, np.linspace(0, 0.15, 11)
+    curves = {"g": [], "psi(g)": [], "exact meta-gradient": []}
+    for task in bar(held_out(1), desc="directions"):
+        g, pooled = support_gradient(theta, task)
+        exact = supmer.meta_gradient(world().t5, theta, phi, task, task, 0.0, 0.0, METHOD).d_theta
+        for name, way in zip(curves, (g, supmer.regularize(phi, g, pooled), exact)):
+            unit = way / way.norm() * theta.norm()
+            curves[name].append([query_loss(theta - share * unit, task) for share in shares])
+    axis = figure.subplots()
+    for (name, losses), color, style in zip(curves.items(), (GREY, RED, BLUE), "-:-"):
+        axis.plot(shares, np.mean(losses, 0), style, color=color, label=name, linewidth=2)
+    axis.set_xlabel("length of the step / length of the prompt")
+    axis.set_ylabel("query loss, mean of one task of each variant")
+    axis.legend()
+
+
+def adapted(figure):
+    """Each held-out task's query loss before and after one inner step, from two prompts."""
+    axis = figure.subplots()
+    start_phi = supmer.init_affine(*world().start.shape)
+    for label, theta, phi, color in (("start: rows of T5's table", world().start, start_phi, GREY),
+                                     ("meta-trained", world().theta, world().phi, RED)):
+        before, after = [], []
+        for task in bar(held_out(5), desc=label):
+            step = supmer.inner_step(theta, phi, *support_gradient(theta, task), METHOD)
+            before.append(query_loss(theta, task))
+            after.append(query_loss(step, task))
+        axis.plot(before, after, "o", color=color, alpha=0.7,
+                  label=f"{label}: mean {np.mean(before):.3f} to {np.mean(after):.3f}")
+    axis.axline((0.5, 0.5), slope=1, color="0.8", zorder=0)
+    axis.set_xlabel("query loss before the inner step")
+    axis.set_ylabel("after it")
+    axis.legend(loc="upper left")
+
+
+def run(figure, folder):
+    """s, b and each task's lambda over a run."""
+    entries = [entry for entry in read_log(folder) if "s" in entry]
+    steps = [entry["step"] for entry in entries]
+    axis = figure.subplots()
+    axis.plot(np.repeat(steps, [len(entry["lambda"]) for entry in entries]),
+              np.concatenate([entry["lambda"] for entry in entries]), ".", color="0.75",
+              label="lambda of each task")
+    axis.plot(steps, [entry["s"] for entry in entries], color=BLUE, alpha=0.6,
+              label="s, mean cosine of support and query gradient")
+    axis.plot(steps, [entry["b"] for entry in entries], color=RED, label="b, from the last s")
+    axis.set_xlabel("meta step")
+    axis.legend()
+
+
+def gate(figure):
+    """What psi has learned: its gate on held-out tasks, and A."""
+    d = world().theta.shape[1]
+    inputs = [support_gradient(world().theta, task)[1] for task in held_out(2)]
+    z = torch.cat([supmer.gate(world().phi, pooled) for pooled in inputs])
+    left, right = figure.subplots(1, 2)
+    left.hist(z.numpy(), 40, color=RED)
+    left.axvline(0.5, color=GREY)
+    left.set_xlabel("an entry of the gate z (0.5 at the start)")
+    left.set_ylabel(f"entries, {len(inputs)} held-out tasks x {d}")
+    changed = world().phi["A"] - torch.eye(d)
+    most = changed.abs().max().item()
+    image = right.imshow(changed, cmap="RdBu", vmin=-most, vmax=most)
+    right.set_title(f"A - I, norm {changed.norm():.2f}")
+    figure.colorbar(image, ax=right)
+
+
+def second_order(figure):
+    """The Hessian term's share of the meta-gradient, against the inner step's length."""
+    axis, shares = figure.subplots(), np.geomspace(1e-3, 1, 10)
+    prompts = {"start": (world().start, GREY), "meta-trained": (world().theta, RED)}
+    for label, (theta, color) in prompts.items():
+        found = []
+        for share in bar(shares, desc=label):
+            method = supmer.Method(relative_step=share)
+            found.append([supmer.meta_gradient(world().t5, theta, world().phi, task, task, 0.0,
+                                               0.0, method).log["second_order"]
+                          for task in held_out(1)])
+        axis.plot(shares, np.mean(found, 1), "o-", color=color, label=label)
+    axis.set_xscale("log")
+    axis.set_xlabel("inner step / length of the prompt (demonstration: 0.03)")
+    axis.set_ylabel("|Hessian term| / |meta-gradient|")
+    axis.legend()
+
+
+PICTURES = {"clusters": (clusters, (11, 5)), "tasks": (tasks, (12, 5.6)),
+            "directions": (directions, (6, 4)), "adapted": (adapted, (5.5, 5)),
+            "run": (run, (7, 3.6)), "gate": (gate, (9, 3.8)),
+            "second_order": (second_order, (6, 4))}
+
+
+def main(argv):
+    """Draw what is asked for -> exit status 0."""
+    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--only", nargs="+", choices=PICTURES, default=[*PICTURES],
+                        help="some of the pictures")
+    parser.add_argument("--run", type=Path, help="whose log is drawn as `run`")
+    given = parser.parse_args(argv)
+    pyplot = import_pyplot()
+    if "run" in given.only and not given.run:
+        raise InputError("the picture `run` needs a run's folder: --run runs/tiny-1, "
+                         f"or --only {' '.join(name for name in PICTURES if name != 'run')}")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)                # of pca_lowrank
+    for name in given.only:
+        draw, size = PICTURES[name]
+        figure = pyplot.figure(figsize=size, layout="constrained")
+        draw(figure, given.run) if name == "run" else draw(figure)
+        print(save_picture(figure, FOLDER / f"{name}.png", dpi=100))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main, "stopped; finished pictures are kept")
