@@ -7,6 +7,7 @@ All is measured on the embedded T5, its corpus and its prompt, on held-out tasks
 were never trained on. The planted world's picture is world.py's own.
 """
 
+import re
 import textwrap
 from functools import cache, partial
 from pathlib import Path
@@ -95,17 +96,19 @@ def clusters(figure):
 
 def tasks(figure):
     """One task of each format, as a reader sees it."""
-    axes = figure.subplots(1, 3)
-    for axis, name in zip(axes, ("sp-cluster", "mc-cluster", "ss-cluster")):
-        task = data.meta_task(world().index, 3, 0, 0, variant=name)
-        lines = []
+    shown = {"sp-cluster": "sentence pair: the same cluster?", "mc-cluster": "multiple choice: "
+             "which one is of its cluster?", "ss-cluster": "single sentence: which cluster?"}
+    for axis, (name, title) in zip(figure.subplots(1, 3), shown.items()):
+        task, lines = data.meta_task(world().index, 3, 0, 0, variant=name), []
         for part, row in (("support", 0), ("support", 1), ("query", 0)):
             source, target = data.examples_as_text(world().tokenizer, getattr(task, part), row,
                                                    task.clusters)
             source = source.replace("<extra_id_0>", "___").removesuffix("</s>")
-            lines += [f"{part}:", *textwrap.wrap(source, 44), f"___ = {target}", ""]
-        axis.text(0.02, 0.98, "\n".join(lines), va="top", family="monospace", fontsize=8)
-        axis.set_title(name)
+            options = re.sub(r" ([ABCD] \.|Answer)(?= )", r"\n\1", source).splitlines()
+            wrapped = [piece for option in options for piece in textwrap.wrap(option, 50)]
+            lines += [f"{part}:", *wrapped, f"___ = {target}", ""]
+        axis.text(0.02, 0.98, "\n".join(lines), va="top", family="monospace", fontsize=8.6)
+        axis.set_title(title)
         axis.set(xticks=[], yticks=[])
 
 
@@ -196,7 +199,7 @@ def second_order(figure):
     axis.legend()
 
 
-PICTURES = {"clusters": (clusters, (11, 5)), "tasks": (tasks, (12, 5.6)),
+PICTURES = {"clusters": (clusters, (11, 5)), "tasks": (tasks, (12, 5.5)),
             "directions": (directions, (6, 4)), "adapted": (adapted, (5.5, 5)),
             "run": (run, (7, 3.6)), "gate": (gate, (9, 3.8)),
             "second_order": (second_order, (6, 4))}
