@@ -19,11 +19,10 @@ import torch
 import corpus
 import data
 import supmer
-import train
 from common import InputError, Parser, TINY, bar, run_script
+from pictures import import_pyplot, save_picture
 from prompts import load_prompt
 from run_folder import read_log
-from studies import import_pyplot, save_picture
 from t5 import load_t5
 
 FOLDER = Path(__file__).resolve().parent / "figures" / "tour"
@@ -33,12 +32,11 @@ METHOD = supmer.Method(relative_step=0.03)
 
 @cache
 def world():
-    """The embedded T5, the demonstration's store as an index, the shipped prompt and the start."""
+    """The embedded T5, half of its corpus as an index, the shipped prompt and the start."""
     t5 = load_t5(TINY)
     tokenizer = data.load_tokenizer(TINY, t5.config)
-    bytes, clusters = (train.TINY_VALUES[name][0] for name in ("bytes", "clusters"))
-    store = corpus.build_store(Path("cache"), [TINY / "corpus.jsonl.gz"], tokenizer, t5, clusters,
-                               0, model=TINY, max_bytes=bytes)
+    store = corpus.build_store(Path("cache"), [TINY / "corpus.jsonl.gz"], tokenizer, t5, 16, 0,
+                               model=TINY, max_bytes=2_500_000)
     index = data.TaskIndex(store, tokenizer, support=16, query=16, max_tokens=64)
     theta, phi, _ = load_prompt(TINY, t5.config.d_model)
     start = supmer.init_prompt(t5, len(theta), 0)
