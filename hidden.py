@@ -199,6 +199,7 @@ def main(argv):
     add("--steps", type=int, default=150, help="of meta-training [150]")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of meta-training [0 1 2]")
     add("--methods", nargs="+", default=[*LEARNED], choices=LEARNED)
+    add("--number", type=int, default=24, help="of sealed tasks [24]")
     add("--task", nargs="+", default=[], choices=TASKS, help="labeled tasks instead")
     add("--shots", type=int, nargs="+", default=[4, 8, 16], help="of labeled tasks [4 8 16]")
     add("--data", default=TINY, help="folder of the labeled tasks")
@@ -217,12 +218,12 @@ def main(argv):
                for seed in options.seeds}
     if not options.task:
         groups = {f"hidden-{options.steps}": [partial(hidden_tasks, store, tokenizer, *what)
-                                              for what in ((CHOICE, 6), (SEALED, 24))]}
+                                              for what in ((CHOICE, 6), (SEALED, options.number))]}
     else:
         groups = {f"{name}-{shots}-{options.steps}": [
             partial(labeled_tasks, tokenizer, name, shots, options.data, sealed)
             for sealed in (False, True)] for name in options.task for shots in options.shots}
-    steps, rows = (0, 1, 2, 5, 10, 20) if options.task else (0, 1, 2, 5, 10), []
+    steps, rows = (0, 1, 2, 5, 10, 20) if options.task else (0, 1, 2, 5), []
     for title, sets in groups.items():
         new = compare(title, starts, *sets, t5, steps)
         rows += new
