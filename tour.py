@@ -159,7 +159,7 @@ def run(figure, folder):
               label="s, mean cosine of support and query gradient")
     axis.plot(steps, [entry["b"] for entry in entries], color=RED, label="b, from the last s")
     axis.set_xlabel("meta step")
-    axis.legend()
+    figure.legend(loc="outside upper left", ncols=3, fontsize=9)
 
 
 def gate(figure):
