@@ -154,12 +154,12 @@ def run(figure, folder):
     axis = figure.subplots()
     axis.plot(np.repeat(steps, [len(entry["lambda"]) for entry in entries]),
               np.concatenate([entry["lambda"] for entry in entries]), ".", color="0.75",
-              label="lambda of each task")
+              label="lambda, a task")
     axis.plot(steps, [entry["s"] for entry in entries], color=BLUE, alpha=0.6,
-              label="s, mean cosine of support and query gradient")
-    axis.plot(steps, [entry["b"] for entry in entries], color=RED, label="b, from the last s")
+              label="s, cosine of support and query gradient")
+    axis.plot(steps, [entry["b"] for entry in entries], color=RED, label="b")
     axis.set_xlabel("meta step")
-    figure.legend(loc="outside upper left", ncols=3, fontsize=9)
+    figure.legend(loc="outside upper left", ncols=3, fontsize=8)
 
 
 def gate(figure):
