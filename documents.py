@@ -1,9 +1,9 @@
-"""Any file of text, as people have them -> documents, as lists of paragraphs.
+"""Any text file -> its documents, each a list of paragraphs.
 
     for paragraphs in documents(Path("my.txt")): ...
 
-What parts a text's documents is one of SHAPES; a line of JSON is always a document. Nothing is
-unpacked to the disk, and no more than LONGEST bytes of a document are held at a time.
+SHAPES are the ways to separate a text's documents; a line of JSON is always one document. Nothing
+is unpacked to the disk, and at most LONGEST bytes of a document are held at a time.
 """
 
 import gzip

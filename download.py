@@ -1,4 +1,4 @@
-"""Where a task's files are, and what other servers than the hub have: files, archives' members,
+"""Where a task's files are; downloads from other servers than the hub: files, members of archives,
 the authors' prompts.
 """
 

@@ -11,7 +11,7 @@ For each task, prompt and seed: sample the examples, tune at each rate, let the 
 choose rate and step. After the last tuning run of a task its test file is opened, and each choice
 is tested once. Every result is a row of one flat list in runs/eval/<model>-<task>.json:
     {"task", "target", "shots", "prompt", "seed", "rate", "step", "split", "kind", "loss", ...}
-Finished work is kept: the same command resumes. The embedded T5 takes 15 core-minutes a prompt.
+Finished work is kept: the same command resumes. A prompt of the embedded T5 takes 15 core-minutes.
 """
 
 import json
@@ -55,17 +55,18 @@ class Settings(OwnTable):
     """The options of an evaluation, with the paper's values."""
     model: str = knob("tiny", "tiny, flan-t5-xl, ..., a hub id, or a T5's folder", first=True)
     task: tuple = knob(("movie",), "names, or groups: all (Table 1), dg (Table 2)", first=True)
-    prompt: tuple = knob(("newest", "random"), "a run; a prompt, tuned, PEFT's or the authors'; "
-                         f"newest (last finished run), {', '.join(NAMES)}", first=True)
-    study: str = knob("", "of the paper, see studies.py", first=True, choices=tuple(STUDIES))
+    prompt: tuple = knob(("newest", "random"), "runs, prompt files (ours, tuned, PEFT's), "
+                         f"newest (last finished run), or {', '.join(NAMES)}", first=True)
+    study: str = knob("", "a table, figure or comparison; see studies.py", first=True,
+                       choices=tuple(STUDIES))
     data: tuple = knob((os.environ.get("SUPMER_DATA") or "data",), "folder of the tasks' files; or "
                        "your own task's file, and a second one to test on", first=True)
     template: str = knob("", "of your own task: \"{text} It was <X> .\", each {} a column",
                          first=True)
-    max_tokens: int = knob(256, "tokens of your own task's source (ours)")
+    max_tokens: int = knob(256, "tokens of a text of your own task at most (ours)")
     predict: str = knob("", "only label this file's texts with one tuned --prompt", first=True)
     quick: bool = knob(False, "a demonstration: the task source, one rate, 10 steps", first=True)
-    max_minutes: float = knob(0.0, "then stop tuning; 0: never", zero=True, first=True)
+    max_minutes: float = knob(0.0, "after which tuning stops; 0: never", zero=True, first=True)
     labeled: str = knob("", "folder of labeled sentiment sets, for metapt")
     prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)", most=10_000)
     shots: tuple = knob((16,), "examples per label to tune on, as many to validate on (4.1)")
@@ -78,13 +79,13 @@ class Settings(OwnTable):
     batch: int = knob(32, "examples of a step (C.1)")
     validate_every: int = knob(10, "steps between validations (C.1)")
     words_only: bool = knob(False, "loss over the task's label words, not the whole vocabulary")
-    test_rows: int = knob(0, "test on so many rows, always the same ones; 0: on all", zero=True)
+    test_rows: int = knob(0, "rows to test on, always the same ones; 0: all", zero=True)
     predictions: bool = knob(False, "write each test row's predicted label, too")
     plot: bool = knob(False, "a PNG beside the JSON file (needs matplotlib)")
     jobs: int = knob(0, "processes; 0: one for each GPU or core", zero=True)
     dtype: str = knob("float32", "of the frozen T5", choices=("float32", "bfloat16"))
     device: str = knob("auto", "auto (all GPUs if there are any), cpu, cuda, cuda:1, ...")
-    out: str = knob("", "of predictions; or the JSON file [runs/eval/<model>-<task>.json]")
+    out: str = knob("", "file of predictions, or of results [runs/eval/<model>-<task>.json]")
 
     @property
     def over_steps(self):

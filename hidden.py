@@ -1,16 +1,16 @@
-"""Hidden classes: what a few steps are worth from a meta-learned start, on clusters never met.
+"""Hidden classes: does a meta-learned start adapt faster in a few steps, on unseen clusters?
 
     python hidden.py                                # 3 seeds of meta-training, 150 steps each
     python hidden.py --steps 1500 --seeds 0         # ten times as long
     python hidden.py --task subj nyt --shots 4 8    # the same starts on labeled tasks
 
-Two clusters of sentences get "yes" and "no" at random in each task, and no options are shown. Only
-the support set says which is which, so no prompt solves such a task without adapting. The paper's
-five variants have fixed label words: a prompt can solve them as it is.
+In each task two clusters of sentences get "yes" and "no" at random. Only the support set shows
+which is which, so no prompt solves such a task without adapting. The paper's five variants have
+fixed label words: a prompt can solve them as it is.
 
-Meta-training sees one third of the clusters. Rates are chosen on another third. The last third
-stays sealed until then; both have sentences of held-out documents only. Finished work is kept in
-runs/hidden: the same command resumes.
+Meta-training sees one third of the clusters. Another third chooses the rates. The last third
+stays sealed until then. These two thirds hold sentences of held-out documents only. Finished
+work is kept in runs/hidden: the same command resumes.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Labeled sets as meta tasks (Table 3): a task is one cluster of one set, asked for its labels.
+"""Labeled sets as meta tasks (Table 3): a task is one cluster of a set, and asks for its labels.
 
     store = build_labeled(cache, "reviews.csv", tokenizer, t5, clusters=10, seed=0, model=folder)
     index = LabeledIndex({"reviews.csv": store}, tokenizer)

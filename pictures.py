@@ -1,4 +1,4 @@
-"""A run's log, and an evaluation's rows, as pictures; they need matplotlib.
+"""Pictures of a run's log and of an evaluation's rows; they need matplotlib.
 
     python train.py --plot runs/tiny-1          # plot(): a log
     python eval.py --study steps                # draw(): accuracy over steps, shots or prompts

@@ -1,4 +1,4 @@
-"""A paragraph of prose -> its sentences, by rules: a rule for each kind, no list without end.
+"""A paragraph of prose -> its sentences, by a few rules and short lists of words.
 
     split_sentences("It rained. We left.") -> ["It rained.", "We left."]
 """

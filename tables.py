@@ -1,4 +1,4 @@
-"""Tables of text, as people have them: any file of rows -> the columns that are asked for.
+"""Any table of text (CSV, TSV, JSON) -> the values of the columns that you name, row by row.
 
     for where, values in read_table("mine.csv", ("label", "text"), header=True):
         ...                                     # ("mine.csv, line 2", ["1", "It works."])

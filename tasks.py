@@ -1,4 +1,4 @@
-"""The labeled few-shot tasks: where they are, how rows are read, sampled and posed.
+"""The labeled few-shot tasks: where their files are, and how rows are read, sampled and posed.
 
     rows = load_train(TASKS["sst2"])                # [Row(1, {"text": "a fine film ."}), ...]
     train, validation = few_shot(rows, shots=16, seed=10)
@@ -55,8 +55,8 @@ class LabeledTask(NamedTuple):
 @dataclass(frozen=True)
 class OwnTable:
     """How a user's own table is read: options of train.py and eval.py alike."""
-    words: str = knob("", "of your own labels, \"spam=junk,ham=fine\"; or, if they are numbers, in "
-                      "rising order, \"terrible,great\"")
+    words: str = knob("", "of your own labels, \"spam=junk,ham=fine\"; for numbers in rising "
+                      "order, \"terrible,great\"")
     label_column: str = knob("label", "of your own table")
     text_column: str = knob("text", "of your own table: the template's {text}")
     header: bool = knob(True, "whether your own table begins with its columns' names; if not, the "

@@ -1,10 +1,10 @@
-"""The method in pictures: this draws them, docs/tour.md shows and explains them.
+"""Draw the method in pictures; docs/tour.md shows and explains them.
 
-    python tour.py                      # all of them, into figures/tour/; needs matplotlib
-    python tour.py --only clusters gate # some; run: RUN's log (--run runs/tiny-1)
+    python tour.py --run runs/tiny-1    # all, into figures/tour/; RUN's log is one of them
+    python tour.py --only clusters gate # some of them
 
-All is measured on the embedded T5, its corpus and its prompt, on held-out tasks: their documents
-were never trained on. The planted world's picture is world.py's own.
+They need matplotlib. They show the embedded T5, its corpus and its prompt, on held-out tasks: no
+prompt was trained on their documents. world.py draws the planted world's picture.
 """
 
 import re

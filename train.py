@@ -5,10 +5,10 @@
     python train.py --resume runs/tiny-1    # continue after Ctrl-C or a crash, bit by bit
     torchrun --nproc_per_node 4 train.py    # the same run on 4 GPUs (or CPUs)
     python train.py --plot runs/tiny-1      # a run's log as a picture, also while it runs
-    python train.py --method ppt            # what SUPMER is compared with; --ablation: Table 4
+    python train.py --method ppt            # a baseline of the paper; --ablation: Table 4
 
-A run is a folder, runs/<model>-<number>, see run_folder.py. eval.py takes its prompt: theta and phi
-at the lowest validation loss. cache/ keeps each corpus's tokens and clusters.
+A run is a folder, runs/<model>-<number>; see run_folder.py. Its prompt is theta and phi at the
+lowest validation loss; eval.py takes it. cache/ keeps each corpus's tokens and clusters.
 """
 
 import json
@@ -49,21 +49,21 @@ class Training(tasks.OwnTable):
     model: str = knob("tiny", "tiny, a name such as flan-t5-xl, a hub id, or a folder", first=True)
     corpus: tuple = knob(("openwebtext",), "openwebtext, c4, embedded, or files and folders of "
                          f"{', '.join(KINDS)}", first=True)
-    documents: str = knob("", f"what parts a text into documents: {', '.join(SHAPES)} (else "
+    documents: str = knob("", f"what separates documents: {', '.join(SHAPES)} (else "
                           "blank-lines for .txt, files for .md and .tar)", choices=("", *SHAPES))
-    field: str = knob("", "of JSON lines, with the text (else paragraphs or text)")
-    bytes: int = knob(10 ** 10, "text read at most (section 4.1: 10 GB)")
+    field: str = knob("", "of JSON lines: the one with the text (else paragraphs or text)")
+    bytes: int = knob(10 ** 10, "of text to read at most (section 4.1: 10 GB)")
     clusters: int = knob(250, "K-means clusters of each format (Table 6)")
     one_per_format: bool = knob(False, "a clustering for each format, not one for all")
     labeled: str = knob("", "folder of labeled sets (label, text; .csv, .tsv, .jsonl) (Table 3)")
-    labeled_share: float = knob(1 / 3, "of the tasks (Table 3: 1 : 2); 1: no corpus", most=1)
+    labeled_share: float = knob(1 / 3, "share of labeled tasks (Table 3); 1: no corpus", most=1)
     labeled_clusters: int = knob(10, "K-means clusters of each labeled set (MetaPT's)")
     prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)", most=10 ** 4)
     max_tokens: int = knob(412, "text tokens of an example (Table 6: 512 with P)", most=10 ** 5)
-    method: str = knob("supmer", "what to learn with", choices=tuple(METHODS), first=True)
+    method: str = knob("supmer", "SUPMER or a baseline", choices=tuple(METHODS), first=True)
     variants: tuple = knob(data.PAPER_VARIANTS, "kinds of meta task; hidden is ours",
                            choices=tuple(data.VARIANTS))
-    only: str = knob("", "tasks of one format (Table 4)", choices=("", *data.FORMATS))
+    only: str = knob("", "only tasks of this format (Table 4)", choices=("", *data.FORMATS))
     tasks: int = knob(4, "n, tasks in a batch (Table 6)")
     support: int = knob(32, "examples of a support set (Table 6)")
     query: int = knob(32, "examples of a query set (Table 6)")
@@ -80,8 +80,8 @@ class Training(tasks.OwnTable):
 TINY_VALUES = {
     "corpus": (("embedded",), "see tiny/README.md"),
     "prompt_length": (20, "its texts have some 30 tokens: 100 vectors would outnumber them"),
-    "relative_step": (0.03, "a1 = 0.1 moves this prompt by 1e-4 of its length, see README.md"),
-    "exact_cosine": (True, "at this relative step v is a poor stand-in, see README.md"),
+    "relative_step": (0.03, "a1 = 0.1 moves it by 1e-4 of its length, see docs/results.md"),
+    "exact_cosine": (True, "at this relative step v is a poor stand-in, see docs/results.md"),
     "prompt_rate": (0.02, "about 0.1 of the embedding table's RMS"),
     "keep_graphs": (99, "all fit into memory, and a step takes a fifth less"),
 }

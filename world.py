@@ -3,15 +3,15 @@
     python world.py                                                 # one seed, a table: 4 minutes
     python world.py --seeds 0 1 2 3 4 --plot figures/world.png      # a mean over five, resumable
 
-PLANTED: it was built so that SUPMER can show what it is for, and says nothing about text. It is to
-prompt tuning what sinusoids are to MAML: small, and every right answer is known.
-- The language: 24 attributes, + or -, each with three words; a sentence says four. A micro T5,
-  trained here and then frozen, reads a prompt as a QUESTION, a weighted sum of attributes'
-  directions that is spread over the P rows, and answers yes or no.
-- A task: "is attribute a +?", or "-?". Nobody states it: a prompt has to find it from 16 examples.
+PLANTED: it was built for SUPMER to gain in, and says nothing about text. MAML has its sinusoids,
+prompt tuning has this world: it is small, and every right answer is known.
+- The language: an attribute is + or -, and has three words for either. A sentence says four of the
+  24 attributes. A micro T5 is trained here, then frozen. It reads a prompt as a QUESTION, and
+  answers yes or no. A question is a weighted sum of attributes' directions, spread over P rows.
+- A task: "is attribute a +?", or "-?". Nobody states it: a prompt has to find it in 16 examples.
 - The SHORTCUT: one of four styles goes with the label in every support set and few-shot sample, but
-  not in query and test sets. Why: whoever compares the two can learn to distrust styles.
-P prompt rows, d model width, A attributes, n examples, m tasks that are tuned together.
+  not in query and test sets. So whoever compares the two can learn to distrust styles.
+Shapes: P prompt rows, d model width, A attributes, n examples, m tasks that are tuned together.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ T5_STEPS, TASKS, EXAMPLES, TEST_ROWS, FOLDER = 250, 2, 16, 40, Path("runs/world"
 class Settings:
     """What can be changed, beside the numbers of Method."""
     seeds: tuple = knob((0,), "each makes a world, prompts and tasks anew", zero=True, first=True)
-    only: tuple = knob(("",), "rows that begin so, as shortcut, 'shortcut: PPT'", first=True)
+    only: tuple = knob(("",), "only rows that begin so, such as 'shortcut: PPT'", first=True)
     plot: str = knob("", "draw accuracy over steps into this PNG file", first=True)
     drift: float = knob(0.5, "share of query and test rows whose style is wrong", zero=True, most=1)
 
