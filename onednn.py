@@ -7,8 +7,8 @@ copies of the weight are kept. Small weights lose more to autograd.Function than
 import torch
 import torch.nn.functional as F
 
-# With AVX2 alone oneDNN is slower than MKL where the weight is transposed, as in the gradient: 32-64
-# against 65-80 GFLOP/s, a fifth of a step.
+# With AVX2 alone oneDNN is slower than MKL where the weight is transposed, as in the gradient:
+# 32-64 against 65-80 GFLOP/s, a fifth of a step.
 ONEDNN = (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
           and torch.backends.cpu.get_cpu_capability() == "AVX512")
 SMALL = 2 ** 18     # numbers of a weight

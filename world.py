@@ -1,6 +1,6 @@
 """The planted world: a language made by hand, in which a newcomer sees what meta-learning does.
 
-    python world.py                                                 # one seed, a table: 4 minutes
+    python world.py                                                 # one seed, a table: 3 minutes
     python world.py --seeds 0 1 2 3 4 --plot figures/world.png      # a mean over five, resumable
 
 PLANTED: it was built for SUPMER to gain in, and says nothing about text. MAML has its sinusoids,
