@@ -279,7 +279,8 @@ def test_a_task_of_ones_own_and_its_labels(place, capsys, header):
                      "--header" if header else "--no-header"])
     printed = capsys.readouterr().out
     for said in ("[12] test rows, by seed, are left out",
-                 "  9 rows of label good warm: warm the food It was <extra_id_0> ?</s> -> good warm\n"):
+                 "  9 rows of label good warm: warm the food It was <extra_id_0> ?</s> -> good"
+                 " warm\n"):
         assert said in printed
     record, = rows_of("runs/eval/small-my.json", split="validation", kind="tuned")
     assert record["examples"] == 6
@@ -307,10 +308,12 @@ def test_a_task_of_ones_own_and_its_labels(place, capsys, header):
 def test_labels_need_the_prompt_of_this_model(place, capsys):
     """A tuned file of another model or shape, or with numbers that are not finite, is refused by
     name, before any label. Rows that are all sampled are tuned, not tested."""
-    Path("my.csv").write_text("label,text\n0,bad film film\n0,dull food\n1,good film\n1,warm food\n")
+    Path("my.csv").write_text("label,text\n0,bad film film\n0,dull food\n"
+                              "1,good film\n1,warm food\n")
     evaluation.main(["--words", "terrible,great", *OWN, "--data", "my.csv", "--max-tokens", "7"])
     printed = capsys.readouterr().out
-    for said in ("it is tuned, not tested", "of 4 texts 1 are cut to 7 tokens", "a label has only 1 examples"):
+    for said in ("it is tuned, not tested", "of 4 texts 1 are cut to 7 tokens",
+                 "a label has only 1 examples"):
         assert said in printed
     path = rows_of("runs/eval/small-my.json", kind="tuned")[0]["file"]
     kept, result = jobs.read_result(path)

@@ -656,8 +656,8 @@ RATE = 0.002                            # thrice as much unlearns what the start
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan 2024): momentum, orthogonalized by Newton-Schulz iterations in dtype. torch's own
-    always computes in bfloat16, which is slow on a CPU without bfloat16 products."""
+    """Muon (Jordan 2024): momentum, orthogonalized by Newton-Schulz iterations in dtype. torch's
+    own always computes in bfloat16, which is slow on a CPU without bfloat16 products."""
 
     def __init__(self, matrices, dtype):
         super().__init__(matrices, {"lr": RATE})
