@@ -186,9 +186,9 @@ class Run:
         self.write({"step": step, "validation": result})
         if not (plain or self.ranks.rank) and before - after < 1e-4 * before:
             worse = after - before > 1e-4 * before
-            does = f"raises the held-out loss to {after / before:.3g} times" if worse else (
-                "lowers the held-out loss by less than 1e-4 of")
-            tqdm.write(f"step {step}: the inner step {does} it; it moves the prompt by "
+            does = f"raises the held-out loss by {100 * (after / before - 1):.2g} %" if worse else (
+                "lowers the held-out loss by less than 0.01 %")
+            tqdm.write(f"step {step}: the inner step {does}; it moves the prompt by "
                        f"{result['step_size']:.1e} of its length. Try a "
                        f"{'smaller' if worse else 'larger'} --relative-step or --inner-rate.")
         loss = before if plain else after           # PPT is not learned for an inner step

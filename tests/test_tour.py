@@ -18,7 +18,7 @@ def test_every_picture_is_drawn(small_world, monkeypatch, tmp_path):
     run.log.flush()
     theta, (_, index) = run.state.theta, run.sources[0]
     world = SimpleNamespace(t5=run.t5, index=index, theta=theta, phi=run.state.phi, start=theta,
-                            tokenizer=load_tokenizer(small_world[0] / "model", run.t5.config))
+                            tokenizer=load_tokenizer(small_world[0] / "small", run.t5.config))
     monkeypatch.setattr(tour, "world", lambda: world)
     monkeypatch.setattr(tour, "FOLDER", tmp_path / "pictures")
     with pytest.raises(InputError, match="needs a run's folder"):
