@@ -8,6 +8,7 @@ is unpacked to the disk, and at most LONGEST bytes of a document are held at a t
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -111,6 +112,7 @@ def _wrapped(start):
 
 
 def _read_text(file, shape, counts):
+    file = io.BufferedReader(file, 1 << 16)         # a packed file alone would show less
     start = file.peek(1 << 16)
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError("UTF-16; give UTF-8")

@@ -390,6 +390,9 @@ def plans(settings):
     """The tasks to run -> [Plan], {task of a group that is not run: why}. Training files are
     fetched; a test file is only looked for. Raises InputError for the others."""
     folder, found, not_run = settings.data[0], {}, {}
+    if len(settings.data) > 1 + bool(settings.template):
+        raise InputError(f"--data {' '.join(settings.data)}: give one folder, or your own task's "
+                         "file and at most a second one to test on")
     if settings.template:
         name = Path(folder).stem
         task = own_task(folder, settings, settings.template, test=settings.data[-1],

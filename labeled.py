@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import SOLO, InputError, rng
+from common import SOLO, InputError, fingerprint, rng
 from corpus import Document, build_from, hash_share
 from data import (MAX_TOKENS, Examples, Task, balanced, check_clusters, compile_template,
                   decoder_targets, fill_template, shuffled)
@@ -32,7 +32,7 @@ def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, table=Ow
             text, = fields.values()
             counts["bytes"] += len(text.encode())
             yield Document(hash_share([text]), [text], label)
-    how = [*task.labels, *task.columns, task.header, task.encoding]
+    how = [*task.labels, *task.columns, task.header, task.encoding, fingerprint([path])]
     options = {"words": list(task.words), "clusters": clusters, "seed": seed, "table": how}
     return build_from(cache, [Path(path)], read, options, tokenizer, t5, model, embed, progress,
                       ranks)

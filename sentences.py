@@ -55,7 +55,8 @@ def _ends_sentence(text, start, match, lowered):
     number = word.isdigit()
     if word in TITLES or (word in NUMBERED and following[0].isdigit()):
         return False                                            # "Dr. Fox", "No. 5"
-    if number and (not before or before in ORDINAL and len(word) < 3):
+    if number and (not before or before in ORDINAL and len(word) < 3
+                   and following.lower() not in STARTERS):      # "I am 5. You are 6."
         return False                                            # "1. The lid.", "am 3. Mai"
     initials = all(len(part) == 1 and part.isalpha() for part in word.split("."))   # j, u.s
     return following.lower() in STARTERS if initials or word in CLOSERS else True

@@ -59,7 +59,7 @@ def header_line(path, columns, header, encoding):
     with reading(path, "a table"), open(path, encoding=encoding, errors="replace") as file:
         if not header or kind.startswith(".json"):
             return f"{path}: columns {', '.join(columns)}"
-        line = file.readline()
+        line = next(filter(str.strip, file), "")
         if "\ufffd" in line:
             raise InputError(f"{path}, line 1, is not {encoding.removesuffix('-sig')}: {ENCODING}")
         how, names = dialect(path, line, columns, True)
@@ -80,7 +80,8 @@ def dialect(path, text, columns, header):
         try:
             first = [name.strip() for name in next(lines, [])]
             for line in lines:
-                score += 1 if len(line) == len(first) else -1
+                whole = len(line) == len(first)     # alone in its row, a quoted text has lines
+                score += 1 + (len(line) == 1) * line[0].count("\n") if whole else -1
         except csv.Error:               # read_table() says so, unless another way reads more
             pass
         fits = set(columns) <= set(first) if header else len(first) == len(columns)
@@ -121,7 +122,7 @@ def _jsonl_rows(path, columns, header, encoding):
     for number, line in enumerate(lines, 1):
         record = None
         try:
-            record = json.loads(line)
+            record = json.loads(line, parse_constant=lambda name: None)     # NaN is no text
             values = [record[name] for name in columns]
             "".join(map(str, values)).encode()  # half a pair of surrogates is no text
             whole = all(isinstance(value, str | int | float) for value in values)

@@ -213,8 +213,9 @@ def own_task(path, options, template, *, test=None, max_tokens=256, say=print):
     path, test = Path(path), Path(test or path)
     template = template.replace("{text}", f"{{{options.text_column}}}")
     columns = (options.label_column, *template_fields(template))
-    if len(columns) == 1:
-        raise InputError(f"the template {template!r} shows no {{column}} of {path}: add one")
+    if len({*columns}) < max(2, len(columns)) or {*"{}"} & {*re.sub("{[^{}]*}", "", template)}:
+        raise InputError(f"the template {template!r} shows no {{column}} of {path}, or its label, "
+                         "or other braces: mend it")
     rows = read_table(path, columns, options.header, options.encoding)
     counts = Counter(values[0].strip() for _, values in rows if is_whole(values))
     for table in dict.fromkeys((path, test)):
@@ -236,22 +237,22 @@ def match_words(path, counts, words):
     words: "spam=junk,ham=fine"; or "junk,fine" if these are the labels, or for labels that are
     numbers (or true and false), in rising order; or "": the labels are the words, or two or five
     numbers, SENTIMENT."""
-    numbers = all(re.fullmatch(r"[+-]?\d+(\.\d*)?|true|false", label.lower()) for label in counts)
-    as_number = {"false": 0, "true": 1}
-    labels = sorted(counts, key=lambda label: float(as_number.get(label.lower(), label))
-                    if numbers else label)
+    def value(text):        # 1.0 of "1", "1.0", "True"; what is no number stays a text
+        text = {"false": "0", "true": "1"}.get(text.lower(), text)
+        return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?", text) else text
+    values = {value(label): label for label in counts}
+    numbers = all(isinstance(x, float) for x in values)
+    labels = sorted(counts, key=value if numbers else None)
     given = [word.strip() for word in words.split(",")] if words else []
     if "=" in words:
-        pairs = (word.partition("=") for word in given)
-        matched = {label.strip(): word.strip() for label, _, word in pairs}
-    elif numbers and not given:
-        matched = dict(zip(labels, SENTIMENT.get(len(labels), ())))
-    elif set(labels) <= set(given or labels):
-        matched = {word: word for word in given or labels}
+        matched = {a.strip(): b.strip() for a, _, b in (word.partition("=") for word in given)}
+    elif not given:
+        matched = dict(zip(labels, SENTIMENT.get(len(labels), ()) if numbers else labels))
+    elif set(values) <= set(map(value, given)):         # by the words' own names, or values
+        matched = {values.get(value(word), word): word for word in given}
     else:
         matched = dict(zip(labels, given)) if numbers and len(labels) == len(given) else {}
-    different = len(set(matched.values()) - {""})
-    if not set(labels) <= set(matched) or different < max(2, len(matched)):
+    if not set(labels) <= set(matched) or len({*matched.values()} - {""}) < max(2, len(matched)):
         found = ", ".join(f"{label} ({counts[label]:,} rows)" for label in labels[:20])
         line = shlex.quote(",".join(f"{label}=WORD" for label in labels[:20]))
         raise InputError(f"{path} has {len(labels)} labels, {found}: give two or more a word each: "
@@ -331,8 +332,7 @@ def few_shot(rows, shots, seed, classes=2):
     Ordered by sha256 of seed and row: the same on every machine. No text comes twice. A class of
     fewer than 2 * shots texts gives half to each; InputError for fewer than two texts in a class.
     rows [Row(0, a), Row(1, b), Row(0, c), Row(1, d)], shots 1 -> [Row(0, c), Row(1, b)],
-    [Row(0, a), Row(1, d)]
-    """
+    [Row(0, a), Row(1, d)]"""
     def key(row):
         parts = (str(seed), str(row.label), *row.fields.values())
         return text_sha256("\t".join(parts)).digest()

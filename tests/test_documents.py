@@ -46,7 +46,7 @@ The end.[1] | The next.[2][3] | It ended.² | A last one.[note 4] | Yes.
 *Bold.* | Another. | It rained. | *Then* he left. | **Note.** | Use `ls.` | Then stop.
 ¿Qué pasa? | ¡Nada! | —Claro. | 1. Open the lid. | 2. Pour the water. | 3. Is it hot? | 4. Wait.
 Parker et al. | Later work agreed. | Smith et al. (2004) did not.
-Am 3. Mai kam er. | Er blieb bis 2014. | Dann ging er.
+I am 5. | You are 6. | Am 3. Mai kam er. | Er blieb bis 2014. | Dann ging er.
 the cat sat . | the dog ran . | is dr . fox here ? | yes !
 他走了。。。 | 她来了！ | 真的？ | 「行く。」と言った。 | 彼は来た。
 वह गया। | वह आई।
@@ -127,6 +127,16 @@ def test_documents_of_each_kind_literally(tmp_path, name, content, how, expected
     (tmp_path / name).write_bytes(content)
     found = "||".join("|".join(x) for x in documents(tmp_path / name, counts, **how))
     assert (found, counts["broken UTF-8"]) == (expected, mended)
+
+
+def test_a_packed_text_is_read_as_it_is_unpacked(tmp_path):
+    """Whether lines are wrapped is judged by the same part of a text: here by 64 KiB."""
+    text = b"It is a line.\n" * 900 + b"It goes\non. And\non\n" * 3000
+    contents = {"a.txt": text, "a.txt.gz": gzip.compress(text), "a.tar": tar_of({"a.txt": text})}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    plain, *packed = [list(documents(tmp_path / name)) for name in contents]
+    assert packed == [plain, plain] and len(plain[0]) == 1
 
 
 def test_a_folder_gives_its_corpus_files_in_order(tmp_path):

@@ -419,6 +419,7 @@ def test_a_study_makes_the_runs_that_are_missing(place, monkeypatch, capsys):
     ([*OWN, "--data", "none.csv", "--words", "bad,good"], "none.csv"),
     ([*OWN, "--data", "my.csv", "--words", "bad,good"], "my.csv has 3 labels, 0"),
     ([*OWN, "--data", "my.csv", "none.csv"], "none.csv is missing"),
+    ([*OWN, "--data", "my.csv", "b.csv", "my.csv"], "and at most a second one to test on"),
     (["--predict", "my.csv", "--prompt", "my.csv"], "my.csv is not a result of eval.py")])
 def test_mistakes_end_in_one_line(place, argv, said):
     """What the user got wrong is one line on stderr that names it, with exit status 2."""

@@ -34,6 +34,7 @@ JSON = '{"text": "good", "label": 1.0}\n\n{"text": null, "label": true}\n'
     ("a.txt", "good\t\t1\nbad\t0", None, [["1", "good\t"], ["0", "bad"]]),
     ("a.csv", "label,text\n1," + "good " * 40_000, True, [["1", "good " * 40_000]]),
     ("a.csv", "label,text\n1,good, really\n", True, "line 2: 3 columns, not 2"),
+    ("a.json", '{"label": 1, "text": NaN}\n{"label": 0, "text": "b"}', True, [None, ["0", "b"]]),
     ("a.csv", "label;text;id\n1;good;3\n", True, "columns label, text, id, and not all of label, "
      "my text"),
     ("a.json", JSON, True, "columns text, label, and not all of label, my text"),

@@ -135,6 +135,9 @@ def own(folder, content, template="{text} It was <X> .", name="a.csv", test=None
     (("10", "9"), "a,b", {"9": "a", "10": "b"}),
     (("spam", "ham"), "spam=junk, ham = fine", {"spam": "junk", "ham": "fine"}),
     (("0.0", "1.0"), "", {"0.0": "terrible", "1.0": "great"}),
+    (("0.0", "1.0"), "1,0", {"1.0": "1", "0.0": "0"}),
+    ("01", "true,false", {"1": "true", "0": "false"}),
+    (("True", "False"), "true,false", {"True": "true", "False": "false"}),
     (("True", "False"), "", {"False": "terrible", "True": "great"}),
     (("true", "false"), "no,yes", {"false": "no", "true": "yes"}),
     (("no", "yes"), "", {"no": "no", "yes": "yes"}),
@@ -162,6 +165,8 @@ def test_labels_are_matched_by_name_or_refused(labels, words, matched):
     ("label;text\n0;a\n1;b\n".encode("utf-16"), {"encoding": "utf-16"},
      [("terrible", "a"), ("great", "b")], ["columns label, text; delimiter ';'"]),
     ("0,a\n1,b\n", {"header": False}, [("terrible", "a"), ("great", "b")], ["columns label, text"]),
+    ("\n\nlabel,text\n0,a\n1,b\n", {}, [("terrible", "a"), ("great", "b")],
+     ["columns label, text; delimiter ','"]),
     ("label,text\n1,Caf\u00e9\n".encode("cp1252"), {}, "line 2: byte 0xe9 is not utf-8", []),
     ("label;text\n0;a\n".encode("utf-16"), {}, "line 1: byte 0xff is not utf-8: .*--encoding", []),
     ('{"label": {"0": 1}, "text": {"0": "x"}}', {"name": "a.csv.json"}, "no rows with label", []),
@@ -187,7 +192,10 @@ def test_a_template_names_columns(tmp_path):
     (tmp_path / "test.csv").write_bytes(b"label,my-text\n\xff")
     for template, test, says in (
             ("{my-text} {other-col} <X>", None, "columns label, my-text, the title, .* other-col"),
-            ("my-text <X>", None, "shows no {column}"), ("{} <X>", None, "and not all of label, :"),
+            ("my-text <X>", None, "shows no {column}"),
+            ("{{my-text}} <X>", None, "other braces"), ("{my-text} {a <X>", None, "other braces"),
+            ("{my-text} {label} <X>", None, "or its label"),
+            ("{} <X>", None, "and not all of label, :"),
             (template, tmp_path / "test.csv", "test.csv has the columns label, my-text, and not")):
         with pytest.raises(InputError, match=says):
             own(tmp_path, content, template, test=test)
@@ -227,6 +235,9 @@ def test_texts_without_labels_literally(tmp_path):
     (tmp_path / "body.csv").write_text("body\nok, he said\n")
     assert tasks.load_texts(tmp_path / "body.csv", TASKS["mr"], OwnTable(text_column="body")) == [
         Row(0, {"text": "ok, he said"})]
+    (tmp_path / "lines.csv").write_text('text\n"Good, really.\nA joy."\n"No, no."\n')
+    assert tasks.load_texts(tmp_path / "lines.csv", TASKS["mr"]) == [
+        Row(0, {"text": "Good, really.\nA joy."}), Row(0, {"text": "No, no."})]
     (tmp_path / "empty.txt").write_text("")
     for name, task, says in (("empty.txt", "mr", "no texts"), ("new.txt", "cb", "no hypothesis"),
                              ("new.csv", "mr", "columns id, premise, hypothesis, and not all of")):
