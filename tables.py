@@ -69,24 +69,26 @@ def header_line(path, columns, header, encoding):
 
 def dialect(path, text, columns, header):
     """How a table is written -> csv.reader's options, its first row. Of a user's table the first
-    row has the columns or, without a header, as many, and most rows are as wide. A quote may be a
-    character, as in GLUE's .tsv files: if so, more rows are whole."""
+    row has the columns or, without a header, as many, and all rows are as wide, or most. A quote
+    may be a character, as in GLUE's .tsv files: if so, more rows are whole."""
     known = ("\t", csv.QUOTE_NONE) if path.suffix == ".tsv" else (",", csv.QUOTE_MINIMAL)
     both, ways = (csv.QUOTE_MINIMAL, csv.QUOTE_NONE), []
     for delimiter, quoting in [known] if header is None else product(",\t;|", both):
         how = {"delimiter": delimiter, "quoting": quoting, "skipinitialspace": header is not None}
-        lines = filter(None, csv.reader(io.StringIO(text, newline=""), strict=True, **how))
-        first, score = [], 0
+        lines = csv.reader(io.StringIO(text, newline=""), strict=True, **how)
+        first, score, faults = [], 0, 1
         try:
-            first = [name.strip() for name in next(lines, [])]
+            first = [name.strip() for name in next(filter(None, lines), [])]
             for line in lines:
                 whole = len(line) == len(first)     # alone in its row, a quoted text has lines
                 score += 1 + (len(line) == 1) * line[0].count("\n") if whole else -1
+                faults += not whole
+            faults -= 1
         except csv.Error:               # read_table() says so, unless another way reads more
             pass
         fits = set(columns) <= set(first) if header else len(first) == len(columns)
-        ways.append((fits, score, how, first))
-    fits, _, how, first = max(ways, key=lambda way: way[:2])
+        ways.append((fits, not faults, score, how, first))
+    fits, *_, how, first = max(ways, key=lambda way: way[:3])
     return how, first if fits else max((way[-1] for way in ways), key=len)
 
 

@@ -32,6 +32,7 @@ JSON = '{"text": "good", "label": 1.0}\n\n{"text": null, "label": true}\n'
     ("a.json", JSON, True, [["1.0", "good"], None]),
     ("a.json", f"[{JSON.strip().replace(chr(10) * 2, ',')}]", True, [["1.0", "good"], None]),
     ("a.txt", "good\t\t1\nbad\t0", None, [["1", "good\t"], ["0", "bad"]]),
+    ("a.csv", 'text;label\n"a; b\n\nc";0\nd|;1\n', True, [["0", "a; b\n\nc"], ["1", "d|"]]),
     ("a.csv", "label,text\n1," + "good " * 40_000, True, [["1", "good " * 40_000]]),
     ("a.csv", "label,text\n1,good, really\n", True, "line 2: 3 columns, not 2"),
     ("a.json", '{"label": 1, "text": NaN}\n{"label": 0, "text": "b"}', True, [None, ["0", "b"]]),
