@@ -251,7 +251,8 @@ def draw_samples(context, plan):
     print("\n".join([f"{plan.name}:", *task_lines(context.tokenizer, task, rows)]))
     for seed in settings.seeds:
         seed = settings.seeds[0] if settings.same_examples else seed
-        samples.append(Sample(seed, *few_shot(rows, plan.shots, seed, len(task.words))))
+        how = plan.shots, seed, len(task.words), task.labels
+        samples.append(Sample(seed, *few_shot(rows, *how)))
     fewest = min(Counter(row.label for row in samples[0].train).values())
     if fewest < plan.shots:
         print(f"{plan.name}: a label has only {fewest} examples, and as many for validation")

@@ -326,7 +326,7 @@ def make_row(task, label, texts):
 
 # --------------------------------------------------------------------------- sampling and posing
 
-def few_shot(rows, shots, seed, classes=2):
+def few_shot(rows, shots, seed, classes=2, names=()):
     """Sample `shots` rows a label for training, as many for validation (section 4.1) -> both lists.
 
     Ordered by sha256 of seed and row: the same on every machine. No text comes twice. A class of
@@ -342,8 +342,8 @@ def few_shot(rows, shots, seed, classes=2):
         members = sorted((row for row in first.values() if row.label == label), key=key)
         half = min(shots, len(members) // 2)
         if not half:
-            raise InputError(f"label {label} has {len(members)} different texts, 2 are the least:"
-                             " give more labeled rows")
+            raise InputError(f"label {(names or range(classes))[label]} has {len(members)} "
+                             "different texts, 2 are the least: give more labeled rows")
         train += members[:half]
         validation += members[half:2 * half]
     return train, validation

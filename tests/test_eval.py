@@ -418,6 +418,7 @@ def test_a_study_makes_the_runs_that_are_missing(place, monkeypatch, capsys):
     ([*OWN, "--data", "my.csv", "--words", "bad,bad"], "give two or more a word each: --words "),
     ([*OWN, "--data", "none.csv", "--words", "bad,good"], "none.csv"),
     ([*OWN, "--data", "my.csv", "--words", "bad,good"], "my.csv has 3 labels, 0"),
+    ([*OWN, "--data", "my.csv", "--words", "2=great,1=bad,0=good"], "label 2 has 1 different texts"),
     ([*OWN, "--data", "my.csv", "none.csv"], "none.csv is missing"),
     ([*OWN, "--data", "my.csv", "b.csv", "my.csv"], "and at most a second one to test on"),
     (["--predict", "my.csv", "--prompt", "my.csv"], "my.csv is not a result of eval.py")])
