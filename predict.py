@@ -59,10 +59,12 @@ def read_task(values):
     """The LabeledTask of a tuned file's JSON. Raises TypeError, ValueError for another value."""
     task = LabeledTask(**values)
     fields = template_fields(task.template)
-    if not all(isinstance(x, str) for x in (task.bare, *fields, *task.words)):
-        raise TypeError("a template, words or fields that are not text")
-    if len(task.words) < 2 or task.bare not in ("", *fields):
-        raise ValueError("a task of fewer than two words, or of another field")
+    if not all(isinstance(x, str) for x in (task.bare, *fields, *task.words, *task.labels)):
+        raise TypeError("a template, words, labels or fields that are not text")
+    if len(task.words) < 2 or len(task.labels) not in (0, len(task.words)):
+        raise ValueError("a task of fewer than two words, or with other labels")
+    if task.bare not in ("", *fields):
+        raise ValueError("a task of another field")
     return task
 
 
@@ -82,10 +84,11 @@ def check_kept(path, kept, baseline, t5):
 
 
 def as_csv(task, rows, chances):
-    """Rows and their label words' probabilities (n, K) -> CSV text."""
-    lines = io.StringIO()
+    """Rows and their label words' probabilities (n, K) -> CSV text. "label" is as the training file
+    writes it; without names of its own there, the word."""
+    lines, labels = io.StringIO(), task.labels or task.words
     out = csv.writer(lines, lineterminator="\n")
     out.writerow([*template_fields(task.template), "label", *task.words])
     for row, best, chance in zip(rows, chances.argmax(-1).tolist(), chances.tolist()):
-        out.writerow([*row.fields.values(), task.words[best], *(f"{p:.4f}" for p in chance)])
+        out.writerow([*row.fields.values(), labels[best], *(f"{p:.4f}" for p in chance)])
     return lines.getvalue()

@@ -7,6 +7,7 @@ import eval as evaluation
 import jobs
 import json
 import os
+import predict
 import pytest
 import re
 import shutil
@@ -305,6 +306,13 @@ def test_a_task_of_ones_own_and_its_labels(place, capsys, header):
     assert [float(found[word]) for word in words] == pytest.approx(sums.tolist(), abs=1e-4)
 
 
+def test_a_prediction_is_the_users_own_label():
+    """spam and ham stand for bad and good: the file says spam; the words head their chances."""
+    task = tasks.LabeledTask("a.csv", "a.csv", words=("bad", "good"), labels=("spam", "ham"))
+    found = predict.as_csv(task, [tasks.Row(0, {"text": "win, now"})], torch.tensor([[0.75, 0.25]]))
+    assert found == 'text,label,bad,good\n"win, now",spam,0.7500,0.2500\n'
+
+
 def test_labels_need_the_prompt_of_this_model(place, capsys):
     """A tuned file of another model or shape, or with numbers that are not finite, is refused by
     name, before any label. Rows that are all sampled are tuned, not tested."""
@@ -418,7 +426,8 @@ def test_a_study_makes_the_runs_that_are_missing(place, monkeypatch, capsys):
     ([*OWN, "--data", "my.csv", "--words", "bad,bad"], "give two or more a word each: --words "),
     ([*OWN, "--data", "none.csv", "--words", "bad,good"], "none.csv"),
     ([*OWN, "--data", "my.csv", "--words", "bad,good"], "my.csv has 3 labels, 0"),
-    ([*OWN, "--data", "my.csv", "--words", "2=great,1=bad,0=good"], "label 2 has 1 different texts"),
+    ([*OWN, "--data", "my.csv", "--words", "2=great,1=bad,0=good"],
+     "label 2 has 1 different texts"),
     ([*OWN, "--data", "my.csv", "none.csv"], "none.csv is missing"),
     ([*OWN, "--data", "my.csv", "b.csv", "my.csv"], "and at most a second one to test on"),
     (["--predict", "my.csv", "--prompt", "my.csv"], "my.csv is not a result of eval.py")])
