@@ -39,11 +39,12 @@ def prepare(training, method, device, control):
     control: train.py's options. Raises InputError if the memory is missing, or for a long run on a
     CPU without --yes. A dry run only prints, whatever the machine and the network."""
     config = model_shape(training.model)
-    everything = replace(method, keep_graphs=training.support)
-    needed = sum(memory_needed(config, training, everything).values())
-    if not hasattr(control, "keep_graphs") and needed < free_bytes(device) / 2:
-        method = everything
-        print("graphs:   all are kept, which saves a pass: half of the memory holds them")
+    if not hasattr(control, "keep_graphs"):
+        everything = replace(method, keep_graphs=training.support)
+        needed = sum(memory_needed(config, training, everything).values())
+        if needed < free_bytes(device) / 2:
+            method = everything
+            print("graphs:   all are kept, which saves a pass: half of the memory holds them")
     line, lacking = memory_line(config, training, method, device)
     print(line)
     if lacking and not control.dry_run:

@@ -97,7 +97,7 @@ def test_label_words_are_one_piece_of_the_official_t5():
     ("electronics", "bad\n\tcons\ntips extremely"), ("restaurants", "Wow... Loved this place.")])
 def test_real_tasks_are_read_whole(name, first, tokenizer):
     """The sizes of the paper's Table 5 and of the domains, all labels, how the first row begins;
-    the only thing that is told of sizes is Restaurants'. The embedded model can read all of them:
+    only Restaurants' size differs, and is printed. The embedded model can read all of them:
     the longest texts are cut to the limit, none loses the mask."""
     said, task = [], TASKS[name]
     train, test = (load(task, SUPMER_DATA, said.append) for load in (tasks.load_train, load_test))
@@ -184,7 +184,7 @@ def test_what_was_read_is_printed_or_refused(tmp_path, content, options, rows, s
 
 
 def test_a_template_names_columns(tmp_path):
-    """A name with spaces and hyphens is a column; one that is none, or no name at all, is refused,
+    """A name with spaces and hyphens is a column; an unknown name, or no name at all, is refused,
     also of the test file, whose rows are not read."""
     content, template = "label,my-text,the title\n0,a,b\n1,c,d\n", "{the title}: {my-text} <X>"
     task, rows, _ = own(tmp_path, content, template)
