@@ -96,7 +96,7 @@ class Settings(OwnTable):
 # What the embedded T5 needs instead of the paper's numbers, and why.
 FOR_TINY = {"prompt_length": (20, "100 vectors would outnumber the tokens of its texts"),
             "rate_scale": ("rms", "its embeddings are small, see tiny/README.md")}
-QUICK = {"task": ("source",), "prompt": (*SHIPPED, "newest", "vocab", "random"), "shots": (8,),
+QUICK = {"task": ("source",), "prompt": (*SHIPPED, "vocab", "random"), "shots": (8,),
          "seeds": (10, 20, 30), "rates": (0.1,), "epochs": 10, "validate_every": 10,
          "test_rows": 160}
 CODE = ("eval", "baselines", "prompts", "supmer", "tasks", "tables", "data", "t5", "onednn",
@@ -228,15 +228,21 @@ Context = namedtuple("Context", "settings tokenizer work made_of unit")
 
 def evaluate(context, plan, candidates):
     """Tune every Candidate, then open the test files -> rows, whether Ctrl-C stopped the tuning.
-    What is tuned by then is tested."""
-    samples = draw_samples(context, plan)
-    rows, tuned, stopped = [], [], False
+    Candidates that are tuned by then are tested."""
+    samples, stopped = draw_samples(context, plan), False
+    planned, tuned, rows = [], [], []
     try:
-        for candidate in candidates:
-            rows += tune_candidate(context, plan, candidate, samples)
-            tuned.append(candidate)
+        for group in candidates:
+            new = [(one, tuning_jobs(context, plan, one, samples)) for one in group]
+            planned += new
+            jobs = [job for _, some in new for job in some.values()]
+            context.work(jobs, f"tune {plan.name}")
     except KeyboardInterrupt:
         stopped = True
+    for candidate, some in planned:
+        if all(job.path.is_file() for job in some.values()):
+            tuned.append(candidate)
+            rows += tuning_rows(context, plan, candidate, some, samples)
     chosen = {(row["prompt"], row["seed"]): row for row in rows if row["kind"] == "tuned"}
     for target in plan.targets if tuned else ():
         rows += evaluate_target(context, plan, target, tuned, chosen, samples)
@@ -267,17 +273,14 @@ def print_cut(context, name, task, rows):
         print(f"{name}: of {len(rows)} texts {cut} are cut to {task.max_tokens} tokens")
 
 
-def tune_candidate(context, plan, candidate, samples):
-    """Tune with each seed's sample at each rate; no file is opened. -> a row for each validation;
-    that of each seed's choice has the "kind" tuned. No rows where there is nothing to tune."""
+def tuning_jobs(context, plan, candidate, samples):
+    """-> {(seed, rate): the Job that tunes}; none where there is nothing to tune."""
     settings, baseline = context.settings, BASELINES[candidate.baseline]
     rates = settings.rates if any(settings.rates) and baseline.rates else baseline.rates
     about = {"task": plan.task._asdict(), "model": settings.model,
              "model_sha256": context.made_of["model"]}
-    row = {"task": plan.name, "target": plan.name, "shots": plan.shots, "prompt": candidate.name,
-           "split": "validation", "kind": "step", "examples": len(samples[0].train)}
     tuning = Tuning(*(getattr(settings, name) for name in Tuning._fields))
-    jobs, rows = {}, []
+    jobs = {}
     for seed, sample, start in zip(settings.seeds, samples, candidate.starts):
         posed = [baseline.pose(context.tokenizer, plan.name, plan.task, part, (), 0)[0]
                  for part in (sample.train, sample.held_out)]
@@ -287,12 +290,19 @@ def tune_candidate(context, plan, candidate, samples):
                 tune_job, baseline=candidate.baseline, start=start, psi=candidate.psi,
                 sample=posed, seed=sample.seed, rate=rate, unit=context.unit, about=about,
                 tuning=tuning, all_steps=settings.over_steps)
-    context.work(jobs.values(), f"tune {plan.name}")
+    return jobs
+
+
+def tuning_rows(context, plan, candidate, jobs, samples):
+    """A row for each validation of finished Jobs; each seed's choice has the "kind" tuned."""
+    row = {"task": plan.name, "target": plan.name, "shots": plan.shots, "prompt": candidate.name,
+           "split": "validation", "kind": "step", "examples": len(samples[0].train)}
+    rows = []
     for (seed, _), job in jobs.items():
         _, result = read_result(job.path, tensors=False)
         rows += [{**row, "seed": seed, **record, "file": str(job.path)}
                  for record in result["validations"]]
-    for seed in settings.seeds if rows else ():
+    for seed in context.settings.seeds if rows else ():
         min((row for row in rows if row["seed"] == seed), key=preference)["kind"] = "tuned"
     return rows
 
@@ -424,18 +434,19 @@ def plans(settings):
 
 
 def candidates(opened, config, settings):
-    """Yield the Candidates of --prompt in order. What train.py has to make is made at its turn; if
-    that fails in a study, it is not run. opened: {name: Candidate, or why it is not run}."""
-    for name in settings.prompt:
-        try:
-            opened[name] = opened.get(name) or open_candidate(name, config, settings)
-        except InputError as error:
-            if not settings.study:
-                raise
-            opened[name] = str(error)
-            print(f"{name}: not run; {error}")
-        if isinstance(opened[name], Candidate):
-            yield opened[name]
+    """Yield the Candidates of --prompt in groups: all that are ready, then each that train.py has
+    to make first; if that fails in a study, it is not run. opened: {name: Candidate, or why not}"""
+    made = [name for name in settings.prompt if name in PRETRAINED]
+    for names in ([name for name in settings.prompt if name not in made], *([one] for one in made)):
+        for name in names:
+            try:
+                opened[name] = opened.get(name) or open_candidate(name, config, settings)
+            except InputError as error:
+                if not settings.study:
+                    raise
+                opened[name] = str(error)
+                print(f"{name}: not run; {error}")
+        yield [opened[name] for name in names if isinstance(opened[name], Candidate)]
 
 
 def open_candidate(name, config, settings):

@@ -1782,8 +1782,10 @@ def test_tuning_needs_no_test_file(place):
     for _ in range(2):
         with context(t5, choices) as c:
             samples = evaluation.draw_samples(c, plan)
-            rows = evaluation.tune_candidate(c, plan, open_candidate("vocab", t5.config, choices),
-                                             samples)
+            candidate = open_candidate("vocab", t5.config, choices)
+            work = evaluation.tuning_jobs(c, plan, candidate, samples)
+            c.work(work.values(), "tune")
+            rows = evaluation.tuning_rows(c, plan, candidate, work, samples)
             best, = (row for row in rows if row["kind"] == "tuned")
             kept = evaluation.kept_of(best)[best["step"]]["theta"].tolist()
         found.append((rows, kept))
