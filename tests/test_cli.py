@@ -11,42 +11,61 @@ import eval as evaluation
 import jobs
 import train
 from common import InputError
-from conftest import SMALL, run_script
+from conftest import PLANTED, SMALL, run_script, write_run
 from supmer import Method
+from tasks import TASKS
+
+OWN = ["--model", "small", "--prompt-length", "3", "--prompt", "vocab", "--template", "{text} <X>",
+       "--words", "bad,good", "--data"]
 
 
-@pytest.mark.parametrize("argv, says", [
-    ("--inner-rate inf", "inf must be above 0, at most 1e+30"),
-    ("--tasks 0", "0 must be above 0"),
-    ("--seed=-1", "-1 must be 0 or more"),
-    ("--labeled-share 1.5", "1.5 must be above 0, at most 1"),
-    ("--prompt-length 10001", "at most 10,000"),
-    ("--method pt", "'unified-ppt'"),
-    ("--device nonsense", "--device nonsense is not available"),
-    ("--device cpu:0", "--device cpu:0 is not available"),
-    ("--device cuda:99", "--device cuda:99 is not available"),
-    ("--examples 9 --steps 3", "leave --steps away"),
-    ("--method metapt", "give --labeled FOLDER"),
-    ("--only sp --variants hidden mc-next", "--variants has none of this format"),
-    ("--method unified-ppt --labeled sets", "leave --labeled away"),
-    ("--resume nowhere", "nowhere/run.json is missing"),
-    ("--resume nowhere --steps 3", "add nothing but --yes"),
-    ("--plot nowhere", "nowhere/log.jsonl is missing"),
-    ("--model no-such-folder", "no-such-folder"),
-    ("WORLD --corpus empty", "empty: no text found"),
-    ("WORLD --corpus nowhere", "nowhere: no text found"),
-    ("WORLD --clusters 5000", "fewer --clusters"),
-    ("WORLD --support 5000", "a smaller --support and --query"),
-    ("WORLD --labeled empty", "--labeled empty: no folder with .csv"),
-    ("WORLD --relative-step 0 --inner-rate 1e29", "not finite")])
-def test_mistakes_end_with_status_2_and_one_line(small_world, argv, says):
-    """A mistake is one line on the screen that says what is wrong, no traceback, exit status 2.
-    WORLD stands for the options of a run that would work."""
+@pytest.mark.parametrize("script, argv, says", [
+    (train, "--tasks 0", "0 must be above 0"),
+    (train, "--labeled-share 1.5", "1.5 must be above 0, at most 1"),
+    (train, "--device nonsense", "--device nonsense is not available"),
+    (train, "--device cuda:99", "--device cuda:99 is not available"),
+    (train, "--examples 9 --steps 3", "leave --steps away"),
+    (train, "--method metapt", "give --labeled FOLDER"),
+    (train, "--only sp --variants hidden mc-next", "--variants has none of this format"),
+    (train, "--method unified-ppt --labeled sets", "leave --labeled away"),
+    (train, "--ablation no-mgr --method ppt", "leave those options away"),
+    (train, "--ablation no-mgr --regularizer affine", "leave those options away"),
+    (train, "--resume nowhere", "nowhere/run.json is missing"),
+    (train, "--resume nowhere --steps 3", "add nothing but --yes"),
+    (train, "--plot nowhere", "nowhere/log.jsonl is missing"),
+    (train, "--model no-such-folder", "no-such-folder"),
+    (train, "WORLD --corpus empty", "empty: no text found"),
+    (train, "WORLD --clusters 5000", "fewer --clusters"),
+    (train, "WORLD --support 5000", "a smaller --support and --query"),
+    (train, "WORLD --labeled empty", "--labeled empty: no folder with .csv"),
+    (train, "WORLD --relative-step 0 --inner-rate 1e29", "not finite"),
+    (train, "WORLD --run corpus.jsonl", "corpus.jsonl exists: name another --run"),
+    (evaluation, "--task sst3", "no task sst3: there are movie, "),
+    (evaluation, "--model elsewhere", "RUN|released|random|vocab"),         # no finished run
+    (evaluation, "--prompt randm", "randm is missing: give RUN, newest, shipped, "),
+    (evaluation, "WORLD --prompt released", "released prompts for t5-base and flan-t5-xl only"),
+    (evaluation, "WORLD --prompt runs/other", "was learned on another other than small"),
+    (evaluation, "WORLD --prompt runs/long", "--prompt-length 5"),
+    (evaluation, "WORLD --data nowhere --prompt vocab", "--data nowhere is missing"),
+    (evaluation, "OWN my.csv --words bad,bad", "give two or more a word each: --words "),
+    (evaluation, "OWN my.csv", "my.csv has 3 labels, 0"),
+    (evaluation, "OWN my.csv --words 2=great,1=bad,0=good", "label 2 has 1 different texts"),
+    (evaluation, "OWN my.csv none.csv", "none.csv is missing"),
+    (evaluation, "OWN my.csv b.csv my.csv", "and at most a second one to test on"),
+    (evaluation, "--predict my.csv --prompt my.csv", "my.csv is not a result of eval.py")])
+def test_mistakes_end_with_status_2_and_one_line(small_world, monkeypatch, script, argv, says):
+    """A mistake is one line, the last on the screen, that says what is wrong; no traceback, status
+    2. WORLD stands for the options of a call that would work, OWN for those of an own task."""
     folder, options = small_world
-    (folder / "empty").mkdir(exist_ok=True)
-    words = argv.split()
-    words = [*options, *words[1:]] if words[0] == "WORLD" else words
-    status, said = run_script(train, *words, folder=folder)
+    monkeypatch.setitem(TASKS, "planted", PLANTED)
+    if not (folder / "empty").exists():
+        (folder / "empty").mkdir()
+        (folder / "my.csv").write_text("label,text\n0,a\n1,b\n2,c\n")
+        write_run(folder / "runs/other", model="other", finished=False)
+        write_run(folder / "runs/long", model=folder / "small", finished=False, P=5)
+    stands_for = {"WORLD": options if script is train else SMALL, "OWN": OWN}
+    words = [word for given in argv.split() for word in stands_for.get(given, [given])]
+    status, said = run_script(script, *words, folder=folder)
     line = said.splitlines()[-1]
     assert status == 2 and line.startswith("error: ") and says in line, said
     assert "Traceback" not in said
@@ -77,7 +96,6 @@ def test_a_gpu_that_is_named_is_the_current_one(monkeypatch):
 def test_one_process_at_a_time(place):
     """A second evaluation of the same file is refused while the first one works."""
     jobs.TUNED.mkdir(parents=True)
-    argv = [*SMALL, "--prompt", "vocab", "--rates", "0.1", "--seeds", "10", "--out", "out.json"]
     with common.one_process(jobs.TUNED / "out.json"):
         with pytest.raises(InputError, match="another process works on .*out.json"):
-            evaluation.main(argv)
+            evaluation.main([*SMALL, "--prompt", "vocab", "--out", "out.json"])
