@@ -93,6 +93,7 @@ def test_the_folded_mlp_is_p_tuning_v2():
     stacks, of the same size at the start. The MLP's formula is written out for one entry."""
     t5 = small_t5(torch.float64)
     mlp = {key: x.double() for key, x in begin("prefix-tuning", length=5)(t5).items()}
+    mlp["b2"] += 0.1
     kept, direct = baselines.fold_prefix(t5, mlp), begin("p-tuning-v2", length=5)(t5)
     assert {key: x.shape for key, x in kept.items()} == {key: x.shape for key, x in direct.items()}
     assert set(kept) == {f"{stack}.block.{i}.layer.0.SelfAttention.prefix"
