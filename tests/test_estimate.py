@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ import supmer
 import t5 as T
 import train
 from common import InputError
-from conftest import V11, needs_data, peak_of
+from conftest import SUPMER_DATA, V11, needs_data, peak_of
 from supmer import Method
 
 MiB = 2 ** 20
@@ -30,6 +31,15 @@ def test_official_shapes_have_the_published_sizes():
             counts[family.format(size)] = count
     found = {name: T.count_weights(estimate.model_shape(name)) for name in estimate.SHAPES}
     assert found == counts and counts.keys() == hubs.MODELS.keys()
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["t5-small", "t5-base", "t5-large"])
+def test_published_configs_have_these_shapes(name, tmp_path):
+    """The real config.json is read as the shape that is known without it."""
+    source = Path(SUPMER_DATA) / "t5_tokenizer" / "configs" / f"{name}.config.json"
+    (tmp_path / "config.json").write_bytes(source.read_bytes())
+    assert T.read_config(tmp_path) == estimate.model_shape(name)
 
 
 def test_live_bytes_by_hand():
@@ -74,27 +84,24 @@ def test_memory_does_not_grow_with_the_support_set():
     assert most > 2 * again and four == pytest.approx(4 * graph, rel=0.02)
 
 
-def test_as_many_graphs_are_kept_as_there_are_micro_batches(monkeypatch):
-    """Of 32 texts of 80 positions, in micro-batches of 2, 1 and at least 1."""
-    monkeypatch.setattr(estimate, "micro_batch_bytes", lambda *_: (1, 1, 1))
-    training = train.Training(prompt_length=20, max_tokens=60, support=32)
-    for positions, graphs in ((160, 16), (120, 32), (40, 32)):
-        method = Method(micro_tokens=positions, keep_graphs=99)
-        assert f"{graphs} kept graphs" in estimate.memory_needed(SMALL, training, method)
-
-
-def test_all_graphs_are_kept_where_half_of_the_memory_holds_them(monkeypatch):
-    """32 graphs of 1 GiB fit into half of 80 GiB and not of 60; a number that is given stays."""
+@pytest.mark.parametrize("positions, given, gib, kept", [
+    (160, 99, 80, 16), (120, 99, 80, 32), (40, 99, 80, 32), (100, None, 80, 32),
+    (100, None, 60, 0), (100, 0, 80, 0)])
+def test_kept_graphs_are_those_that_there_are_and_that_fit(
+        monkeypatch, positions, given, gib, kept):
+    """Of 32 texts of 80 positions, in micro-batches of 2, 1 and at least 1. Without a number, all
+    are kept where half of the memory holds them: 32 GiB fit into half of 80 and not of 60."""
     monkeypatch.setattr(estimate, "micro_batch_bytes", lambda *_: (1, 1, 1 << 30))
     monkeypatch.setattr(estimate, "model_shape", lambda _: SMALL)
     monkeypatch.setattr(hubs, "fetch_list", lambda _: [])
     monkeypatch.setattr(estimate, "print_time", lambda *_: 0)
-    training, method = train.Training(model="m", support=32, corpus=()), Method(micro_tokens=100)
-    for there, given, kept in ((80, {}, 32), (60, {}, 0), (80, {"keep_graphs": 0}, 0)):
-        monkeypatch.setattr(estimate, "free_bytes", lambda _: there << 30)
-        control = SimpleNamespace(dry_run=False, yes=True, **given)
-        found = estimate.prepare(training, method, torch.device("cpu"), control)
-        assert found == replace(method, keep_graphs=kept)
+    monkeypatch.setattr(estimate, "free_bytes", lambda _: gib << 30)
+    training = train.Training(model="m", prompt_length=20, max_tokens=60, support=32, corpus=())
+    method = Method(micro_tokens=positions, keep_graphs=given or 0)
+    choice = {} if given is None else {"keep_graphs": given}
+    control = SimpleNamespace(dry_run=False, yes=True, **choice)
+    method = estimate.prepare(training, method, torch.device("cpu"), control)
+    assert f"{kept} kept graphs" in estimate.memory_needed(SMALL, training, method)
 
 
 @pytest.mark.parametrize("layers, tokens", [(1, 412), pytest.param(12, 90, marks=needs_data)])
