@@ -1,4 +1,4 @@
-"""The embedded model and its data are what tiny/README.md says, and their sources' parsers work."""
+"""The embedded model and its data: kept apart, conventional, and good enough to learn on."""
 
 import csv
 import gzip
@@ -14,70 +14,61 @@ import corpus as corpus_module
 import supmer
 import train
 from common import InputError, from_settings
-from conftest import TINY, needs_transformers
+from conftest import TINY, logits, needs_transformers
 from corpus import build_store, hash_share
-from data import MASK, TaskIndex, collate, load_tokenizer, meta_task
-from t5 import EOS, PAD, decode, embed_tokens, encode, load_t5, next_token_logits
+from data import MASK, TaskIndex, meta_task
+from t5 import EOS, PAD, embed_tokens, load_t5
 from tasks import TASKS, load_test, task_examples
-from tiny.sources import (forbidden_grams, gather, grams, held_out, jargon_entries, make_tasks,
-                          read_records)
+from tiny.sources import forbidden_grams, gather, grams, held_out, read_records
 
 LABEL_WORDS = ("yes no maybe Yes No A B C D terrible great bad okay good subjective objective "
                "description entity expression human location number").split()
 
 
+@pytest.fixture(scope="module")
 def corpus():
+    """Its documents, each a list of paragraphs."""
     with gzip.open(TINY / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def rows_of(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return [(int(label), text) for label, text in csv.reader(file)]
+        return [json.loads(line)["paragraphs"] for line in file]
 
 
 # ------------------------------------------------------------------- the committed files
 
-def test_corpus_shares_no_8_gram_with_any_committed_split():
-    """No committed row shares 8 words in a row with the corpus; one of its own sentences does."""
-    found = set().union(*(grams(" ".join(document["paragraphs"])) for document in corpus()))
-    texts = [text for path in (TINY / "tasks").glob("*/*.csv") for _, text in rows_of(path)]
-    assert len(texts) == 15658
-    assert all(found.isdisjoint(grams(text)) for text in texts)
+def test_splits_are_disjoint_and_unknown_to_the_corpus(corpus):
+    """No text is in two splits or twice in one, by its words; no row shares 8 words in a row with
+    the corpus, but one of the corpus's own sentences does."""
+    found = set().union(*(grams(" ".join(paragraphs)) for paragraphs in corpus))
     assert not found.isdisjoint(grams("IN THE BEGINNING, God created the heaven and the earth."))
+    count = 0
+    for task in ("movie", "amazon", "nyt", "tweets"):
+        keys = []
+        for split in ("train", "dev", "test"):
+            with open(TINY / f"tasks/{task}/{split}.csv", newline="", encoding="utf-8") as file:
+                labels, texts = zip(*csv.reader(file))
+            assert set(labels) == {"0", "1"}
+            assert all(found.isdisjoint(grams(text)) for text in texts)
+            keys += [" ".join(re.findall("[a-z0-9]+", text.lower())) for text in texts]
+        assert len(keys) == len(set(keys))
+        count += len(keys)
+    assert count == 15658
 
 
-def test_what_is_held_out_was_never_trained_on():
+def test_what_is_held_out_was_never_trained_on(corpus):
     """The documents that train.py holds out of the corpus, whole or its default part, are among
     those that build.py kept out of the T5's training."""
     assert hash_share(["It rained."]) == 0.5438340513254594
-    shares = np.array([hash_share(document["paragraphs"]) for document in corpus()])
-    read = np.cumsum([sum(len(p.encode()) for p in document["paragraphs"])
-                      for document in corpus()])
+    shares = np.array([hash_share(paragraphs) for paragraphs in corpus])
+    read = np.cumsum([sum(len(p.encode()) for p in paragraphs) for paragraphs in corpus])
     for part in (shares, shares[read <= train.TINY_VALUES["bytes"][0]]):
         chosen = corpus_module.hold_out(part)
         assert chosen.sum() >= 2 and held_out(part[chosen]).all()
     assert 0.05 < held_out(shares).mean() < 0.09
 
 
-def test_splits_are_disjoint_and_counted():
-    """No text is in two splits or twice in one, by its words; counts are those of the card."""
-    card = (TINY / "README.md").read_text(encoding="utf-8")
-    assert f"{len(corpus()):,} documents" in card
-    for task in ("movie", "amazon", "nyt", "tweets"):
-        keys = []
-        for split in ("train", "dev", "test"):
-            rows = rows_of(TINY / "tasks" / task / f"{split}.csv")
-            positive = sum(label for label, _ in rows)
-            assert {label for label, _ in rows} == {0, 1}
-            assert re.search(rf"\| {task} \|.*\b{len(rows):,} \({positive:,}\)", card), split
-            keys += [" ".join(re.findall("[a-z0-9]+", text.lower())) for _, text in rows]
-        assert len(keys) == len(set(keys))
-
-
 def test_tokenizer_keeps_t5s_conventions(tokenizer):
     """<pad> 0, </s> 1, <unk> 2, </s> appended, 100 sentinels counting down from the last id. Each
-    label word is one word-initial piece, and A is not the article."""
+    label word is one word-initial piece, and A is not the article. Odd text comes back but for
+    spaces and the form of quotes; "it 's good ." reads as "it's good."."""
     assert [tokenizer.token_to_id(t) for t in ("<pad>", "</s>", "<unk>")] == [PAD, EOS, 2]
     last = tokenizer.get_vocab_size() - 1
     ids = [tokenizer.token_to_id(f"<extra_id_{i}>") for i in range(100)]
@@ -88,16 +79,10 @@ def test_tokenizer_keeps_t5s_conventions(tokenizer):
         ids = tokenizer.encode(word, add_special_tokens=False).ids
         assert [tokenizer.id_to_token(i) for i in ids] == ["▁" + word]
     assert tokenizer.token_to_id("▁A") != tokenizer.token_to_id("▁a")
-
-
-def test_no_text_is_unknown_and_spaces_do_not_matter(tokenizer):
-    """Odd text comes back but for spaces and the form of quotes; "it 's good ." reads as "it's
-    good."."""
     for text in ("naïve café", "日本語 и кириллица", "😀 x^2 ≠ 3", "\tA  b\nc", "“Don’t!”"):
         ids = tokenizer.encode(text).ids
         plain = text.replace("“", '"').replace("”", '"').replace("’", "'")
-        assert 2 not in ids
-        assert "".join(tokenizer.decode(ids).split()) == "".join(plain.split())
+        assert 2 not in ids and "".join(tokenizer.decode(ids).split()) == "".join(plain.split())
     spaced, natural = "it 's n't bad , does n't it .", "it'sn't bad, doesn't it."
     assert tokenizer.encode(spaced).ids == tokenizer.encode(natural).ids
 
@@ -107,10 +92,8 @@ def test_model_is_small_and_knows_sentiment(tokenizer):
     assert (TINY / "model.safetensors").stat().st_size <= 20_000_000
     t5 = load_t5(TINY)
     examples = task_examples(tokenizer, TASKS["movie"], load_test(TASKS["movie"], TINY)[:200])
-    batch = collate(examples, range(200))
-    with torch.no_grad():
-        H, mask = supmer.encode_with_prompt(t5, torch.zeros(0, t5.config.d_model), batch)
-        found = supmer.word_log_probs(t5, H, mask, examples.words).argmax(1)
+    none = torch.zeros(0, t5.config.d_model)
+    found = supmer.score(t5, none, examples, supmer.Method()).argmax(1)
     majority = torch.bincount(examples.labels).max() / 200
     assert (found == examples.labels).float().mean() > majority + 3 * (0.25 / 200) ** 0.5
 
@@ -126,8 +109,7 @@ def test_transformers_loads_the_folder(tokenizer):
     ids = torch.tensor([theirs(f"A fine film. It was {MASK} ?").input_ids])
     start, mask = torch.tensor([[0, tokenizer.token_to_id(MASK)]]), torch.ones_like(ids).bool()
     t5 = load_t5(TINY)
-    states = encode(t5, embed_tokens(t5, ids), mask)
-    ours = next_token_logits(t5, decode(t5, start, states, mask))
+    ours = logits(t5, embed_tokens(t5, ids), mask, start)
     assert torch.allclose(ours, model(input_ids=ids, decoder_input_ids=start).logits, atol=1e-4)
 
 
@@ -144,7 +126,7 @@ FORMS = ["The {} and the {} were near the {}.", "He saw a {}, then a {} and a {}
          "They spoke of the {}, the {} and the {}."]
 
 
-def test_meta_training_on_a_planted_corpus(tmp_path):
+def test_meta_training_on_a_planted_corpus(tmp_path, tokenizer):
     """120 documents, each on one of six themes. From a vocabulary prompt, three meta-steps: the
     held-out loss after adaptation falls, adaptation lowers it, and the adapted prompt knows a
     cluster's sentences better than chance by three standard errors, its label-word loss ln 2."""
@@ -156,7 +138,6 @@ def test_meta_training_on_a_planted_corpus(tmp_path):
         lines.append(json.dumps({"text": " ".join(sentences)}))
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
     t5 = load_t5(TINY)
-    tokenizer = load_tokenizer(TINY, t5.config)
     store = build_store(tmp_path / "cache", [tmp_path / "corpus.jsonl"], tokenizer, t5, 6, 0,
                         model=TINY)
     index = TaskIndex(store, tokenizer, support=8, query=8, variants=("sp-cluster",))
@@ -177,26 +158,7 @@ def test_meta_training_on_a_planted_corpus(tmp_path):
     assert found["word_loss_after"] < math.log(2), found
 
 
-# ------------------------------------------------------------------------- the parsers
-
-def test_jargon_entries():
-    """A dictd entry, literally: remarks on grammar and drawings go, {links} lose their braces."""
-    text = ("00-database-info\n    not prose at all here\nhack\n n.\n\n"
-            "    1. A quick job that works,\n    or {kluge}.\nbletch\n\n"
-            "    [very common] n. obs. The sound of disgust.\n\n    adj.\n\n"
-            "    o----)||(--+--|<----+   +---------o + D O\n")
-    assert jargon_entries(text) == [("hack", ["A quick job that works, or kluge."]),
-                                    ("bletch", ["The sound of disgust."])]
-
-
-def test_tasks_keep_clear_ratings_once(tmp_path):
-    """Ratings under 1 in size go, a copy goes, 0 is negative."""
-    counts = make_tasks({"movie": [(-1.0, "bad one"), (0.9, "so so"), (2.0, "Fine, it is!"),
-                                   (3.0, "fine it is")]}, tmp_path)
-    written = "".join((tmp_path / f"movie/{s}.csv").read_text() for s in ("train", "dev", "test"))
-    assert sorted(written.splitlines()) == ['0,bad one', '1,"Fine, it is!"']
-    assert sum(n for n, _ in counts.values()) == 2 and sum(p for _, p in counts.values()) == 1
-
+# ------------------------------------------------------------------------- the builder
 
 def test_what_may_be_learned_from(tmp_path):
     """Lines with a text or paragraphs, a rating or a category; another line ends with its number.
