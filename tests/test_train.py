@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ import torch
 import common
 import prompts
 import run_folder
+import tour
 import train
 from common import InputError
 from conftest import log_without_times, make_run, run_script, sentence
-from data import PAPER_VARIANTS
+from data import PAPER_VARIANTS, load_tokenizer
 
 
 def unfinished(run, **changes):
@@ -86,55 +88,56 @@ def test_patience_ends_a_run_for_good(small_world, monkeypatch):
         assert run.train() is None and run.state.step == 2          # validated at 0, 1, 2
 
 
-def test_the_screen_shows_what_differs_from_the_paper(small_world):
-    """At most a dozen lines of settings; then the outcome, each variant's accuracy and loss at the
-    start and at the end, and the next command."""
-    status, said = run_script(train, *small_world[1], "--steps", "2", "--run", "shown",
-                              folder=small_world[0])
-    assert status == 0
-    settings, rest = said.split("corpus: ", 1)
-    assert len(settings.splitlines()) <= 12 and "relative_step 0.05" in settings
-    assert "micro_tokens" not in settings
-    assert all(f"\n{variant} " in rest for variant in PAPER_VARIANTS)
-    assert "python eval.py --prompt shown" in rest
-
-
-def test_a_log_becomes_a_picture(small_world):
-    """--plot draws the log of a run that still works, too: its last line is torn."""
+def test_a_run_becomes_pictures(small_world, monkeypatch, tmp_path):
+    """--plot draws the log of a run that still works, too: its last line is torn. tour.py draws its
+    pictures of a world and of that log, whose run it must be given."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     run = unfinished(make_run(small_world, "drawn"))
     run.step()
     run.log.write('{"step": 2, "s"')
     run.log.flush()
     assert train.main(["--plot", str(run.folder)]) == 0
-    assert (run.folder / "log.png").read_bytes().startswith(b"\x89PNG")
+    theta, (_, index) = run.state.theta, run.sources[0]
+    world = SimpleNamespace(t5=run.t5, index=index, theta=theta, phi=run.state.phi, start=theta,
+                            tokenizer=load_tokenizer(small_world[0] / "small", run.t5.config))
+    held_out = tour.held_out
+    monkeypatch.setattr(tour, "world", lambda: world)
+    monkeypatch.setattr(tour, "held_out", lambda number: held_out(1)[:1])
+    monkeypatch.setattr(tour, "FOLDER", tmp_path)
+    with pytest.raises(InputError, match="needs a run's folder"):
+        tour.main([])
+    assert tour.main(["--run", str(run.folder)]) == 0
+    drawn = [*tmp_path.glob("*.png"), run.folder / "log.png"]
+    assert {path.stem for path in drawn} == {*tour.PICTURES, "log"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
 # ---------------------------------------------------------------------------- save and resume
 
-@pytest.mark.parametrize("changes", [{}, {"method": "ppt"}])
-def test_lost_steps_are_repeated_exactly(small_world, changes):
+@pytest.mark.parametrize("method", ["supmer", "ppt"])
+def test_lost_steps_are_repeated_exactly(small_world, method):
     """Steps after the last saved state, and a torn log line, leave no trace: the resumed run
     repeats them bit by bit, phi's optimizer without a step included. The state of another run is
     refused."""
-    first = make_run(small_world, f"replayed{len(changes)}", **changes)
+    name = f"replayed-{method}"
+    first = make_run(small_world, name, method=method)
     first.step()
     first.save()
-    entries = [first.step() for _ in range(2)]
+    entries = [{**first.step(), "time": 0} for _ in range(2)]
     first.log.write('{"step": 4, "torn')
     first.log.close()
-    second = make_run(small_world, f"replayed{len(changes)}", **changes)
+    second = make_run(small_world, name, method=method)
     assert second.state.step == 1 and len(log_without_times(second.folder)) == 2
-    again = [second.step() for _ in range(2)]
-    assert [{**entry, "time": 0} for entry in entries] == [{**entry, "time": 0} for entry in again]
+    assert [{**second.step(), "time": 0} for _ in range(2)] == entries
     assert torch.equal(first.state.theta, second.state.theta)
     with pytest.raises(InputError, match="state.pt is not the state of this run"):
-        make_run(small_world, f"replayed{len(changes)}", prompt_length=5)
+        make_run(small_world, name, prompt_length=5)
 
 
 def test_labeled_sets_are_mixed_in(small_world, tmp_path):
     """Table 3: a third of the tasks is labeled; each set is validated beside the variants; with
-    --labeled-share 1 there is no corpus."""
+    --labeled-share 1 there is no corpus. The screen has at most a dozen lines of settings, those
+    that differ from the paper's, each variant's outcome and the next command."""
     folder, options = small_world
     rows = [(("yes", "no")[i % 2], sentence(i // 30, i % 30)) for i in range(1800)]
     with open(tmp_path / "topics.csv", "w", newline="") as file:
@@ -145,6 +148,10 @@ def test_labeled_sets_are_mixed_in(small_world, tmp_path):
     drawn = [variant for line in log for variant in line.get("variants", ())]
     assert status == 0 and len(drawn) == 20 and 2 <= drawn.count("topics.csv") <= 12, said
     assert set(log[0]["validation"]["variants"]) == {*PAPER_VARIANTS, "topics.csv"}
+    settings, rest = said.split("corpus: ", 1)
+    assert len(settings.splitlines()) <= 12 and "relative_step 0.05" in settings
+    assert "micro_tokens" not in settings and "python eval.py --prompt mixed" in rest
+    assert all(f"\n{variant} " in rest for variant in PAPER_VARIANTS)
     status, said = run_script(train, *options, "--labeled-share", "1", "--steps", "1", "--corpus",
                               "nowhere", "--run", "labeled", folder=folder)
     assert status == 0, said
@@ -188,9 +195,8 @@ def test_a_run_is_resumed_on_what_made_it(small_world):
     assert "supmer.py, t5.py" in warning
     settings = run_folder.new_run([], run.training, run.method, run.made_of)["training"]
     for wrong in ({"keep_gib": 0}, *(settings | changes for changes in (
-            {"tasks": "x\n"}, {"tasks": 0}, {"tasks": 1e9}, {"tasks": [1, 2]}, {"tasks": None},
-            {"tasks": True}, {"variants": []}, {"variants": ["mc"]}, {"one_per_format": "no"},
-            {"dtype": "int8"}))):
+            {"tasks": "x\n"}, {"tasks": 0}, {"tasks": [1, 2]}, {"tasks": True}, {"variants": []},
+            {"one_per_format": "no"}, {"dtype": "int8"}))):
         unfinished(run, training=wrong)
         with pytest.raises(InputError, match="origin/run.json") as caught:
             train.own_settings(run.folder)
@@ -201,8 +207,7 @@ def test_a_run_belongs_to_one_process(small_world):
     """A second process on a run's folder, a finished run and a folder in use are refused."""
     run, options = unfinished(make_run(small_world, "mine")), small_world[1]
     refused = [(["--resume", "mine"], "mine is finished: start a new run"),
-               ([*options, "--run", "mine"], "mine exists: name another --run"),
-               ([*options, "--run", "corpus.jsonl"], "corpus.jsonl exists: name another --run")]
+               ([*options, "--run", "mine"], "mine exists: name another --run")]
     with common.one_process(run.folder):
         status, said = run_script(train, "--resume", "mine", folder=small_world[0])
     assert status == 2 and "another process works on mine" in said
