@@ -8,7 +8,6 @@ import hashlib
 import http.server
 import io
 import json
-import lzma
 import math
 import pickle
 import re
@@ -581,14 +580,6 @@ def tar_of(members):
     return out.getvalue()
 
 
-def openwebtext_tar(path, parts):
-    """A tar of .xz files, each a tar.xz of documents, as the subsets of OpenWebText are."""
-    inner = [lzma.compress(tar_of({f"{j:07}-abc.txt": text for j, text in enumerate(texts)}))
-             for texts in parts]
-    path.write_bytes(tar_of({f"openwebtext/urlsf_subset00-{i}_data.xz": part
-                             for i, part in enumerate(inner)}))
-
-
 def zip_of(members):
     """A zip {name: bytes}, as bytes."""
     out = io.BytesIO()
@@ -615,39 +606,31 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        """A file; or /owner/name/resolve/revision/file, a revision's commit, or its files."""
-        hub, path = self.server, urllib.parse.unquote(self.path).split("?")[0]
-        if path.startswith("/api/models/"):
-            return self.answer_api(path.removeprefix("/api/models/"))
-        repo, resolve, rest = path[1:].partition("/resolve/")
-        if not resolve:
-            hub.asked += [path] * (path.count("/") == 1)
-            return self.send(200 if path in hub.files else 404, hub.files.get(path, b""))
-        for revision, (commit, files) in hub.repos.get(repo, {}).items():
-            for name in (revision, commit):
-                if rest.startswith(name + "/"):
-                    file = rest[len(name) + 1:]
-                    hub.asked.append((self.command, repo, file))
-                    if file not in files:
-                        return self.send(404, b"", X_Error_Code="EntryNotFound",
-                                         X_Repo_Commit=commit)
-                    tag = hashlib.sha256(files[file]).hexdigest()
-                    return self.send(200, files[file], X_Repo_Commit=commit, ETag=f'"{tag}"')
-        known = "RevisionNotFound" if repo in hub.repos else "RepoNotFound"
-        self.send(404, b"", X_Error_Code=known)
-
-    def answer_api(self, path):
-        """OWNER/NAME/revision/REVISION -> its commit; OWNER/NAME/tree/COMMIT -> its files."""
-        owner, name, kind, wanted = path.split("/", 3)
-        revisions = self.server.repos.get(f"{owner}/{name}", {})
-        for revision, (commit, files) in revisions.items():
-            if wanted in (revision, commit):
-                tree = [{"type": "file", "path": file, "size": len(content), "oid": commit}
-                        for file, content in files.items()]
-                about = {"id": f"{owner}/{name}", "sha": commit, "siblings": []}
-                answer = tree if kind == "tree" else about
-                return self.send(200, json.dumps(answer).encode())
-        self.send(404, b"", X_Error_Code="RevisionNotFound" if revisions else "RepoNotFound")
+        """A file; or of a repository's revision its commit, the list of its files, or one file."""
+        server, path = self.server, urllib.parse.unquote(self.path).split("?")[0]
+        hub = re.fullmatch(r"/(?:api/models/)?(.+)/(revision|tree|resolve)/(.+)", path)
+        if not hub:
+            server.asked += [path] * (path.count("/") == 1)
+            return self.send(200 if path in server.files else 404, server.files.get(path, b""))
+        (repo, kind, wanted), file = hub.groups(), None
+        if kind == "resolve":
+            wanted, _, file = wanted.rpartition("/")
+        revisions = server.repos.get(repo, {})
+        commit, files = next((revisions[name] for name in revisions
+                              if wanted in (name, revisions[name][0])), (None, {}))
+        if not commit:
+            kind = "RevisionNotFound" if revisions else "RepoNotFound"
+            return self.send(404, b"", X_Error_Code=kind)
+        if kind == "resolve":
+            server.asked.append((self.command, repo, file))
+            if file not in files:
+                return self.send(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+            tag = hashlib.sha256(files[file]).hexdigest()
+            return self.send(200, files[file], X_Repo_Commit=commit, ETag=f'"{tag}"')
+        answer = {"id": repo, "sha": commit, "siblings": []} if kind == "revision" else [
+            {"type": "file", "path": file, "size": len(content), "oid": commit}
+            for file, content in files.items()]
+        self.send(200, json.dumps(answer).encode())
 
     def send(self, status, body, **headers):
         """Answer; the body may break off."""
@@ -687,16 +670,6 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with serving(monkeypatch, tmp_path / "hub") as server:
         yield server
-
-
-@pytest.fixture
-def files(hub):
-    return hub
-
-
-def hub_files(folder, *names):
-    """{name: contents} of a folder."""
-    return {name: (folder / name).read_bytes() for name in names}
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 import os
 import pickle
 import random
@@ -25,7 +26,7 @@ import t5 as T
 import train
 from common import InputError
 from conftest import (Evil, FORMATS, V10, affine_start, ended, forked, make_run, save_shards,
-                      openwebtext_tar, released_files, save_model, tar_of, write_model, write_task)
+                      released_files, save_model, tar_of, write_model, write_task)
 from corpus import open_store
 from data import load_tokenizer, tokenize
 from documents import documents
@@ -88,9 +89,9 @@ def valid(tmp_path_factory, small_world):
     (x / "text/a.txt").write_text("\n\n".join(texts))
     (x / "text/a.jsonl").write_text(lines)
     (x / "text/a.json.gz").write_bytes(gzip.compress(lines.encode()))
-    openwebtext_tar(x / "text/a.tar", [[text.encode() for text in texts[:5]], [b"x"]])
-    with tarfile.open(x / "text/a.tar.xz", "w:xz") as packed:
-        packed.add(x / "text/a.txt", "a.txt")
+    inner = [tar_of({"1.txt": text.encode()}) for text in texts[:2]]    # as OpenWebText's are
+    (x / "text/a.tar").write_bytes(tar_of(dict(zip(("a.xz", "b.xz"), map(lzma.compress, inner)))))
+    (x / "text/a.tar.xz").write_bytes(lzma.compress(tar_of({"a.txt": b"Rain.\n\nSun."})))
     with zipfile.ZipFile(x / "CB.zip", "w", zipfile.ZIP_DEFLATED) as packed:
         packed.writestr("CB/val.jsonl", b"text " * 99)
     (x / "CB.tar").write_bytes(tar_of({"CB/x": b"1", "CB/val.jsonl": b"text " * 99}))
@@ -185,11 +186,12 @@ def tar_with(kind, size=0):
     return entry.tobuf(tarfile.USTAR_FORMAT) + bytes(1024)
 
 
-def test_links_and_devices_in_a_tar_are_refused(tmp_path):
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE,
+                                  tarfile.FIFOTYPE])
+def test_links_and_devices_in_a_tar_are_refused(tmp_path, kind):
     """Whether the tar should hold a task's file or text: only plain files are read."""
-    kinds = tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE
-    for kind, reader in product(kinds, ("CB.*", "text/*")):
-        (tmp_path / "a.tar").write_bytes(tar_with(kind))
+    (tmp_path / "a.tar").write_bytes(tar_with(kind))
+    for reader in ("CB.*", "text/*"):
         with pytest.raises(InputError, match="a.tar"):
             READ[reader](tmp_path / "a.tar")
 

@@ -13,10 +13,9 @@ import pytest
 import download as downloads
 import eval as evaluation
 import hub as hubs
-import t5 as T
 import tasks
 from common import InputError
-from conftest import (ANY, COMMIT, FORMATS, SMALL, V10, V11, hub_files, save_model, save_shards,
+from conftest import (ANY, COMMIT, FORMATS, SMALL, V10, V11, contents, save_model, save_shards,
                       tar_of, zip_of)
 from t5 import load_t5
 from tasks import Row, TASKS, load_test, load_train
@@ -26,10 +25,10 @@ WHOLE = ("config.json", "model.safetensors")
 
 # ------------------------------------------------------------------------------ data sets
 
-def test_missing_tasks_are_fetched_once(files):
+def test_missing_tasks_are_fetched_once(hub):
     """Out of LM-BFF's tar (whose GLUE-SST-2 is another data set), a zip, the second address where
     the first fails, or as a file; the archive is not fetched again, nor is the task."""
-    files.files = {
+    hub.files = {
         "/datasets.tar": tar_of({"original/GLUE-SST-2/dev.tsv": b"other", "original/mr/a": b"",
                                  "original/trec/test.csv": b"1,x\n",
                                  "original/SST-2/dev.tsv": b"sentence\tlabel\nok\t1\n"}),
@@ -41,25 +40,25 @@ def test_missing_tasks_are_fetched_once(files):
         assert load_test(TASKS["trec"], "none") == [Row(1, {"text": "x"})]
         for name in ("cb", "qqp", "kitchen"):
             assert load_test(TASKS[name], "none") == [Row(*row) for row in FORMATS[name][1]]
-    assert files.asked == ["/datasets.tar", "/CB.zip", "/QQP-clean.zip", "/test"]
+    assert hub.asked == ["/datasets.tar", "/CB.zip", "/QQP-clean.zip", "/test"]
 
 
-def test_what_cannot_be_used_leaves_no_file(files):
+def test_what_cannot_be_used_leaves_no_file(hub):
     """A server that lacks it, of which the option and the address are named; another checksum, in
     an archive and alone; a body that is cut short; a server that says nothing."""
     for name in ("dvd", "mr"):
         with pytest.raises(InputError, match=f"{TASKS[name].test} is not in none.*--data FOLDER.*"
                                              "127.0.0.1.*404"):
             load_test(TASKS[name], "none")
-    files.files = {"/CB.zip": zip_of({"CB/val.jsonl": b"x"}), "/test": b"x" * 20}
+    hub.files = {"/CB.zip": zip_of({"CB/val.jsonl": b"x"}), "/test": b"x" * 20}
     for name in ("cb", "kitchen"):
         wrong = TASKS[name]._replace(sha256=("", "0" * 32))
         with pytest.raises(InputError, match="another checksum|20 of 20 bytes, sha256"):
             load_test(wrong, "none")
         assert not (downloads.FETCHED / wrong.test).exists()
-    files.cut = 9
+    hub.cut = 9
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        for port, says in ((files.server_port, "9 of 20 bytes"),
+        for port, says in ((hub.server_port, "9 of 20 bytes"),
                            (silent.getsockname()[1], "timed out")):
             with pytest.raises(InputError, match=f"/test is not a file .*{says}.*the network"):
                 downloads.download(f"http://127.0.0.1:{port}/test", Path("in/test"), timeout=0.3)
@@ -83,7 +82,7 @@ def test_a_test_file_that_is_there_stays_sealed(tmp_path, monkeypatch):
     ("mr", "datasets.tar", tar_of({"original/../../mr/test.csv": b"x"}), "leads outside"),
     ("mr", "datasets.tar", tar_of({"original/mr/test.csv": b"x" * 9999})[:2000], "unexpected end"),
     ("mr", "datasets.tar", tar_of({"original/MRPC/test.csv": b"x"}), "archive with mr/test.csv")])
-def test_archives_that_cannot_be_trusted(files, task, name, content, says):
+def test_archives_that_cannot_be_trusted(hub, task, name, content, says):
     """Truncated, with ../ in it, without the task: one line names it; nothing is written."""
     Path("given").mkdir()
     (Path("given") / name).write_bytes(content)
@@ -131,12 +130,11 @@ def test_the_hubs_form_of_a_task_is_the_same_rows(hub, monkeypatch):
 
 # --------------------------------------------------------------------------------- models
 
-def test_only_the_needed_files_are_fetched(tmp_path, hub):
-    """Of a repository that has everything twice: config, tokenizer and the single file of weights.
-    A second time nothing is asked for; what is fetched is what is loaded."""
-    folder = save_shards(tmp_path / "sharded", V11)
-    save_model(folder, V11)
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+def test_only_the_needed_files_are_fetched(tmp_path, hub, monkeypatch):
+    """Of a repository that has everything twice: config, tokenizer and the single file of weights,
+    which are loaded. A second time nothing is asked for, nor with HF_HUB_OFFLINE, under which
+    another model is an error."""
+    files = contents(save_model(save_shards(tmp_path / "both", V11), V11))
     junk = dict.fromkeys(("pytorch_model.bin", "tf_model.h5", "spiece.model", "README.md"), b"junk")
     hub.repos[ANY] = {"main": (COMMIT, files | junk | {"tokenizer.json": b"{}"})}
     listed, = hubs.fetch_list(ANY)
@@ -149,13 +147,20 @@ def test_only_the_needed_files_are_fetched(tmp_path, hub):
     hub.asked.clear()
     assert hubs.model_folder(f"{ANY}@{COMMIT}") == fetched and not hub.asked
     assert hubs.fetch_list(f"{ANY}@{COMMIT}")[0].startswith(f"download: 0 MB of {ANY} at {COMMIT}:")
+    hub.asked.clear()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert hubs.model_folder(ANY) == fetched and load_t5(fetched).config == V11
+    assert hubs.fetch_list(ANY) == [
+        f"download: the hub does not answer for {ANY}: its cache must have it"]
+    with pytest.raises(InputError, match="x/no was not fetched .LocalEntryNotFoundError"):
+        hubs.model_folder("x/no")
+    assert not hub.asked
 
 
 def test_shards_and_tokenizers_of_others(tmp_path, hub):
     """Without a single file the index and its shards are fetched; a model with the official
     vocabulary and without a tokenizer takes t5-base's."""
-    files = hub_files(save_shards(tmp_path / "m", V10), "config.json", T.INDEX,
-                      "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    files = contents(save_shards(tmp_path / "m", V10))
     hub.repos[ANY] = {"main": (COMMIT, files)}
     hub.repos["google-t5/t5-base"] = {
         hubs.MODELS["t5-base"].split("@")[1]: ("d" * 40, {"tokenizer.json": b'"base"'})}
@@ -183,52 +188,32 @@ def test_short_names_are_hub_ids_with_their_commit():
         hubs.model_folder("t5-huge")
 
 
-def test_without_safetensors_the_ways_out_are_named(tmp_path, hub):
-    """Only pytorch_model.bin on main: pull requests, and the Python that converts."""
-    config = hub_files(save_model(tmp_path / "m", V11), *WHOLE)
-    hub.repos[ANY] = {"main": (COMMIT, {"config.json": config["config.json"], "x.bin": b""}),
-                      "refs/pr/7": ("7" * 40, config)}
-    with pytest.raises(InputError, match=f"{ANY} has no model.safetensors.*@refs/pr/1.*convert it: "
-                       f"python -c .*T5.from_pretrained.'{ANY}'.*save_pretrained.'FOLDER'"):
-        hubs.model_folder(ANY)
-    assert load_t5(hubs.model_folder(f"{ANY}@refs/pr/7")).config == V11
-
-
 def test_what_cannot_be_fetched_says_what_to_do(tmp_path, hub, monkeypatch):
-    """A wrong name or revision, a line that breaks: one line with the way out, and no file that
-    looks whole; the next try gets it."""
-    hub.repos[ANY] = {"main": (COMMIT, hub_files(save_model(tmp_path / "m", V11), *WHOLE))}
-    for name, says in (("x/none", "x/none was not fetched .RepositoryNotFound"),
-                       ("too/many/parts", "was not fetched .HFValidationError: Repo id must"),
-                       (f"{ANY}@v9", "not fetched .RevisionNotFound")):
-        with pytest.raises(InputError, match=f"{says}.*check name, revision and network.*--model"):
+    """A wrong name or revision, weights in another form, a line that breaks: one line with the way
+    out, and no file that looks whole; a pull request, and the next try, have it."""
+    files = contents(save_model(tmp_path / "m", V11))
+    hub.repos[ANY] = {"main": (COMMIT, {"config.json": files["config.json"], "x.bin": b""}),
+                      "refs/pr/7": ("7" * 40, files)}
+    for name, says in (
+            ("x/none", "x/none was not fetched .RepositoryNotFound.*check name, revision and netw"),
+            ("too/many/parts", "was not fetched .HFValidationError: Repo id must.*--model"),
+            (f"{ANY}@v9", "not fetched .RevisionNotFound.*--model"),
+            (ANY, f"{ANY} has no model.safetensors.*@refs/pr/1.*convert it: "
+                  f"python -c .*T5.from_pretrained.'{ANY}'.*save_pretrained.'FOLDER'")):
+        with pytest.raises(InputError, match=says):
             hubs.model_folder(name)
     hub.cut = 10_000                    # bytes, after which the line goes dead
     monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda _: None)
-    with pytest.raises(InputError, match="x/model was not fetched"):
-        hubs.model_folder(ANY)
+    with pytest.raises(InputError, match="x/model@refs/pr/7 was not fetched"):
+        hubs.model_folder(f"{ANY}@refs/pr/7")
     assert not list((tmp_path / "hub").rglob("snapshots/*/model.safetensors"))
     hub.cut = None
-    assert load_t5(hubs.model_folder(ANY)).config == V11
-
-
-def test_offline_the_cache_is_enough(tmp_path, hub, monkeypatch):
-    """HF_HUB_OFFLINE: a fetched model is found again without asking; another one is an error."""
-    hub.repos[ANY] = {"main": (COMMIT, hub_files(save_model(tmp_path / "m", V11), *WHOLE))}
-    folder = hubs.model_folder(ANY)
-    hub.asked.clear()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert hubs.model_folder(ANY) == folder and load_t5(folder).config == V11
-    assert hubs.fetch_list(ANY) == [
-        f"download: the hub does not answer for {ANY}: its cache must have it"]
-    with pytest.raises(InputError, match="x/no was not fetched .LocalEntryNotFoundError"):
-        hubs.model_folder("x/no")
-    assert not hub.asked
+    assert load_t5(hubs.model_folder(f"{ANY}@refs/pr/7")).config == V11
 
 
 def test_an_evaluation_prints_what_it_fetches(place, hub, capsys):
     """eval.py --model OWNER/NAME names the files and their size, and that they are not pinned."""
-    hub.repos[ANY] = {"main": (COMMIT, hub_files(place / "small", *WHOLE, "tokenizer.json"))}
+    hub.repos[ANY] = {"main": (COMMIT, contents(place / "small"))}
     evaluation.main([*SMALL, "--model", ANY, "--prompt", "random"])
     assert (f"download: 0 MB of {ANY} at {COMMIT}, not pinned: config.json, model.safetensors, "
             "tokenizer.json\n") in capsys.readouterr().out

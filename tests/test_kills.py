@@ -23,7 +23,7 @@ import download
 import hub
 import tasks
 import train
-from conftest import (ANY, COMMIT, OPTIONS, PLANTED, SMALL, V11, contents, ended, forked, hub_files,
+from conftest import (ANY, COMMIT, OPTIONS, PLANTED, SMALL, V11, contents, ended, forked,
                       outcome_of, rows_of, save_model, serving, write_run, write_world)
 from data import load_tokenizer
 from t5 import load_t5
@@ -128,7 +128,7 @@ def prepared(place):
         place.chmod(0o755)
         write_run("exported", place / "small")
         large = save_model(place / "large", V11._replace(vocab_size=9000, d_model=64))
-        model = hub_files(large, "config.json", "model.safetensors")
+        model = contents(large, "config.json", "model.safetensors")
         server.repos, server.files = {ANY: {"main": (COMMIT, model)}}, {"/test": bytes(4_000_000)}
         yield
 
