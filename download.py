@@ -38,6 +38,28 @@ def locate(task, split, folder=TINY):
     return path
 
 
+def on_hub(task):
+    """A task as it is written on the hub, where rows may be split in another way."""
+    repository, test, columns, labels = task.hub
+    return task._replace(train=f"{repository}/train.jsonl", test=f"{repository}/{test}.jsonl",
+                         columns=columns, labels=tuple(labels), incomplete="left", urls=(HUB,),
+                         sha256=("", ""), hub=())
+
+
+def find_task(task, folder):
+    """A task, or what it is on_hub(): the form whose training file is in the folder, or else the
+    first that can be fetched. Both files are of one form. Raises InputError if there is none."""
+    forms = [task, on_hub(task)] if task.hub else [task]
+    there, tried = [form for form in forms if find(form.train, folder)], []
+    for form in there or forms:
+        try:
+            locate(form, "train", folder)
+            return form
+        except InputError as error:
+            tried.append(str(error))
+    raise InputError("; ".join(tried))
+
+
 def find(name, folder):
     """The path of a file in the folder, in tiny/ or in cache/data; None if it is in none."""
     places = (place / name for place in (Path(folder), TINY, FETCHED))

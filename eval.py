@@ -33,7 +33,7 @@ from baselines import BASELINES, ft_memory, given_prompt, pose, tuning_gradient,
 from common import (GIB, InputError, TINY, fingerprint, from_settings, knob, one_process, rng,
                     run_script, settings_parser, text_sha256, whole_file)
 from data import load_tokenizer
-from download import RELEASED, find, released_folder
+from download import RELEASED, find, find_task, released_folder
 from hub import fetch_list, last_name, model_folder, tokenizer_file
 from jobs import TUNED, find_devices, make_job, read_result, workers
 from pictures import import_pyplot
@@ -42,8 +42,8 @@ from prompts import load_prompt
 from studies import PRETRAINED, STUDIES, figure, newest_run, pretrained_run, show
 from supmer import Method, REGULARIZERS, cosine, measure, score
 from t5 import load_t5, model_fingerprint
-from tasks import (GROUPS, LabeledTask, OwnTable, TASKS, count_cut, few_shot, find_task,
-                   load_test, load_train, own_task, task_lines)
+from tasks import (GROUPS, LabeledTask, OwnTable, TASKS, count_cut, few_shot, load_test,
+                   load_train, own_task, refuse_unread, task_lines)
 
 SHIPPED = {"shipped": TINY / "prompt.safetensors", "shipped-ppt": TINY / "ppt.safetensors"}
 NAMES = (*SHIPPED, "released", *(name for name, one in BASELINES.items() if one.start),
@@ -409,7 +409,8 @@ def plans(settings):
         task = own_task(folder, settings, settings.template, test=settings.data[-1],
                         max_tokens=settings.max_tokens)
         return [Plan(name, shots, task, {name: task}) for shots in settings.shots], {}
-    if settings.words or Path(folder).is_file():
+    refuse_unread(settings, "max_tokens")
+    if Path(folder).is_file():
         raise InputError("a task of your own needs --data FILE and --template, see --help")
     for group in settings.task:
         for name in GROUPS.get(group, (group,)):

@@ -19,12 +19,13 @@ from hub import model_folder, tokenizer_file
 from jobs import TUNED, read_result
 from supmer import Method, score
 from t5 import load_t5, model_fingerprint
-from tasks import LabeledTask, load_texts
+from tasks import LabeledTask, load_texts, refuse_unread
 
 
 def predict(settings):
     """Label the texts of --predict; eval.py's Settings. Raises InputError for a prompt of another
     model, and for an --out that would replace the input."""
+    refuse_unread(settings, "template", "max_tokens", read=("header", "encoding", "text_column"))
     source = Path(settings.prompt[0])
     tensors, about = read_result(source)
     if settings.out and Path(settings.out).resolve() in (

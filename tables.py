@@ -7,106 +7,129 @@
 import csv
 import io
 import json
+import math
 import pickle
 import pickletools
-from itertools import product
+import re
+from collections import Counter
+from itertools import chain, product
 from pathlib import Path
 
 from common import InputError, reading
 
 csv.field_size_limit(1 << 27)           # characters of a text
-ENCODING = "mend it, or give --encoding, such as cp1252 or utf-16"
+ENCODING = "mend it, or give --encoding, such as cp1252, utf-16 or utf-16-le"
+TABLES = (".csv", ".tsv", ".jsonl", ".json")        # with named columns
+ALONE = "\x1f"                          # the delimiter of one column: no text has it
+# How quotes may be written, the most usual first, with csv.reader's options.
+QUOTES = {"quotes around texts": {"quoting": csv.QUOTE_MINIMAL},
+          "a backslash before quotes": {"escapechar": "\\", "doublequote": False},
+          "quotes as characters": {"quoting": csv.QUOTE_NONE}}
 
 
-def read_table(path, columns, header=None, encoding="utf-8-sig"):
+def read_table(path, columns, header=None, encoding="utf-8-sig", say=lambda line: None):
     """Yield the columns of a file's rows: file and line, [a text of each column]; None if ragged.
     header: whether a user's table begins with its columns' names, or None for a released set, read
-    as it is known to be written. Raises InputError if the file cannot be read as its name ends."""
+    as it is known to be written. How a user's is read is said. Raises InputError if it cannot be
+    read as its name ends."""
     path = Path(path)
     read = FORMATS.get(path.suffix.lower())
     if not read or read is _pickle_rows and header is not None:
         raise InputError(f"{path}: give {', '.join(filter(None, FORMATS))}")
-    with reading(path, "a well quoted table", remedy="mend it, or fetch it again"):
-        for line, values in read(path, columns, header, encoding):
+    with reading(path, "a whole table", remedy=ENCODING):
+        for line, values in read(path, columns, header, encoding, say):
             yield f"{path}, line {line}", values
 
 
 def text_of(path, encoding):
-    """A file's text. Raises InputError with the first byte and line that are not of the encoding.
-    """
+    """A file's text. Raises InputError with the first byte and line that are not of the encoding,
+    such as UTF-16's zeros in UTF-8."""
     content = path.read_bytes()
     try:
-        return content.decode(encoding)
+        text = content.decode(encoding)
+        if "\0" not in text:
+            return text.removeprefix("\ufeff")
+        start = content.index(0)
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: byte {content[error.start]:#04x} is not "
-                         f"{encoding.removesuffix('-sig')}: {ENCODING}") from None
+        start = error.start
+    line = content.count(b"\n", 0, start) + 1
+    raise InputError(f"{path}, line {line}: byte {content[start]:#04x} is not "
+                     f"{encoding.removesuffix('-sig')}: {ENCODING}")
 
 
-def check_columns(path, columns, names):
-    """Raise InputError unless each of the columns is once among a table's names."""
-    if any(list(names).count(name) != 1 for name in columns):
-        raise InputError(f"{path} has the columns {', '.join(names)}, and not all of "
-                         f"{', '.join(columns)}: name its columns, or give --no-header")
+def lacking(path, columns, names):
+    """The InputError for a table of other columns."""
+    return InputError(f"{path} has the columns {', '.join(names)}, and not all of "
+                      f"{', '.join(columns)}: name its columns, or give --no-header")
 
 
-def header_line(path, columns, header, encoding):
-    """What a user's labeled table has -> a line to print. Raises InputError for another format, or
-    if its header lacks a column; no row is read."""
+def check_header(path, columns, header, encoding):
+    """Raise InputError for a user's labeled table of another format, or whose header lacks a
+    column; no row is read."""
     kind = path.suffix.lower()
-    if kind not in (".csv", ".tsv", ".jsonl", ".json"):
-        raise InputError(f"{path}: give a .csv, .tsv, .jsonl or .json, which has named columns")
-    with reading(path, "a table"), open(path, encoding=encoding, errors="replace") as file:
-        if not header or kind.startswith(".json"):
-            return f"{path}: columns {', '.join(columns)}"
-        line = next(filter(str.strip, file), "")
-        if "\ufffd" in line:
-            raise InputError(f"{path}, line 1, is not {encoding.removesuffix('-sig')}: {ENCODING}")
-        how, names = dialect(path, line, columns, True)
-        check_columns(path, columns, names)
-    return f"{path}: columns {', '.join(names)}; delimiter {how['delimiter']!r}"
+    if kind not in TABLES:
+        raise InputError(f"{path}: give {', '.join(TABLES)}, which have named columns")
+    with reading(path, "a table", remedy=ENCODING), \
+            open(path, encoding=encoding, errors="replace") as file:
+        if header and not kind.startswith(".json"):
+            line = next((line for line in file if line.strip() and line[:4] != "sep="), "")
+            if {*"\ufffd\0"} & {*line}:
+                raise InputError(f"line 1 is not {encoding.removesuffix('-sig')}: {ENCODING}")
+            dialect(path, line.removeprefix("\ufeff"), columns, True)
 
 
 def dialect(path, text, columns, header):
-    """How a table is written -> csv.reader's options, its first row. Of a user's table the first
-    row has the columns or, without a header, as many, and all rows are as wide, or most. A quote
-    may be a character, as in GLUE's .tsv files: if so, more rows are whole."""
-    known = ("\t", csv.QUOTE_NONE) if path.suffix == ".tsv" else (",", csv.QUOTE_MINIMAL)
-    both, ways = (csv.QUOTE_MINIMAL, csv.QUOTE_NONE), []
-    for delimiter, quoting in [known] if header is None else product(",\t;|", both):
-        how = {"delimiter": delimiter, "quoting": quoting, "skipinitialspace": header is not None}
+    """How a user's table is written -> csv.reader's options, a line to print.
+    The first row has the columns or, without a header, as many; no row has more, all have as many,
+    or most. Raises InputError unless one way of writing explains the text."""
+    def fits(first, delimiter):
+        named = all(first.count(x) == 1 for x in columns) if header else len(first) == len(columns)
+        return named and (len(first) > 1) == (delimiter != ALONE)
+    ways, firsts = [], [[]]
+    for delimiter, quotes in product(",\t;|" + ALONE, QUOTES):
+        how = {"delimiter": delimiter, "skipinitialspace": True, **QUOTES[quotes]}
         lines = csv.reader(io.StringIO(text, newline=""), strict=True, **how)
-        first, score, faults = [], 0, 1
+        rows, first, widths = filter(None, lines), [], Counter()
         try:
-            first = [name.strip() for name in next(filter(None, lines), [])]
-            for line in lines:
-                whole = len(line) == len(first)     # alone in its row, a quoted text has lines
-                score += 1 + (len(line) == 1) * line[0].count("\n") if whole else -1
-                faults += not whole
-            faults -= 1
-        except csv.Error:               # read_table() says so, unless another way reads more
-            pass
-        fits = set(columns) <= set(first) if header else len(first) == len(columns)
-        ways.append((fits, not faults, score, how, first))
-    fits, *_, how, first = max(ways, key=lambda way: way[:3])
-    return how, first if fits else max((way[-1] for way in ways), key=len)
+            first = [name.strip() for name in next(rows, [])]
+            widths.update(map(len, rows) if fits(first, delimiter) else ())
+        except csv.Error:
+            widths[math.inf] += 1
+        firsts.append(first)
+        if fits(first, delimiter) and ("escapechar" not in how or '\\"' in text):
+            n, whole = widths.total(), widths[len(first)]
+            score = max(widths, default=0) <= len(first), whole == n, whole < n and 2 * whole - n
+            said = (f"{n + (not header):,} rows in {lines.line_num:,} lines; columns "
+                    f"{', '.join(first if header else columns)}"
+                    + f"; delimiter {delimiter!r}" * (delimiter != ALONE))
+            ways.append((score, how, said, f"; {quotes}" * ('"' in text)))
+    if not ways:
+        raise lacking(path, columns, max(firsts, key=len))
+    score, how, said, quotes = max(ways, key=lambda way: way[0])
+    found = sorted({said for whole, _, said, _ in ways if whole[:2] == score[:2] == (True, True)})
+    if how["delimiter"] != ALONE and len(found) > 1:
+        raise InputError(f"{path} can be read as {', or as '.join(found)}: write it as .jsonl")
+    return how, f"{path}: {said}{quotes}"
 
 
-def _csv_rows(path, columns, header, encoding):
+def _csv_rows(path, columns, header, encoding, say):
     """Under a header with the columns' names, or without one, in their order."""
-    text = text_of(path, encoding)
-    how, names = dialect(path, text, columns, header)
+    text, own = text_of(path, encoding), header is not None
+    how = ({"delimiter": "\t", **QUOTES["quotes as characters"]}
+           if path.suffix.lower() == ".tsv" else {})
+    if own:
+        text = re.sub(r"\Asep=.(?=\r?\n)", "", text)        # Excel's
+        how, said = dialect(path, text, columns, header)
+        say(said)
     lines = csv.reader(io.StringIO(text, newline=""), strict=True, **how)
-    if header:
-        check_columns(path, columns, names)
-    if header or header is None and set(columns) <= set(names):
-        next(filter(None, lines))
-    else:
-        names = list(columns)
-    places = [names.index(name) for name in columns]
     try:
-        for line in lines:
-            if header is not None and len(line) > len(names):
+        first = next(filter(None, lines), [])
+        names, rows = list(columns), chain(filter(None, [first]), lines)
+        if header or not own and set(columns) <= set(first):
+            names, rows = [name.strip() for name in first], lines
+        places = [names.index(name) for name in columns]
+        for line in rows:
+            if own and len(line) > len(names):
                 raise csv.Error(f"{len(line)} columns, not {len(names)}")
             whole = len(line) == len(names)
             yield lines.line_num, [line[place] for place in places] if whole else None
@@ -115,34 +138,33 @@ def _csv_rows(path, columns, header, encoding):
                          "double those inside") from None
 
 
-def _jsonl_rows(path, columns, header, encoding):
+def _jsonl_rows(path, columns, header, encoding, say):
     """A JSON object a line, or an array of objects; values are texts, numbers, true and false."""
     text = text_of(path, encoding)
-    lines = io.StringIO(text, newline="\n")
-    if header is not None and text.startswith("["):
+    lines, checked = io.StringIO(text, newline=None), header is None
+    if not checked and text.lstrip().startswith("["):
         lines = map(json.dumps, json.loads(text))
     for number, line in enumerate(lines, 1):
-        record = None
-        try:
+        if not line.strip():
+            continue
+        with reading(f"{path}, line {number}", "a JSON object", remedy="mend or drop it"):
             record = json.loads(line, parse_constant=lambda name: None)     # NaN is no text
-            values = [record[name] for name in columns]
-            "".join(map(str, values)).encode()  # half a pair of surrogates is no text
-            whole = all(isinstance(value, str | int | float) for value in values)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            whole = False
-        if header and isinstance(record, dict):     # the first object's names
-            check_columns(path, columns, record)
-            header = False
-        if line.strip():
-            yield number, list(map(str, values)) if whole else None
+            values = [record.get(name) for name in columns]
+        if not checked and not set(columns) <= set(record):
+            raise lacking(path, columns, record)
+        checked = True                  # the first object's names
+        whole = all(isinstance(value, str | int | float) for value in values)
+        values = list(map(str, values))
+        half = re.search("[\ud800-\udfff]", "".join(values))    # of a pair of surrogates: no text
+        yield number, values if whole and not half else None
 
 
-def _txt_rows(path, columns, header, encoding):
+def _txt_rows(path, columns, header, encoding, say):
     """A text a line; of a released set text TAB label."""
     if header is not None and len(columns) > 1:
         raise InputError(f"{path}: a .txt is a text a line, no {columns[0]}: give a .csv")
-    for number, line in enumerate(io.StringIO(text_of(path, encoding), newline="\n"), 1):
-        values = line.rstrip("\r\n").rsplit("\t", len(columns) - 1)[::-1]
+    for number, line in enumerate(io.StringIO(text_of(path, encoding), newline=None), 1):
+        values = line.rstrip("\n").rsplit("\t", len(columns) - 1)[::-1]
         yield number, values if len(values) == len(columns) else None
 
 
@@ -154,7 +176,7 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, code that is not run here")
 
 
-def _pickle_rows(path, columns, header, encoding):
+def _pickle_rows(path, columns, header, encoding, say):
     """PERL's (texts, labels)."""
     content = path.read_bytes()
     for opcode, argument, _ in pickletools.genops(content):     # no count exceeds the file

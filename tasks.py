@@ -9,7 +9,7 @@ import re
 import shlex
 import string
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +18,8 @@ import torch
 from common import TINY, InputError, knob, text_sha256
 from data import (Examples, compile_template, decoder_targets, examples_as_text, fill_template,
                   template_fields, tokenize)
-from download import HUB, find, locate
-from tables import header_line, read_table
+from download import locate
+from tables import check_header, read_table
 
 
 # --------------------------------------------------------------------------- the tasks
@@ -62,6 +62,16 @@ class OwnTable:
     header: bool = knob(True, "whether your own table begins with its columns' names; if not, the "
                         "label comes first, then the template's texts")
     encoding: str = knob("utf-8-sig", "of your own table: cp1252, utf-16, ...")
+
+
+def refuse_unread(settings, *more, read=()):
+    """Raise InputError for an option of OwnTable, or of `more`, that is given and not `read`."""
+    names = {entry.name for entry in fields(OwnTable)}.union(more).difference(read)
+    given = [f"--{'no-' * (entry.default is True)}{entry.name}" for entry in fields(settings)
+             if entry.name in names and getattr(settings, entry.name) != entry.default]
+    if given:
+        raise InputError(f"{', '.join(given).replace('_', '-')}: for a table of your own, which is "
+                         "not read here; see --help")
 
 
 LMBFF = "https://nlp.cs.princeton.edu/projects/lm-bff/datasets.tar"
@@ -159,28 +169,6 @@ GROUPS = {group: tuple(name for name, task in TASKS.items() if group in task.gro
           for group in ("all", "dg", "offline", "evidence")}
 
 
-def on_hub(task):
-    """A task as it is written on the hub, where rows may be split in another way."""
-    repository, test, columns, labels = task.hub
-    return task._replace(train=f"{repository}/train.jsonl", test=f"{repository}/{test}.jsonl",
-                         columns=columns, labels=tuple(labels), incomplete="left", urls=(HUB,),
-                         sha256=("", ""), hub=())
-
-
-def find_task(task, folder):
-    """A task, or what it is on_hub(): the form whose training file is in the folder, or else the
-    first that can be fetched. Both files are of one form. Raises InputError if there is none."""
-    forms = [task, on_hub(task)] if task.hub else [task]
-    there, tried = [form for form in forms if find(form.train, folder)], []
-    for form in there or forms:
-        try:
-            locate(form, "train", folder)
-            return form
-        except InputError as error:
-            tried.append(str(error))
-    raise InputError("; ".join(tried))
-
-
 # --------------------------------------------------------------------------- reading rows
 
 def load_train(task, folder=TINY, say=lambda line: None):
@@ -205,8 +193,8 @@ def by_part(task, load, folder, say):
     return [Row(k, row.fields) for k, part in enumerate(parts) for row in part[:fewest]]
 
 
-def own_task(path, options, template, *, test=None, max_tokens=256, say=print):
-    """A user's labeled file -> LabeledTask; what it has is said. options: an OwnTable.
+def own_task(path, options, template, *, test=None, max_tokens=256):
+    """A user's labeled file -> LabeledTask. options: an OwnTable.
     template: each {column} is a column of the file, {text} the one of options.text_column. test: a
     file to test on, of which only the header is read. Raises InputError for a column that is
     missing and, with the labels and a --words to copy, if labels and words do not match."""
@@ -218,8 +206,8 @@ def own_task(path, options, template, *, test=None, max_tokens=256, say=print):
                          "or other braces: mend it")
     rows = read_table(path, columns, options.header, options.encoding)
     counts = Counter(values[0].strip() for _, values in rows if is_whole(values))
-    for table in dict.fromkeys((path, test)):
-        say(header_line(table, columns, options.header, options.encoding))
+    for table in (path, test):
+        check_header(table, columns, options.header, options.encoding)
     if not counts:
         raise InputError(f"{path} has no rows with {', '.join(columns)}: give some")
     matched = match_words(path, counts, options.words)
@@ -237,27 +225,37 @@ def match_words(path, counts, words):
     words: "spam=junk,ham=fine"; or "junk,fine" if these are the labels, or for labels that are
     numbers (or true and false), in rising order; or "": the labels are the words, or two or five
     numbers, SENTIMENT."""
-    def value(text):        # 1.0 of "1", "1.0", "True"; what is no number stays a text
-        text = {"false": "0", "true": "1"}.get(text.lower(), text)
-        return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?", text) else text
-    values = {value(label): label for label in counts}
+    values = {label_value(label): label for label in counts}
     numbers = all(isinstance(x, float) for x in values)
-    labels = sorted(counts, key=value if numbers else None)
+    labels = sorted(counts, key=label_value if numbers else None)
     given = [word.strip() for word in words.split(",")] if words else []
-    if "=" in words:
-        matched = {a.strip(): b.strip() for a, _, b in (word.partition("=") for word in given)}
+    if "=" in words:        # a label may have "," and "="
+        known = "|".join(map(re.escape, sorted(counts, key=len, reverse=True)))
+        pair = re.compile(rf"\s*({known}|[^,=]+?)\s*=([^,]*)(?:,|$)")
+        pairs = [] if pair.sub("", words) else pair.findall(words)
     elif not given:
-        matched = dict(zip(labels, SENTIMENT.get(len(labels), ()) if numbers else labels))
-    elif set(values) <= set(map(value, given)):         # by the words' own names, or values
-        matched = {values.get(value(word), word): word for word in given}
+        pairs = zip(labels, SENTIMENT.get(len(labels), ()) if numbers else labels)
+    elif set(values) <= set(map(label_value, given)):       # by the words' own names, or values
+        pairs = zip(given, given)
     else:
-        matched = dict(zip(labels, given)) if numbers and len(labels) == len(given) else {}
-    if not set(labels) <= set(matched) or len({*matched.values()} - {""}) < max(2, len(matched)):
+        pairs = zip(labels, given) if numbers and len(labels) == len(given) else ()
+    pairs = [(label, word.strip()) for label, word in pairs]
+    matched = {values.get(label_value(label), label): word for label, word in pairs}
+    different = {label_value(label) for label, _ in pairs}, {*matched.values()} - {""}
+    if (len(values) < len(labels) or not set(labels) <= set(matched)
+            or min(map(len, different)) < max(2, len(pairs))):
         found = ", ".join(f"{label} ({counts[label]:,} rows)" for label in labels[:20])
-        line = shlex.quote(",".join(f"{label}=WORD" for label in labels[:20]))
-        raise InputError(f"{path} has {len(labels)} labels, {found}: give two or more a word each: "
-                         f"--words {line}")
+        line = shlex.quote(",".join(f"{label}=WORD" for label in labels))
+        raise InputError(f"{path} has {len(labels)} labels, {found}: give a word each to two or "
+                         f"more, of other values (1, 1.0 and true are one): --words={line}")
     return matched
+
+
+def label_value(text):
+    """1.0 of "1", "1.0", "True", " 1\u200b"; what is no number stays a text, as one can type it."""
+    text = " ".join("".join(x if x.isprintable() else " " for x in text).split())
+    text = {"false": "0", "true": "1"}.get(text.lower(), text)
+    return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?", text) else text
 
 
 def is_whole(values):
@@ -269,20 +267,22 @@ def read_rows(path, task, size=0, say=lambda line: None):
     """Labeled rows of a file -> [Row]. Raises InputError (file, line) for a row that is not one.
     RTE's `0 TAB A dog ran. TAB It moved. TAB entailment` under its header ->
     Row(0, {"hypothesis": "It moved", "premise": "A dog ran."})"""
-    columns, rows, skipped = task.columns or ("label", *template_fields(task.template)), [], 0
-    places = {label: k for k, label in enumerate(task.labels or task.words)}
-    if not task.labels:
-        places |= {str(k): k for k in range(len(task.words))}
-    for where, values in read_table(path, columns, task.header, task.encoding):
-        whole, label = is_whole(values), values and values[0].strip()
+    columns = task.columns or ("label", *template_fields(task.template))
+    labels = task.labels or (*task.words, *map(str, range(len(task.words))))
+    places = {label_value(label): k % len(task.words) for k, label in enumerate(labels)}
+    rows, skipped, wrong = [], 0, []
+    for where, values in read_table(path, columns, task.header, task.encoding, say):
+        whole, label = is_whole(values), values and label_value(values[0])
         if not whole and task.incomplete == "left":
             skipped += 1
         elif label in places and (whole or task.incomplete == "kept"):
             rows.append(make_row(task, places[label], values[1:]))
         else:
-            raise InputError(f"{where}: {values or 'too few or too many columns'}; a row is "
-                             f"{', '.join(columns)}, its label one of {', '.join(places)}: mend or "
-                             "drop it")
+            wrong.append(f"{where}: {values or 'too few or too many columns'}")
+    if wrong:
+        raise InputError(f"{wrong[0]}; a row is {', '.join(columns)}, its label one of "
+                         f"{', '.join(labels)}: mend or drop {len(wrong):,} such row(s); what is "
+                         "tuned by then is kept")
     if task.incomplete == "kept":
         blank = [not any(map(str.strip, row.fields.values())) for row in rows]
         if blank and blank.pop():
@@ -304,7 +304,7 @@ def load_texts(path, task, options=OwnTable(), say=lambda line: None):
     a line `What a joy.` of a .txt -> Row(0, {"text": "What a joy."})"""
     fields, rows, skipped = template_fields(task.template), [], 0
     columns = [options.text_column if name == "text" else name for name in fields]
-    for where, texts in read_table(path, columns, options.header, options.encoding):
+    for where, texts in read_table(path, columns, options.header, options.encoding, say):
         if is_whole(texts):
             rows.append(make_row(task, 0, texts))
         else:

@@ -339,6 +339,8 @@ def parse(argv):
                          "options away")
     chosen = {name: value for name, (value, _) in tiny.items()} | preset | given
     training, method = from_settings(Training, chosen), from_settings(Method, chosen)
+    if not training.labeled:
+        tasks.refuse_unread(training)
     if training.method == "metapt" and not training.labeled:
         raise InputError("--method metapt learns from labeled sentiment: give --labeled FOLDER")
     if training.method == "unified-ppt" and training.labeled:

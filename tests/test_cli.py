@@ -31,6 +31,7 @@ OWN = ["--model", "small", "--prompt-length", "3", "--prompt", "vocab", "--templ
     (train, "--ablation no-mgr --method ppt", "leave those options away"),
     (train, "--ablation no-mgr --regularizer affine", "leave those options away"),
     (train, "--resume nowhere", "nowhere/run.json is missing"),
+    (train, "--encoding cp1252", "--encoding: for a table of your own, which is not read here"),
     (train, "--resume nowhere --steps 3", "add nothing but --yes"),
     (train, "--plot nowhere", "nowhere/log.jsonl is missing"),
     (train, "--model no-such-folder", "no-such-folder"),
@@ -47,11 +48,12 @@ OWN = ["--model", "small", "--prompt-length", "3", "--prompt", "vocab", "--templ
     (evaluation, "WORLD --prompt runs/other", "was learned on another other than small"),
     (evaluation, "WORLD --prompt runs/long", "--prompt-length 5"),
     (evaluation, "WORLD --data nowhere --prompt vocab", "--data nowhere is missing"),
-    (evaluation, "OWN my.csv --words bad,bad", "give two or more a word each: --words "),
     (evaluation, "OWN my.csv", "my.csv has 3 labels, 0"),
     (evaluation, "OWN my.csv --words 2=great,1=bad,0=good", "label 2 has 1 different texts"),
     (evaluation, "OWN my.csv none.csv", "none.csv is missing"),
     (evaluation, "OWN my.csv b.csv my.csv", "and at most a second one to test on"),
+    (evaluation, "WORLD --no-header --max-tokens 9", "--no-header, --max-tokens: for a table of"),
+    (evaluation, "--predict my.csv --words a,b", "--words: for a table of your own"),
     (evaluation, "--predict my.csv --prompt my.csv", "my.csv is not a result of eval.py")])
 def test_mistakes_end_with_status_2_and_one_line(small_world, monkeypatch, script, argv, says):
     """A mistake is one line, the last on the screen, that says what is wrong; no traceback, status

@@ -55,7 +55,7 @@ READ = {
     "theirs/*": lambda path: prompts.load_prompt(path.parent, 8),
     "text/*": lambda path: sum(len("".join(texts)) for texts in documents(path)),
     "CB.*": lambda path: archive_member(path, "superglue/CB/val.jsonl"),
-    "own.csv": lambda path: own_task(path, OwnTable(), "{text} <X>", say=str),
+    "own.csv": lambda path: own_task(path, OwnTable(), "{text} <X>"),
     **{TASKS[name].train: partial(read_rows, task=TASKS[name]) for name in TABLES},
     "run/state.pt": lambda path: run_folder.load_state(path.parent, init_state(THETA, Method())),
     "run/run.json": lambda path: (run_folder.check_origin(path.parent, {"absent": None}),

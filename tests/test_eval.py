@@ -313,6 +313,20 @@ def test_labels_need_the_prompt_of_this_model(place, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_label_that_only_the_test_file_has_costs_no_tuning(place, monkeypatch):
+    """It is found after tuning, since no row of the test file is read before; once the rows are
+    mended, where True is 1, the same command tests what is tuned."""
+    Path("my.csv").write_text("label,text\n0,bad film\n0,dull food\n1,good film\n1,warm food\n")
+    Path("test.csv").write_text("label,text\n0.0,bad\n2,odd\nTrue,good\n2,odd\n")
+    command = [*OWN, "--words", "terrible,great", "--data", "my.csv", "test.csv"]
+    with pytest.raises(InputError, match="test.csv, line 3: .'2', 'odd'.*drop 2 such"):
+        evaluation.main(command)
+    Path("test.csv").write_text(Path("test.csv").read_text().replace("2,odd\n", ""))
+    monkeypatch.setattr(evaluation, "tune", lambda *_: pytest.fail("tuned again"))
+    evaluation.main(command)
+    assert rows_of("runs/eval/small-my.json", split="test", kind="tuned")[0]["of"] == 2
+
+
 @pytest.mark.parametrize("study", ["steps", "shots", "spread"])
 def test_each_figure_is_one_command(place, monkeypatch, study):
     """JSON and PNG: a test at every validation for steps, for each number of shots, or

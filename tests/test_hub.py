@@ -114,12 +114,12 @@ def test_the_hubs_form_of_a_task_is_the_same_rows(hub, monkeypatch):
         task = TASKS[name]._replace(urls=("http://127.0.0.1:1/a.tar",))
         repository, split, *_ = task.hub
         with pytest.raises(InputError, match=f"{task.train} is not in none.*jsonl is not in none"):
-            tasks.find_task(task, "none")
+            downloads.find_task(task, "none")
         files = {f"{file}.jsonl": json.dumps(line).encode() for file in ("train", split)}
         hub.repos[f"datasets/{repository}"] = {"main": (COMMIT, files)}
         for offline in (False, True):
             monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
-            form, said = tasks.find_task(task, "none"), []
+            form, said = downloads.find_task(task, "none"), []
             assert form.train == f"{repository}/train.jsonl" and form.words == task.words
             for load in (load_train, load_test):
                 assert load(form, "none", said.append) == [Row(*row)]

@@ -9,75 +9,84 @@ import pytest
 import tasks
 from common import InputError
 from conftest import Evil, write_task
-from tables import header_line, read_table
+from tables import check_header, read_table
 from tasks import TASKS
 
 
 JSON = '{"text": "good", "label": 1.0}\n\n{"text": null, "label": true}\n'
+LONG, NOT_ALL = "good " * 40_000, "and not all of label, "
 
 
-@pytest.mark.parametrize("name, content, header, rows", [
-    ("a.csv", "label,text\n1,good\n0,bad\n", True, [["1", "good"], ["0", "bad"]]),
-    ("a.CSV", "text;label\ngood, really;1\nbad;0\n", True, [["1", "good, really"], ["0", "bad"]]),
-    ("a.csv", "\ntext|x| label\ngood|2|1\n\nbad|3\n", True, [["1", "good"], None, None]),
-    ("a.csv", 'label, text\n1, "good, ""really"""\n', True, [["1", 'good, "really"']]),
-    ("a.csv", '1,"good, ""really""\ngood"\n', False, [["1", 'good, "really"\ngood']]),
+@pytest.mark.parametrize("name, content, header, rows, says", [
+    ("a.csv", "label,text\r1,good\r0,bad\r", True, [["1", "good"], ["0", "bad"]], "2 rows in 3"),
+    ("a.CSV", "text;label\ngood, really;1\nbad;0\n", True, [["1", "good, really"], ["0", "bad"]],
+     "columns text, label; delimiter ';'$"),
+    ("a.csv", "\ntext|x| label\ngood|2|1\n\nbad|3\n", True, [["1", "good"], None, None], "'|'"),
+    ("a.csv", 'label, text\n1, "good, ""really"""\n', True, [["1", 'good, "really"']], "around"),
+    ("a.csv", '1,"good, ""really""\ngood"\n', False, [["1", 'good, "really"\ngood']],
+     "1 rows in 2 lines; columns label, text; delimiter ','; quotes around texts"),
     ("a.csv", "1;good, really\n0;bad, not, good\n", False, [["1", "good, really"],
-                                                          ["0", "bad, not, good"]]),
-    ("a.tsv", 'label\ttext\n1\t"He said ""good""."\n', True, [["1", 'He said "good".']]),
-    ("a.tsv", 'label\ttext\n1\t"good" film\n', True, [["1", '"good" film']]),
-    ("a.tsv", 'label\ttext\n1\t"good\n0\tbad"\n', True, [["1", '"good'], ["0", 'bad"']]),
-    ("a.tsv", 'label\ttext\n1\t"good\nfilm"\n0\tbad\n', True, [["1", "good\nfilm"], ["0", "bad"]]),
-    ("a.tsv", "label,text\n1,good\n", True, [["1", "good"]]),
-    ("a.json", JSON, True, [["1.0", "good"], None]),
-    ("a.json", f"[{JSON.strip().replace(chr(10) * 2, ',')}]", True, [["1.0", "good"], None]),
-    ("a.txt", "good\t\t1\nbad\t0", None, [["1", "good\t"], ["0", "bad"]]),
-    ("a.csv", 'text;label\n"a; b\n\nc";0\nd|;1\n', True, [["0", "a; b\n\nc"], ["1", "d|"]]),
-    ("a.csv", "label,text\n1," + "good " * 40_000, True, [["1", "good " * 40_000]]),
-    ("a.csv", "label,text\n1,good, really\n", True, "line 2: 3 columns, not 2"),
-    ("a.json", '{"label": 1, "text": NaN}\n{"label": 0, "text": "b"}', True, [None, ["0", "b"]]),
-    ("a.csv", "label;text;id\n1;good;3\n", True, "columns label, text, id, and not all of label, "
-     "my text"),
-    ("a.json", JSON, True, "columns text, label, and not all of label, my text"),
-    ("a.csv", 'label,text\n1,"a, b"\n0,"c, d"\n1,"good" film\n', True, "line 4: ',' expected"),
-    ("a.csv", "text,label,text\na,1,b\n", True, "columns text, label, text, and not all of"),
-    ("a.csv", 'label,text\n1,"sure\n0,no"\n', True, [["1", '"sure'], ["0", 'no"']]),
-    ("a.csv", 'label,text\n1,"a\nb"\n0,"c, d"\n', True, [["1", "a\nb"], ["0", "c, d"]]),
-    ("a.txt", "1\tgood\n", True, "a .txt is a text a line, no label"),
-    ("a", "1", True, "give .csv, .tsv"), ("a.xlsx", "1", True, "give .csv, .tsv")])
-def test_tables_as_people_have_them(tmp_path, name, content, header, rows):
-    """Delimiters, spaces, quotes doubled as pandas does, quotes that are characters, no header,
-    ragged and blank lines, JSON lines, an array of JSON, long texts: each value in its column. What
-    could be misread is refused: a row that is too wide, a column that the first row lacks."""
-    columns = ("label", "my text") if "my text" in rows else ("label", "text")
-    (tmp_path / name).write_text(content)
-    if isinstance(rows, str):
-        with pytest.raises(InputError, match=f"{name}.*{rows}"):
+                                                          ["0", "bad, not, good"]], "';'"),
+    ("a.csv", "sep=;\nlabel;text\n1;good\n", True, [["1", "good"]], "';'"),
+    ("a.tsv", 'label\ttext\n1\t"He said ""good""."\n', True, [["1", 'He said "good".']], "around"),
+    ("a.csv", 'label,text\n1,"He said, \\"good\\"."\n', True, [["1", 'He said, "good".']], "backs"),
+    ("a.TSV", 'label\ttext\n1\t"good" film\n', True, [["1", '"good" film']], "as characters"),
+    ("a.tsv", 'label\ttext\n1\t"good\n0\tbad\n', True, [["1", '"good'], ["0", "bad"]], "as char"),
+    ("a.tsv", 'label\ttext\n1\t"good\nfilm"\n0\tbad\n', True, [["1", "good\nfilm"], ["0", "bad"]],
+     "2 rows in 4 lines"),
+    ("a.tsv", "label,text\n1,good\n", True, [["1", "good"]], "','"),
+    ("a.json", JSON, True, [["1.0", "good"], None], "^$"),
+    ("a.json", f"\n[{JSON.strip().replace(chr(10) * 2, ',')}]", True, [["1.0", "good"], None], ""),
+    ("a.txt", "good\t\t1\nbad\t0", None, [["1", "good\t"], ["0", "bad"]], "^$"),
+    ("a.csv", 'text;label\n"a; b;\n\nc";0\nd|;1\n', 1, [["0", "a; b;\n\nc"], ["1", "d|"]], "';'"),
+    ("a.csv", f"label,text\n1,{LONG}", True, [["1", LONG]], "','"),
+    ("a.csv", 'label,text\n1,"a\nb"\n0,"c, d"\n', True, [["1", "a\nb"], ["0", "c, d"]], "around"),
+    ("a.json", '{"label": 1, "text": NaN}\n{"label": 0, "text": "b"}', True, [None, ["0", "b"]],
+     ""),
+    ("a.csv", "label,text\n1,good, really\n", True, None, "line 2: 3 columns, not 2"),
+    ("a.csv", "1;good, no\n0;bad, ok\n", False, None, "delimiter ',', or as 2 rows .* ';': write"),
+    ("a.csv", 'label,text\n1,"sure\n0,no"\n', True, None, "as 1 rows .*, or as 2 rows in 3 lines"),
+    ("a.csv", "label;text;id\n1;good;3\n", True, None, f"label, text, id, {NOT_ALL}my text"),
+    ("a.json", JSON, True, None, f"columns text, label, {NOT_ALL}my text"),
+    ("a.json", '{"label": 1, "text": "a"}\n{"label": 0, "te\n', True, None, "line 2 is not a JSON"),
+    ("a.csv", 'label,text\n1,"a, b"\n0,"c, d"\n1,"good" film\n', True, None, "line 4: ','"),
+    ("a.csv", "text,label,text\na,1,b\n", True, None, f"columns text, label, text, {NOT_ALL}"),
+    ("a.csv", "label,text\n1,a".encode("utf-16-le"), True, None,
+     "line 1: byte 0x00 is not utf-8: .*--encoding, such as .* utf-16-le"),
+    ("a.txt", "1\tgood\n", True, None, "a .txt is a text a line, no label"),
+    ("a", "1", True, None, "give .csv, .tsv"), ("a.xlsx", "1", True, None, "give .csv, .tsv")])
+def test_tables_as_people_have_them(tmp_path, name, content, header, rows, says):
+    """Delimiters, spaces, quotes doubled, escaped or characters, no header, ragged and blank lines,
+    JSON lines, an array of JSON, long texts: each value in its column, and how it was read is said.
+    What could be misread is refused: two ways to read it, a wide row, a column that lacks."""
+    columns, said = ("label", "my text") if "my text" in says else ("label", "text"), []
+    (tmp_path / name).write_bytes(content if type(content) is bytes else content.encode())
+    if rows is None:
+        with pytest.raises(InputError, match=f"{name}.*{says}"):
             list(read_table(tmp_path / name, columns, header))
         return
-    found = list(read_table(tmp_path / name, columns, header))
-    assert [values for _, values in found] == rows
-    assert found[0][0].startswith(f"{tmp_path / name}, line ")
+    found = list(read_table(tmp_path / name, columns, header, say=said.append))
+    assert [values for _, values in found] == rows and re.search(says, "".join(said))
+    assert all(where.startswith(f"{tmp_path / name}, line ") for where, _ in found)
 
 
 @pytest.mark.parametrize("name, says", [
-    ("a.csv", "columns id, my text, my-label; delimiter ';'"),
-    ("b.csv", "b.csv has the columns text, label, and not all of"),
-    ("a.json", "columns my-label, my text"),
-    ("d.csv", "d.csv, line 1, is not utf-8: .* --encoding"), ("c.csv", "c.csv is missing"),
-    ("a.txt", "give a .csv, .tsv, .jsonl or .json")])
+    ("a.csv", "passed"), ("a.json", "passed"),
+    ("b.csv", "b.csv has the columns text, label, and not all"),
+    ("d.csv", "d.csv: line 1 is not utf-8: .* --encoding"), ("c.csv", "c.csv is missing"),
+    ("e.csv", "e.csv: line 1 is not utf-8"), ("a.txt", "give .csv, .tsv, .jsonl, .json")])
 def test_a_header_is_checked_without_a_row(tmp_path, name, says):
-    """header_line() reads the first line: what follows may be of no encoding."""
-    (tmp_path / "a.csv").write_bytes(b"id;my text;my-label\n\xff\xfe;1;2;3")
+    """check_header() reads the first line: what follows may be of no encoding."""
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfsep=;\nid;my text;my-label\n\xff\xfe;1;2;3")
     (tmp_path / "b.csv").write_text("text,label\n1,good\n")
-    (tmp_path / "d.csv").write_text("my-label,my text\n", encoding="utf-16")
-    for other in ("a.json", "a.txt"):
-        (tmp_path / other).write_text("")
+    for other, encoding in (("d.csv", "utf-16"), ("e.csv", "utf-16-le"), ("a.json", "utf-8"),
+                            ("a.txt", "utf-8")):
+        (tmp_path / other).write_text("my-label,my text\n", encoding)
     try:
-        line = header_line(tmp_path / name, ("my-label", "my text"), True, "utf-8-sig")
+        said = check_header(tmp_path / name, ("my-label", "my text"), True, "utf-8-sig") or "passed"
     except InputError as error:
-        line = str(error)
-    assert re.search(says, line)
+        said = str(error)
+    assert re.search(says, said)
 
 
 @pytest.mark.parametrize("name, content, says", [

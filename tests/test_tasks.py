@@ -4,6 +4,7 @@ import csv
 import hashlib
 import os
 import re
+import shlex
 from collections import Counter
 
 import numpy as np
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 import data
 import labeled
 import tasks
-from common import InputError
+from common import InputError, settings_parser
 from conftest import FORMATS, SUPMER_DATA, by_topic, needs_data, write_model, write_task
 from data import MASK
 from tasks import TASKS, LabeledTask, OwnTable, Row, load_test, load_train
@@ -122,7 +123,7 @@ def own(folder, content, template="{text} It was <X> .", name="a.csv", test=None
     """own_task() of a new file -> the task, its rows as (label word, text, ...), what was said."""
     said = []
     (folder / name).write_bytes(content if type(content) is bytes else content.encode())
-    task = tasks.own_task(folder / name, OwnTable(**options), template, test=test, say=said.append)
+    task = tasks.own_task(folder / name, OwnTable(**options), template, test=test)
     rows = [(task.words[row.label], *row.fields.values())
             for row in load_train(task, say=said.append)]
     return task, rows, said
@@ -142,14 +143,17 @@ def own(folder, content, template="{text} It was <X> .", name="a.csv", test=None
     (("true", "false"), "no,yes", {"false": "no", "true": "yes"}),
     (("no", "yes"), "", {"no": "no", "yes": "yes"}),
     (("yes",), "no,yes,maybe", {"no": "no", "yes": "yes", "maybe": "maybe"}),
+    (("1", "1.0", "2"), "1=a,1.0=b,2=c", None), (("1", "true"), "", None),
+    (("spam", "ham"), "spam=a,ham=b,spam=c", None), ("01", "0=a,1=b,true=c", None),
+    (("False", "True"), "1=good,false=bad", {"True": "good", "False": "bad"}),
     ("012", "", None), (("spam", "ham"), "junk,fine", None), (("spam", "ham"), "spam=junk", None),
     (("1", "1.0", "0"), "bad,good", None), ("01", "0=good,1=good", None), ("01", "0=good,1", None),
     (("no",), "", None), (("0.25", "0.5", "0.75"), "bad,good", None)])
 def test_labels_are_matched_by_name_or_refused(labels, words, matched):
     """Explicit, by the words' own names, or as rising numbers; what does not fit is listed with its
-    counts and a --words to copy."""
+    counts and a --words to copy; so are labels of one value, or a label that is named twice."""
     if matched is None:
-        says = f"{len(labels)} labels, .*{labels[0]} .7 rows.*--words .*{labels[0]}=WORD"
+        says = f"{len(labels)} labels, .*{labels[0]} .7 rows.*--words=.*{labels[0]}=WORD"
         with pytest.raises(InputError, match=says):
             tasks.match_words("a.csv", dict.fromkeys(labels, 7), words)
         return
@@ -157,16 +161,29 @@ def test_labels_are_matched_by_name_or_refused(labels, words, matched):
     assert list(found.items()) == list(matched.items())
 
 
+def test_the_words_to_copy_can_be_pasted():
+    """Into a shell, whatever is in the labels; those that none can type are written as one can."""
+    counts = dict.fromkeys(("-1", "it's", "a,b", "a", "b", "a=b", "x = y", "$(c) d", "e\u200bf"), 7)
+    with pytest.raises(InputError) as error:
+        tasks.match_words("a.csv", counts, "x")
+    option, = shlex.split(str(error.value).partition("one): ")[2])
+    words = "".join(part + str(k) for k, part in enumerate(option.split("WORD")))
+    given = settings_parser("", [OwnTable], {}).parse_args([words[:-1]])
+    matched = tasks.match_words("a.csv", counts, given.words)
+    assert matched == {label: str(k) for k, label in enumerate(sorted(counts))}
+
+
 @pytest.mark.parametrize("content, options, rows, said", [
     ("kind,body\nspam,Caf\u00e9!\nham,Hi.\n ,x\nham,\n".encode("cp1252"),
      {"label_column": "kind", "text_column": "body", "words": "spam=junk,ham=fine",
       "encoding": "cp1252"}, [("junk", "Caf\u00e9!"), ("fine", "Hi.")],
-     ["columns kind, body; delimiter ','", "2 rows without a label or a text are left out"]),
+     ["4 rows in 5 lines; columns kind, body; delimiter ','",
+      "2 rows without a label or a text are left out"]),
     ("label;text\n0;a\n1;b\n".encode("utf-16"), {"encoding": "utf-16"},
-     [("terrible", "a"), ("great", "b")], ["columns label, text; delimiter ';'"]),
-    ("0,a\n1,b\n", {"header": False}, [("terrible", "a"), ("great", "b")], ["columns label, text"]),
-    ("\n\nlabel,text\n0,a\n1,b\n", {}, [("terrible", "a"), ("great", "b")],
-     ["columns label, text; delimiter ','"]),
+     [("terrible", "a"), ("great", "b")],
+     ["2 rows in 3 lines; columns label, text; delimiter ';'"]),
+    ("0,a\n1\u200b,b\n", {"header": False}, [("terrible", "a"), ("great", "b")],
+     ["2 rows in 2 lines; columns label, text; delimiter ','"]),
     ("label,text\n1,Caf\u00e9\n".encode("cp1252"), {}, "line 2: byte 0xe9 is not utf-8", []),
     ("label;text\n0;a\n".encode("utf-16"), {}, "line 1: byte 0xff is not utf-8: .*--encoding", []),
     ('{"label": {"0": 1}, "text": {"0": "x"}}', {"name": "a.csv.json"}, "no rows with label", []),
@@ -232,9 +249,11 @@ def test_texts_without_labels_literally(tmp_path):
     (tmp_path / "new.csv").write_text('id;premise;hypothesis\n7;"It rains, he said.";It rains!\n')
     assert tasks.load_texts(tmp_path / "new.csv", TASKS["cb"]) == [
         Row(0, {"hypothesis": "It rains", "premise": "It rains, he said."})]
-    (tmp_path / "body.csv").write_text("body\nok, he said\n")
-    assert tasks.load_texts(tmp_path / "body.csv", TASKS["mr"], OwnTable(text_column="body")) == [
-        Row(0, {"text": "ok, he said"})]
+    (tmp_path / "body.csv").write_text("body\nok, he said\nno; he|said\tyes\n")
+    found = tasks.load_texts(tmp_path / "body.csv", TASKS["mr"], OwnTable(text_column="body"),
+                             said.append)
+    assert found == [Row(0, {"text": text}) for text in ("ok, he said", "no; he|said\tyes")]
+    assert said[1].endswith("2 rows in 3 lines; columns body")
     (tmp_path / "lines.csv").write_text('text\n"Good, really.\nA joy."\n"No, no."\n')
     assert tasks.load_texts(tmp_path / "lines.csv", TASKS["mr"]) == [
         Row(0, {"text": "Good, really.\nA joy."}), Row(0, {"text": "No, no."})]
