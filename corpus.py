@@ -32,7 +32,7 @@ from kmeans import kmeans, nearest
 from sentences import split_sentences
 from t5 import embed_tokens, encode, model_fingerprint
 
-RULES = 4                   # a new number, where sentences or documents change, makes stores anew
+RULES = 5                   # a new number, where sentences or documents change, makes stores anew
 SHORT = 4                   # tokens; see join_short
 SAMPLE = 256                # sentences per centroid that K-means sees
 SLICE = 1 << 13             # sentences, of whole documents, that are tokenized together

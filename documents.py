@@ -15,7 +15,7 @@ import re
 import tarfile
 from collections import Counter
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 
 from common import InputError, reading
@@ -36,11 +36,11 @@ def corpus_files(paths):
     files = []
     for path in map(Path, paths):
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found = [file for file in inside if file.is_file() and file.name.endswith(tuple(KINDS))]
+        found = [file for file in inside if file.is_file() and end_of(file)]
         if not found:
             raise InputError(f"{path}: no text found; give files, or folders of files, that end in "
                              f"{', '.join(KINDS)} (of parquet, pandas makes .jsonl)")
-        files += [file for file in found if file.suffix not in ABOUT] or found
+        files += [file for file in found if end_of(file) not in ABOUT] or found
     return files
 
 
@@ -62,9 +62,14 @@ def ends_fingerprint(files):
     return whole.hexdigest()
 
 
+def end_of(path):
+    """Which of KINDS a file's name ends in, in capitals or not; "" if in none."""
+    return next((end for end in KINDS if path.name.lower().endswith(end)), "")
+
+
 def shape_of(path, shape=""):
     """What parts a file's documents, if `shape` is asked for: one of SHAPES, or JSON."""
-    kind = next(KINDS[end] for end in KINDS if path.name.endswith(end))
+    kind = KINDS[end_of(path)]
     return kind if kind == JSON else shape or kind
 
 
@@ -72,7 +77,7 @@ def documents(path, counts=None, shape="", field=""):
     """Yield the documents of one corpus file as lists of paragraphs.
 
     Text: shape_of() parts it. A line is a paragraph, unless the lines are wrapped: see _wrapped.
-    JSON: `field` of a line, or `paragraphs` or `text`: a list, or a text, a paragraph a line.
+    JSON: `field` of a line, or `paragraphs` or `text`: a list, or a text with such lines.
     .tar(.xz): OpenWebText's, .txt files, or .xz files that each are a tar of them.
     a file "It rained.\\nWe left.\\n\\nI sat." -> ["It rained.", "We left."], ["I sat."]
     counts: a Counter, receives "bytes", "broken UTF-8", lines that U+FFFD had to mend, "documents
@@ -81,11 +86,11 @@ def documents(path, counts=None, shape="", field=""):
     """
     counts, kind = Counter() if counts is None else counts, shape_of(path, shape)
     with reading(path, "readable text"), open(path, "rb", 1 << 16) as file:
-        content = gzip.open(file) if path.suffix == ".gz" else file
-        if kind == JSON:
-            found = _read_json(content, path, field, counts)
-        elif ".tar" in path.suffixes[-2:]:
+        content = gzip.open(file) if end_of(path).endswith(".gz") else file
+        if ".tar" in end_of(path):
             found = _read_tar(content, path, kind, counts)
+        elif kind == JSON:
+            found = _read_json(content, path, field, counts)
         else:
             found = _read_text(content, kind, counts)
         for paragraphs in found:
@@ -100,10 +105,18 @@ def _decode(raw, counts):
     return text.replace("\0", "\ufffd")
 
 
-def _wrapped(start):
+def _begin(file):
+    """A file, and its first 64 KiB as text. Raises ValueError for UTF-16."""
+    file = io.BufferedReader(file, 1 << 16)         # a packed file alone would show less
+    start = file.peek(1 << 16)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or 4 * start.count(0) > len(start):
+        raise ValueError("UTF-16, or zeros; make it UTF-8: iconv -f UTF-16 -t UTF-8")
+    return file, start.decode("utf-8", errors="replace")
+
+
+def _wrapped(text):
     """Are lines broken within sentences? Then there are stops, but few of them at the lines' ends.
-    b"The cat\\nsat. It\\nran." -> True; b"the cat sat\\nit ran", b"It sat.\\nIt ran." -> False"""
-    text = start.decode("utf-8", errors="replace")
+    "The cat\nsat. It\nran." -> True; "the cat sat\nit ran", "It sat.\nIt ran." -> False"""
     lines = [line.strip() for line in text.split("\n")]
     before_others = [line for line, following in zip(lines, lines[1:]) if line and following]
     ending = sum(not {*STOPS}.isdisjoint(line[-3:]) for line in before_others)    # ." too
@@ -111,31 +124,37 @@ def _wrapped(start):
     return 2 * ending < len(before_others) < 8 * stops
 
 
+def _paragraphs(lines, wrapped):
+    """Stripped lines -> paragraphs. In a wrapped text lines between blank ones are one paragraph,
+    if in most there is no place for the next one's first word: not in lists, verse, headings."""
+    for filled, block in groupby(lines, bool):
+        block = list(block)
+        width = max(map(len, block))
+        full = sum(len(line) + 1 + len(following.split()[0]) > width
+                   for line, following in zip(block, block[1:]) if filled)
+        joined = wrapped and 2 * full > len(block) - 1
+        yield from [" ".join(block)] if joined and filled else filter(None, block)
+
+
 def _read_text(file, shape, counts):
-    file = io.BufferedReader(file, 1 << 16)         # a packed file alone would show less
-    start = file.peek(1 << 16)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError("UTF-16; give UTF-8")
-    joined, blocks, size = _wrapped(start), [[]], 0
-    counts["texts of wrapped lines"] += joined
+    file, start = _begin(file)
+    wrapped, lines, size = _wrapped(start), [], 0
+    counts["texts of wrapped lines"] += wrapped
     for raw in chain(iter(partial(file.readline, LONGEST), b""), [b""]):
-        line = _decode(raw, counts).strip()
-        if line:
-            blocks[-1].append(line)
-        elif blocks[-1]:
-            blocks.append([])
+        lines.append(_decode(raw, counts).strip())
         size += len(raw)
         parted = size >= LONGEST
         counts["long documents parted"] += parted
-        ends = shape == "lines" or shape == "blank-lines" and not line
+        ends = shape == "lines" or shape == "blank-lines" and not lines[-1]
         if parted or ends or not raw:
-            if blocks[0]:
-                yield [" ".join(x) for x in blocks if x] if joined else list(chain(*blocks))
-            blocks, size = [[]], 0
+            if any(lines):
+                yield list(_paragraphs(lines, wrapped))
+            lines, size = [], 0
 
 
 def _read_json(file, path, field, counts):
     names = [field] if field else ["paragraphs", "text"]
+    file, _ = _begin(file)
     for number, raw in enumerate(iter(partial(file.readline, LONGEST), b""), 1):
         with reading(f"{path}, line {number}", "a document", remedy="mend or drop it"):
             if len(raw) == LONGEST:
@@ -144,6 +163,8 @@ def _read_json(file, path, field, counts):
             if not line.strip():
                 continue
             record = json.loads(line)
+            if not isinstance(record, dict):
+                raise TypeError("not an object; give one a line, as jq -c '.[]' writes an array's")
             given = [record[name] for name in names if name in record]
             if not given:
                 raise LookupError(f"no {' or '.join(names)}; choose --field of {', '.join(record)}")
@@ -151,10 +172,14 @@ def _read_json(file, path, field, counts):
             if texts is None:
                 counts["documents without text"] += 1
                 continue
-            paragraphs = texts.split("\n") if isinstance(texts, str) else texts
-            if not isinstance(paragraphs, list) or not all(isinstance(p, str) for p in paragraphs):
+            if isinstance(texts, str):
+                wrapped = _wrapped(texts)
+                counts["texts of wrapped lines"] += wrapped
+                lines = [line.strip() for line in texts.split("\n")]
+                texts = list(_paragraphs(lines, wrapped))
+            if not isinstance(texts, list) or not all(isinstance(p, str) for p in texts):
                 raise TypeError(f"{' or '.join(names)} must be a text or a list of texts")
-        yield paragraphs
+        yield texts
 
 
 class Header(tarfile.TarInfo):
@@ -180,11 +205,12 @@ def _read_tar(file, where, shape, counts):
     with tarfile.open(fileobj=file, mode="r|*", tarinfo=Header) as archive:
         for member in filter(tarfile.TarInfo.isfile, archive):
             content, name = archive.extractfile(member), f"{where}, {member.name}"
-            known |= member.name.endswith((".xz", ".txt"))
-            if member.name.endswith(".xz"):
+            end = Path(member.name.lower()).suffix
+            known |= end in (".xz", ".txt")
+            if end == ".xz":
                 with reading(name, "a tar of text"):
                     yield from _read_tar(content, name, shape, counts)
-            elif member.name.endswith(".txt"):
+            elif end == ".txt":
                 yield from _read_text(content, shape, counts)
     if not known:
         raise ValueError("no .txt inside, and no .xz tar of .txt")

@@ -52,7 +52,7 @@ OWN = ["--model", "small", "--prompt-length", "3", "--prompt", "vocab", "--templ
     (evaluation, "OWN my.csv --words 2=great,1=bad,0=good", "label 2 has 1 different texts"),
     (evaluation, "OWN my.csv none.csv", "none.csv is missing"),
     (evaluation, "OWN my.csv b.csv my.csv", "and at most a second one to test on"),
-    (evaluation, "WORLD --no-header --max-tokens 9", "--no-header, --max-tokens: for a table of"),
+    (evaluation, "WORLD --prompt vocab --no-header --max-tokens 9", "--no-header, --max-tokens: "),
     (evaluation, "--predict my.csv --words a,b", "--words: for a table of your own"),
     (evaluation, "--predict my.csv --prompt my.csv", "my.csv is not a result of eval.py")])
 def test_mistakes_end_with_status_2_and_one_line(small_world, monkeypatch, script, argv, says):

@@ -43,6 +43,9 @@ no stop at all
 it rained. and then we left.
 هل ذهب؟ | ذهب الولد. | نام.
 The end.[1] | The next.[2][3] | It ended.² | A last one.[note 4] | Yes.
+The end.1 | The next.[12, 13] | See p.5 The rest of 3.14 The sum. | It ended.† | ~~Gone.~~ | Yes.
+I. Introduction. | II. Methods. | 3. Results. | IV. The end. | In Main St. | The end.
+He met Sra. García. | She left. | St. Paul came. | እንዴት ነህ። | ሰላም።
 *Bold.* | Another. | It rained. | *Then* he left. | **Note.** | Use `ls.` | Then stop.
 ¿Qué pasa? | ¡Nada! | —Claro. | 1. Open the lid. | 2. Pour the water. | 3. Is it hot? | 4. Wait.
 Parker et al. | Later work agreed. | Smith et al. (2004) did not.
@@ -107,11 +110,15 @@ LATIN = b"\xef\xbb\xbfcaf\xe9\n\nok \xef\xbf\xbd\n\n\xff\xfe\n\na\0\0"
     ("a.txt", "It sat.\nIt ran.\nhow it ran\n", {}, "It sat.|It ran.|how it ran", 0),
     ("a.txt", "The cat sat\nthere. It\nran.\n\nNo.\n", {}, "The cat sat there. It ran.||No.", 0),
     ("a.txt", "One. Two.\n\nThree.", {"shape": "lines"}, "One. Two.||Three.", 0),
-    ("a.txt.gz", gzip.compress(b"One.\n\nTwo."), {"shape": "files"}, "One.|Two.", 0),
-    ("a.md", "# A\n\nOne two\nthree. Four.\n", {}, "# A|One two three. Four.", 0),
+    ("A.TXT.gz", gzip.compress(b"One.\n\nTwo."), {"shape": "files"}, "One.|Two.", 0),
+    ("a.md", "# A\n\nOne two\nthree. Four.\n\n- one\n- two\n- three\n", {},
+     "# A|One two three. Four.|- one|- two|- three", 0),
     ("a.jsonl", '\n{"text": "One.\\nTwo."}\n\n{"paragraphs": ["3.", "4."], "id": 7}', {},
      "One.|Two.||3.|4.", 0),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "Five."}'), {"shape": "lines"}, "Five.", 0),
+    ("a.jsonl", r'{"text": "Cat\nThey sat. We ran."}' + "\n"
+     r'{"text": "It sat\nthere. We\nran.\n\nNo."}', {},
+     "Cat|They sat. We ran.||It sat there. We ran.|No.", 0),
+    ("A.JSONL.GZ", gzip.compress(b'{"text": "Five."}'), {"shape": "lines"}, "Five.", 0),
     ("a.json", '{"content": "One."}\n{"content": null}', {"field": "content"}, "One.", 0),
     ("a.json", '{"text": null, "paragraphs": ["One."]}', {}, "One.", 0),
     ("a.tar", OPENWEBTEXT, {}, "Six.|Seven.||8.||Nïne.", 0),
@@ -131,7 +138,7 @@ def test_documents_of_each_kind_literally(tmp_path, name, content, how, expected
 
 def test_a_packed_text_is_read_as_it_is_unpacked(tmp_path):
     """Whether lines are wrapped is judged by the same part of a text: here by 64 KiB."""
-    text = b"It is a line.\n" * 900 + b"It goes\non. And\non\n" * 3000
+    text = b"It is so.\n" * 1000 + b"It goes\non. And\non it\n" * 3000
     contents = {"a.txt": text, "a.txt.gz": gzip.compress(text), "a.tar": tar_of({"a.txt": text})}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
@@ -141,11 +148,11 @@ def test_a_packed_text_is_read_as_it_is_unpacked(tmp_path):
 
 def test_a_folder_gives_its_corpus_files_in_order(tmp_path):
     """What is about them is left out, and printed; alone it is text."""
-    for name in ("b.txt", "a.json.gz", "c/d.tar", "README.md", "settings.json", "notes.csv"):
+    for name in ("b.TXT", "a.json.gz", "c/d.tar", "README.md", "settings.json", "notes.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     files = reader.corpus_files([tmp_path])
-    assert [str(path.relative_to(tmp_path)) for path in files] == ["a.json.gz", "b.txt", "c/d.tar"]
+    assert [str(path.relative_to(tmp_path)) for path in files] == ["a.json.gz", "b.TXT", "c/d.tar"]
     assert reader.unread_files([tmp_path], files) == ["README.md", "notes.csv", "settings.json"]
     assert reader.corpus_files([tmp_path / "README.md"]) == [tmp_path / "README.md"]
     for wrong in ("notes.csv", "nowhere"):
@@ -175,6 +182,8 @@ def test_no_document_is_held_beyond_a_limit(tmp_path, monkeypatch):
     ("a.jsonl", b'{"paragraphs": 1}', "line 1 is not a document (paragraphs or text must be"),
     ("a.jsonl", b'{"paragraphs": ["ok"]}\n{"paragraphs": [1]}', "line 2 is not a document"),
     ("a.txt", "not UTF-8".encode("utf-16"), "a.txt is not readable text (UTF-16"),
+    ("a.json", '{"text": "no"}'.encode("utf-16-le"), "a.json is not readable text (UTF-16"),
+    ("a.json", b'[{"text": "a"}]', "line 1 is not a document (not an object; give one a line"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "ok"}' * 99)[:-9], "a.jsonl.gz is not readable text"),
     ("a.tar", b"not a tar", "a.tar is not readable text"),
     ("a.tar", tar_of({"b.jsonl": b'{"text": "ok"}'}), "no .txt inside"),
