@@ -27,8 +27,7 @@ import torch
 
 from common import SOLO, InputError, rng
 from data import MASK, VARIANTS, compile_template, fill_template, template_fields, tokenize
-from supmer import (descend, first_derivative, init_prompt, loss_share, micro_batches,
-                    prompt_gradient)
+from supmer import descend, first_derivative, init_prompt, loss_shares, prompt_gradient
 from t5 import T5, T5Config, count_weights, expected_shapes, linear, rms_norm
 from tasks import task_examples
 
@@ -71,14 +70,10 @@ def tuning_gradient(t5, baseline, parameters, examples, method):
     def tuned(parameters):
         return baseline.model(t5, baseline.fold(t5, parameters))
 
-    def share(parameters, batch):
-        return loss_share(*tuned(parameters), batch, None, 0.0, examples.words, n, method)
-
-    n, pooled = len(examples.ids), 0.0
-    total = {name: torch.zeros_like(x) for name, x in parameters.items()}
     _, theta = tuned(parameters)
-    for _, batch, _ in micro_batches(examples, theta, method):
-        part, (_, pooled_part) = first_derivative(partial(share, batch=batch), parameters)
+    total, pooled = {name: torch.zeros_like(x) for name, x in parameters.items()}, 0.0
+    for share in loss_shares(theta, examples, method):
+        part, pooled_part, _ = first_derivative(lambda x: share(*tuned(x)), parameters)
         for name, x in part.items():
             total[name] += x
         pooled = pooled + pooled_part

@@ -15,7 +15,6 @@ V vectors that stand in place of tokens.
 """
 
 import re
-import tempfile
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
 import common
-from common import InputError, TINY, reading, run_script
+from common import InputError, reading
 from t5 import EOS, PAD
 
 MASK = "<extra_id_0>"       # <X> of the templates
@@ -421,25 +420,6 @@ class Draw:
         return int(index.first[rows[k]] + j - start[k])
 
 
-# ------------------------------------------------------------------------ a demonstration
-def demonstrate(arguments):
-    """Print a task of each variant, 3 support examples and 1 query, of a part of tiny/'s corpus."""
-    from corpus import build_store
-    from t5 import load_t5
-    t5 = load_t5(TINY)
-    tokenizer = load_tokenizer(TINY, t5.config)
-    with tempfile.TemporaryDirectory() as cache:
-        store = build_store(cache, [TINY / "corpus.jsonl.gz"], tokenizer, t5, clusters=5, seed=0,
-                            model=TINY, max_bytes=200_000)
-        index = TaskIndex(store, tokenizer, support=3, query=1, max_tokens=64)
-        for variant in index.variants:
-            task = meta_task(index, 3, 0, 0, variant=variant)
-            print(f"{variant}, anchors of cluster {task.clusters}")
-            for name, row in (("support", 0), ("support", 1), ("support", 2), ("query", 0)):
-                source, target = examples_as_text(tokenizer, getattr(task, name), row,
-                                                   task.clusters)
-                print(f"  {name}: {source} -> {target}")
-
-
 if __name__ == "__main__":
-    run_script(demonstrate, "stopped")
+    import show
+    show.main(show.meta_tasks)

@@ -89,12 +89,10 @@ def meta_loss(t5, theta, phi, task, partner, lam, b, method):
     task, partner: Tasks with the same label words; lam, b: floats. Two things are constants by
     choice: the gate's input (as in Eq. 13) and, with first_order, the inner step. -> scalar
     """
+    start = theta.detach() if method.first_order else theta
     support_loss = partial(set_loss, t5, examples=task.support, method=method)
-    g, (_, pooled) = grad_and_value(support_loss, has_aux=True)(theta)              # Eq. 1
-    adapted = inner_step(theta, phi, g, pooled, method)                             # Eq. 6
-    if method.first_order:
-        constant = theta.detach()
-        adapted = theta + inner_step(constant, phi, g.detach(), pooled, method) - constant
+    g, (_, pooled) = grad_and_value(support_loss, has_aux=True)(start)              # Eq. 1
+    adapted = theta + inner_step(start, phi, g, pooled, method) - start             # Eq. 6
     query_loss, _ = set_loss(t5, adapted, task.query, method, partner.query, lam)   # Eq. 4
     penalty = REGULARIZERS[method.regularizer].penalty(phi, pooled, b)              # Eq. 20
     return query_loss + method.gate_weight * method.augmentation * penalty
@@ -124,20 +122,18 @@ def encode_with_prompt(t5, theta, batch):
 def word_log_probs(t5, H, mask, words, words_only=False):
     """log p(<X> = word | theta, x) of each label word: H (B, S, d), mask (B, S) -> (B, K).
 
-    words: K decoder targets [<extra_id_0>, piece, ...], which the decoder reads after <pad>, all in
-    one call. The log-probabilities of a word's pieces are added. The distribution is over the full
-    vocabulary; words_only renormalizes it over the K words.
+    words: K decoder targets [<extra_id_0>, piece, ...]. The decoder reads, after <pad>, the R
+    prefixes that a piece follows, all in one call. A word's pieces add their log-probabilities;
+    the distribution is over the full vocabulary, with words_only over the K words.
     """
-    read = list(dict.fromkeys(tuple(word[:-1]) for word in words))     # what stands before a piece
-    longest = max(map(len, read))
+    prefixes = list(dict.fromkeys(tuple(word[:n]) for word in words for n in range(1, len(word))))
+    longest = max(map(len, prefixes))
     # not torch.tensor(): it detaches in place, which a dispatch mode inside torch.func refuses
-    ids = torch.LongTensor([[PAD, *before] + [PAD] * (longest - len(before)) for before in read])
+    ids = torch.LongTensor([[PAD, *read, *[PAD] * (longest - len(read))] for read in prefixes])
     y = decode(t5, ids.to(H.device).expand(len(H), -1, -1), H, mask)               # (B, R, L, d)
-    place = {before[:n]: (i, n) for i, before in enumerate(read)
-             for n in range(1, len(before) + 1)}
-    after = {before: torch.log_softmax(next_token_logits(t5, y[:, i, n]), dim=-1)
-             for before, (i, n) in place.items()}                                # (B, vocabulary)
-    scores = [sum(after[tuple(word[:n])][:, word[n]] for n in range(1, len(word)))
+    y = torch.stack([y[:, i, len(read)] for i, read in enumerate(prefixes)], 1)    # (B, R, d)
+    log_p = torch.log_softmax(next_token_logits(t5, y), dim=-1)            # (B, R, vocabulary)
+    scores = [sum(log_p[:, prefixes.index(tuple(word[:n])), word[n]] for n in range(1, len(word)))
               for word in words]
     scores = torch.stack(scores, dim=1)                                            # (B, K)
     return torch.log_softmax(scores, dim=-1) if words_only else scores
@@ -145,8 +141,7 @@ def word_log_probs(t5, H, mask, words, words_only=False):
 
 def pool(H, mask):
     """Each row's mean of H over its prompt and non-padding text: (B, S, d), (B, S) -> (B, d)."""
-    weight = mask.to(H.dtype)[:, :, None]                                          # (B, S, 1)
-    return (H * weight).sum(1) / weight.sum(1)
+    return (H * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
 
 
 def loss_share(t5, theta, batch, other, lam, words, n, method):
@@ -181,43 +176,38 @@ def micro_batches(examples, theta, method, partner=None):
         yield rows, collate(examples, rows, theta.device), other
 
 
+def loss_shares(theta, examples, method, partner=None, lam=0.0):
+    """The mean loss over n Examples as functions (t5, theta) -> loss_share(), one a micro-batch.
+    """
+    for _, batch, other in micro_batches(examples, theta, method, partner if lam else None):
+        yield partial(loss_share, batch=batch, other=other, lam=lam, words=examples.words,
+                      n=len(examples.ids), method=method)
+
+
 # ------------------------------------------------------- gradients, one micro-batch at a time
 
 def first_derivative(function, theta):
-    """function: theta -> (scalar, more). -> its gradient, (the scalar, more).
+    """function: theta -> (scalar, more). -> its gradient, more, the scalar.
     torch.func.grad_and_value(function, has_aux=True) gives the same, but always records its own
     backward pass for a next derivative. Where none is taken this needs half the memory."""
     value, pull_back, more = vjp(function, theta, has_aux=True)
     gradient, = pull_back(torch.ones_like(value), retain_graph=False, create_graph=False)
-    return gradient, (value, more)
+    return gradient, more, value
 
 
 def second_derivative(function, theta):
-    """As first_derivative, and the Hessian's product u -> Hess u, shaped like theta, once: the
-    derivative of <gradient, u>, reverse over reverse; the graph that it needs is kept."""
-    gradient, pull_back, rest = vjp(grad_and_value(function, has_aux=True), theta, has_aux=True)
-    return gradient, rest, lambda u: pull_back(u, retain_graph=False, create_graph=False)[0]
+    """-> what first_derivative gives; the Hessian's product u -> Hess u, shaped like theta, once:
+    the derivative of <gradient, u>, reverse over reverse; the graph that it needs is kept."""
+    twice = grad_and_value(function, has_aux=True)
+    gradient, pull_back, (value, more) = vjp(twice, theta, has_aux=True)
+    product = partial(pull_back, retain_graph=False, create_graph=False)
+    return (gradient, more, value), lambda u: product(u)[0]
 
 
-def loss_shares(t5, theta, examples, method, partner=None, lam=0.0):
-    """The mean loss over n Examples as functions theta -> loss_share(), one a micro-batch."""
-    if partner is not None and partner.words != examples.words:
-        raise ValueError("only tasks with the same label words can be mixed")
-    for _, batch, other in micro_batches(examples, theta, method, partner if lam else None):
-        yield partial(loss_share, t5, batch=batch, other=other, lam=lam, words=examples.words,
-                      n=len(examples.ids), method=method)
-
-
-def add_up(theta, parts):
-    """The sums of (gradient, (loss, pooled)) over micro-batches -> gradient (P, d), pooled (d,),
-    loss. In float64, so that the order of the micro-batches does not show."""
-    gradient = torch.zeros_like(theta, dtype=torch.float64)
-    pooled, loss = torch.zeros_like(gradient[0]), torch.zeros_like(gradient[0, 0])
-    for gradient_part, (loss_part, pooled_part) in parts:
-        gradient += gradient_part
-        pooled += pooled_part
-        loss += loss_part
-    return gradient.to(theta.dtype), pooled.to(theta.dtype), loss.to(theta.dtype)
+def add_up(parts):
+    """The sums of (gradient (P, d), pooled (d,), loss) over micro-batches, in float64, so that
+    the order of the micro-batches does not show."""
+    return [sum(x.double() for x in column).to(column[0]) for column in zip(*parts)]
 
 
 def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0):
@@ -227,8 +217,8 @@ def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0):
     through both; at lambda = 0 the partner is neither encoded nor attended to.
     -> gradient (P, d), the mean encoder state (d,), unmixed, the loss.
     """
-    shares = loss_shares(t5, theta, examples, method, partner, lam)
-    return add_up(theta, (first_derivative(share, theta) for share in shares))
+    shares = loss_shares(theta, examples, method, partner, lam)
+    return add_up(first_derivative(partial(share, t5), theta) for share in shares)
 
 
 def gradient_and_hessian(t5, theta, examples, method):
@@ -238,20 +228,15 @@ def gradient_and_hessian(t5, theta, examples, method):
     again, so that memory does not grow with n. The first method.keep_graphs ones are kept from
     here instead, which saves a pass. Both are exact, and equal.
     """
-    shares = list(loss_shares(t5, theta, examples, method))
+    shares = [partial(share, t5) for share in loss_shares(theta, examples, method)]
     kept = 0 if method.first_order else method.keep_graphs
     graphs = [second_derivative(share, theta) for share in shares[:kept]]
-    others = (first_derivative(share, theta) for share in shares[kept:])
-    g, pooled, loss = add_up(theta, chain((graph[:2] for graph in graphs), others))
+    others = [first_derivative(share, theta) for share in shares[kept:]]
+    g, pooled, loss = add_up([*(part for part, _ in graphs), *others])
 
     def hessian(u):
-        total = torch.zeros_like(u, dtype=torch.float64)
-        for _, _, product in graphs:
-            total += product(u)
-        for share in shares[kept:]:
-            _, _, product = second_derivative(share, theta)
-            total += product(u)
-        return total.to(u.dtype)
+        again = (second_derivative(share, theta) for share in shares[kept:])
+        return sum(product(u).double() for _, product in chain(graphs, again)).to(u.dtype)
     return g, pooled, loss, hessian
 
 
@@ -276,12 +261,14 @@ def mix(H_i, mask_i, Y_i, H_j, mask_j, Y_j, lam):
     Y (B, K). Both begin with P prompt positions, so prompt mixes with prompt. States at padding
     are set to zero first: what the encoder left there is arbitrary.
     """
-    def widen(H, mask):
-        extra = max(H_i.shape[1], H_j.shape[1]) - H.shape[1]
-        return F.pad(H * mask.to(H.dtype)[:, :, None], (0, 0, 0, extra)), F.pad(mask, (0, extra))
-    (wide_i, wide_mask_i), (wide_j, wide_mask_j) = widen(H_i, mask_i), widen(H_j, mask_j)
-    H = (1 - lam) * wide_i + lam * wide_j
-    return H, wide_mask_i | wide_mask_j, (1 - lam) * Y_i + lam * Y_j
+    S = max(H_i.shape[1], H_j.shape[1])
+
+    def widen(x):
+        return F.pad(x, (0, 0, 0, S - x.shape[1]))                                 # (B, S, ...)
+    mask_i, mask_j = mask_i[:, :, None], mask_j[:, :, None]
+    H = (1 - lam) * widen(H_i * mask_i) + lam * widen(H_j * mask_j)
+    mask = widen(mask_i) | widen(mask_j)
+    return H, mask.squeeze(-1), (1 - lam) * Y_i + lam * Y_j
 
 
 # ------------------------------------------------------------- the meta-gradient regularizer psi
@@ -404,7 +391,8 @@ def meta_gradient(t5, theta, phi, task, partner, lam, b, method):
            "phi_gradient_meta": whole_norm(through_psi),
            "phi_gradient_gate": weight * whole_norm(through_gate),
            **regularizer.log(phi, pooled)}
-    return TaskGradient(d_theta, d_phi, s, {name: float(value) for name, value in log.items()})
+    return TaskGradient(d_theta.cpu(), {name: x.cpu() for name, x in d_phi.items()}, s.cpu(),
+                        {name: float(value) for name, value in log.items()})
 
 
 def whole_norm(tensors):
@@ -433,15 +421,10 @@ def init_prompt(t5, length, seed):
     return embed_tokens(t5, torch.from_numpy(ids).to(table.device)).float()
 
 
-def init_phi(theta, method):
-    """phi where its form starts, in theta's dtype and on its device."""
-    start = REGULARIZERS[method.regularizer].init(*theta.shape)
-    return {name: x.to(theta) for name, x in start.items()}
-
-
 def init_state(theta, method):
     """A MetaState at step 0, with fresh optimizers."""
-    phi = init_phi(theta, method)
+    start = REGULARIZERS[method.regularizer].init(*theta.shape)
+    phi = {name: x.to(theta) for name, x in start.items()}
     phi_adam = torch.optim.Adam([{"params": [*phi.values()]}], method.regularizer_rate,
                                 eps=method.regularizer_eps)
     return MetaState(theta, phi, torch.optim.Adam([theta], method.prompt_rate), phi_adam)
@@ -463,11 +446,8 @@ def meta_step(t5, state, pairs, method, seed, ranks=SOLO):
     lams = [draw_lambda(mixing, method.alpha, seed, state.step, i) for i in range(n)]
 
     def task_gradient(drawn):
-        (task, partner), lam = drawn
-        part = meta_gradient(t5, state.theta, state.phi, task, partner, lam, b, method)
-        return part._replace(d_theta=part.d_theta.cpu(), s=part.s.cpu(),
-                             d_phi={name: x.cpu() for name, x in part.d_phi.items()})
-    parts = ranks.map(task_gradient, zip(pairs, lams))
+        return meta_gradient(t5, state.theta, state.phi, *drawn, b, method)
+    parts = ranks.map(task_gradient, [(*pair, lam) for pair, lam in zip(pairs, lams)])
     for part, (task, _) in zip(parts, pairs):
         numbers = (part.d_theta, *part.d_phi.values(), torch.tensor([*part.log.values()]))
         if not all(x.isfinite().all() for x in numbers):
@@ -526,17 +506,5 @@ def validate_task(t5, theta, phi, task, method):
 
 
 if __name__ == "__main__":
-    from exercises import toy_world
-    t5, theta, *tasks, normal = toy_world(P=3, d=8)
-    phi = {name: x.to(theta) for name, x in init_affine(3, 8).items()}
-    phi["A"] += 0.3 * normal(8, 8)
-    exact, first_order = Method(inner_rate=20.0), Method(inner_rate=20.0, first_order=True)
-    print("a task's loss after an inner step, its derivative along random directions of theta:")
-    print("second order   finite difference     first order")
-    for u in normal(3, 3, 8):
-        d_theta, d_first = (meta_gradient(t5, theta, phi, *tasks, 0.3, 0.0, method).d_theta
-                            for method in (exact, first_order))
-        up, down = (meta_loss(t5, theta + step * u, phi, *tasks, 0.3, 0.0, exact)
-                    for step in (1e-5, -1e-5))
-        slopes = (d_theta * u).sum(), (up - down) / 2e-5, (d_first * u).sum()
-        print("{:+.9f} {:+19.9f} {:+15.9f}".format(*slopes))
+    import show
+    show.main(show.meta_gradient)

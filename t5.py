@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 import onednn
-from common import TINY, InputError, fingerprint, read_json, reading
+from common import InputError, fingerprint, read_json, reading
 
 PAD, EOS = 0, 1  # in every T5 vocabulary; the decoder starts with PAD
 
@@ -355,13 +355,5 @@ def load_t5(folder, dtype=torch.float32, device="cpu"):
 
 
 if __name__ == "__main__":
-    from tokenizers import Tokenizer
-    t5 = load_t5(TINY)
-    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
-    target = torch.tensor([[PAD, tokenizer.token_to_id("<extra_id_0>")]])
-    for text in ("I loved this film. It was <extra_id_0>.", "It is boring. It was <extra_id_0>."):
-        ids = torch.tensor([tokenizer.encode(text).ids])                       # (1, S)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        y = decode(t5, target, encode(t5, embed_tokens(t5, ids), mask), mask)  # (1, 2, d)
-        p, best = torch.softmax(next_token_logits(t5, y)[0, 1], dim=-1).topk(5)
-        print(text, *(f"{tokenizer.decode([i])} {value:.2f}" for value, i in zip(p, best.tolist())))
+    import show
+    show.main(show.filled_blanks)
