@@ -120,9 +120,8 @@ def self_attention(t5, name, x, bias):
     B, S, _ = x.shape
     x = rms_norm(x, w[f"{name}.layer_norm.weight"], t5.config.eps)
     at = f"{name}.SelfAttention"
-    query = linear(x, w[f"{at}.q.weight"]).view(B, S, h, k).transpose(1, 2)    # (B, h, S, k)
-    key = linear(x, w[f"{at}.k.weight"]).view(B, S, h, k).transpose(1, 2)      # (B, h, S, k)
-    value = linear(x, w[f"{at}.v.weight"]).view(B, S, h, k).transpose(1, 2)    # (B, h, S, k)
+    query, key, value = (linear(x, w[f"{at}.{part}.weight"]).view(B, S, h, k).transpose(1, 2)
+                         for part in "qkv")                                    # (B, h, S, k)
     if f"{at}.prefix" in w:
         prefix = w[f"{at}.prefix"].to(key.dtype)[:, None].expand(-1, B, -1, -1, -1)
         key = torch.cat([prefix[0], key], dim=2)                               # (B, h, P + S, k)
@@ -220,12 +219,6 @@ ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens
            "lm_head.weight")
 STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"   # unused, v1.0
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# One line of Python each, for what is saved in another way.
-PYTHON = 'python -c "from transformers import T5ForConditionalGeneration as T5; {}"'
-CONVERT = "T5.from_pretrained('{}').save_pretrained('{}')"
-COMPLETE = ("from safetensors.torch import load_file as load; m = T5.from_pretrained('BASE'); "
-            "m.load_state_dict({{n.removeprefix('{}'): x for n, x in load('{}').items()}}, "
-            "strict=False); m.save_pretrained('{}')")
 
 
 def read_config(folder):
@@ -293,9 +286,9 @@ def weight_files(folder, name=None):
         with reading(index, "an index of weights"):
             names = read_json(index)["weight_map"].values()
             return [index.with_name(name) for name in sorted(set(names))]
-    convert = PYTHON.format(CONVERT.format(name or folder, "FOLDER" if name else folder))
     raise InputError(f"{name or folder} has no {SINGLE}, and no other weights are read: look for a "
-                     f"revision with it, --model OWNER/NAME@refs/pr/1, or convert it: {convert}")
+                     "revision with it, --model OWNER/NAME@refs/pr/1, or convert it as docs/data.md"
+                     " says")
 
 
 def model_fingerprint(folder):
@@ -311,23 +304,11 @@ def read_tensors(paths):
                 yield name, file.get_tensor(name)
 
 
-def advice(folder, names):
-    """What makes a T5 of weights with a prefix before their names, or of an encoder alone."""
-    last = "encoder.final_layer_norm.weight"
-    prefix = next((name.removesuffix(last) for name in names if name.endswith(last)), "")
-    if not prefix and any(name.startswith("decoder.block") for name in names):
-        return ""
-    line = COMPLETE.format(prefix, Path(folder) / SINGLE, folder)
-    return f"; or complete it from BASE, the model that it was made of: {PYTHON.format(line)}"
-
-
 def load_t5(folder, dtype=torch.float32, device="cpu"):
     """Read config.json and the safetensors weights of a folder -> T5 in dtype on device.
     dtype: float32 or bfloat16, or float64 for proofs; T5's feed-forward overflows in float16.
     The peak of memory is the model in dtype and one file. Raises InputError unless the weights are
     finite and exactly those that config.json implies."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise InputError(f"T5 does not run in {dtype}: choose float32 or bfloat16")
     config = read_config(folder)
     # transformers 5 calls v1.1 tied, too, but not scaled. There a head in the file counts.
     copies = ALIASES if config.tied and config.scaled else ALIASES[:3]
@@ -347,8 +328,8 @@ def load_t5(folder, dtype=torch.float32, device="cpu"):
               for name in sorted(expected | found) if expected.get(name) != found.get(name)]
     if wrong:
         raise InputError(f"{folder} has {len(wrong)} faults, such as {'; '.join(wrong[:3])}: take "
-                         "config.json and weights from one intact model folder"
-                         f"{advice(folder, weights)}")
+                         "config.json and weights from one intact model folder; docs/data.md says "
+                         "how to complete an encoder, or to drop a prefix of all names")
     weights = {name: weights[name] for name in expected}
     weights.setdefault("lm_head.weight", weights["shared.weight"])             # the tied head
     return T5(config, weights)
