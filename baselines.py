@@ -26,7 +26,8 @@ from typing import Callable, NamedTuple
 import torch
 
 from common import SOLO, InputError, rng
-from data import MASK, VARIANTS, compile_template, fill_template, template_fields, tokenize
+from data import VARIANTS
+from templates import MASK, compile_template, fill_template, template_fields, tokenize
 from supmer import descend, first_derivative, init_prompt, loss_shares, prompt_gradient
 from t5 import T5, T5Config, count_weights, expected_shapes, linear, rms_norm
 from tasks import task_examples

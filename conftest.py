@@ -42,7 +42,7 @@ import t5 as T
 import tasks
 import train
 from common import InputError
-from data import load_tokenizer
+from templates import load_tokenizer
 from tasks import TASKS
 
 try:

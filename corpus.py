@@ -2,9 +2,9 @@
 
     store = build_store("cache", ["text/"], tokenizer, t5, clusters=250, seed=0, model=folder)
 
-Sentence i of a store has the tokens tokens[offsets[i]:offsets[i + 1]]. An interrupted build
-resumes: after the last whole corpus file, or after the last whole CHUNK of cluster assignments.
-The same corpus, model and options give the same bytes, on any number of ranks.
+store.py says what it holds. An interrupted build resumes: after the last whole corpus file, or
+after the last whole CHUNK of cluster assignments. The same corpus, model and options give the same
+bytes, on any number of ranks.
 """
 
 import hashlib
@@ -13,24 +13,25 @@ import os
 import shutil
 from array import array
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from tokenize import TokenError
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from common import (InputError, SOLO, one_process, read_json, reading, remove_torn, rng,
-                    text_sha256, whole_file)
-from data import FORMATS, MAX_TOKENS, padded, tokenize
+from common import (InputError, SOLO, one_process, read_json, remove_torn, rng, text_sha256,
+                    whole_file)
+from data import FORMATS, padded
 from documents import (SHAPES, corpus_files, documents, ends_fingerprint, shape_of,
                        unread_files)
 from kmeans import kmeans, nearest
 from sentences import split_sentences
+from store import TEXT, column, open_store
 from t5 import embed_tokens, encode, model_fingerprint
+from templates import MAX_TOKENS, tokenize
 
 RULES = 5                   # a new number, where sentences or documents change, makes stores anew
 SHORT = 4                   # tokens; see join_short
@@ -38,63 +39,6 @@ SAMPLE = 256                # sentences per centroid that K-means sees
 SLICE = 1 << 13             # sentences, of whole documents, that are tokenized together
 CHUNK = 1 << 14             # sentences that are sorted by length together, and saved together
 BATCH_TOKENS = {"cpu": 1 << 9, "cuda": 1 << 17}     # embedded together; a CPU's cache likes few
-
-
-# ------------------------------------------------------------------- the store on the disk
-# Plain numbers: the file NAME.bin and its type. The first ones grow with the text.
-TEXT = {"tokens": "H", "offsets": "q", "first": "q", "label": "h", "keys": "Q", "shares": "d"}
-COLUMNS = TEXT | {"held_out": "?", "anchor": "?", "cluster": "i", "order": "I"}
-
-
-class Store(NamedTuple):
-    """A corpus as sentences and their clusters, in a folder; the arrays are mapped, not read."""
-    folder: Path
-    tokens: np.ndarray      # (all tokens) uint16
-    offsets: np.ndarray     # (n + 1,) int64: where in tokens a sentence begins
-    first: np.ndarray       # (documents,) int64: each one's first sentence
-    held_out: np.ndarray    # (n,) bool: its document is kept for validation tasks
-    anchor: np.ndarray      # (n,) bool: no earlier sentence has the same text
-    cluster: np.ndarray     # (formats, n) int32; one clustering may stand for all FORMATS
-    centroids: np.ndarray   # (formats, K, d) float32
-    order: np.ndarray       # (formats, anchors) uint32 and
-    bounds: np.ndarray      # (formats, 4 K + 1) int64: see group_anchors
-    label: np.ndarray       # (n,) int16 in a labeled set; else empty
-    meta: dict              # "made_of": fingerprints, "options"; "counts"; "files": their sizes
-
-    def sentence(self, i):
-        """Its tokens (T,) uint16."""
-        return self.tokens[self.offsets[i]:self.offsets[i + 1]]
-
-
-def column(folder, name):
-    """One of a store's COLUMNS, mapped."""
-    path, kind = folder / f"{name}.bin", np.dtype(COLUMNS[name])
-    if path.stat().st_size == 0:        # nothing cannot be mapped
-        return np.zeros(0, kind)
-    return np.memmap(path, kind, "r")
-
-
-def open_store(folder, made_of=None):
-    """Open a store. Raises InputError if it is damaged or was made of other things than made_of."""
-    folder = Path(folder)
-    # Of a damaged .npy's header numpy raises the last two.
-    with reading(folder, "a whole store", SyntaxError, TokenError, remedy="delete it"):
-        meta = read_json(folder / "meta.json", remedy="delete the store")
-        if any((folder / name).stat().st_size != size for name, size in meta["files"].items()):
-            raise ValueError("its files do not fit together")
-        other = [key for key in made_of or () if meta["made_of"][key] != made_of[key]]
-        if other:
-            raise InputError(f"{folder} was built with another {', another '.join(other)}: "
-                             "delete it")
-        columns = {name: column(folder, name) for name in COLUMNS if name in Store._fields}
-        columns |= {name: np.load(folder / f"{name}.npy") for name in ("centroids", "bounds")}
-        rows = len(columns["bounds"])
-        columns["cluster"] = columns["cluster"].reshape(-1, rows).T
-        columns["order"] = columns["order"].reshape(rows, -1)
-        for name in ("cluster", "order", "centroids", "bounds"):    # one clustering serves all
-            every = len(FORMATS), *columns[name].shape[1:]
-            columns[name] = np.broadcast_to(columns[name], every)
-    return Store(folder, **columns, meta=meta)
 
 
 # ------------------------------------------------------------------------ text becomes a store
@@ -213,27 +157,25 @@ def write_text(folder, files, read, tokenizer, progress):
     interrupted build resumes there.
     """
     notes = folder / "read.json"
-    paths = {name: folder / f"{name}.bin" for name in TEXT}
     done, sizes, counts = read_json(notes) if notes.exists() else (0, {}, {})
     counts = Counter(counts)
-    for name, path in paths.items():
-        with open(path, "ab") as file:
+    with ExitStack() as opened:
+        columns = {name: opened.enter_context(open(folder / f"{name}.bin", "ab")) for name in TEXT}
+        for name, file in columns.items():
             file.truncate(sizes.get(name, 0))
-            if name == "offsets" and not done:
-                file.write(array("q", [0]))
-    for number, path in enumerate(files[done:], done + 1):
-        items = read(path, counts)
-        while group := list(_next_documents(items)):
-            for name, values in _columns(tokenizer, group, counts).items():
-                with open(paths[name], "ab") as file:
-                    file.write(values)
-            progress("reading text, bytes", counts["bytes"], None)
-        for name, path in paths.items():
-            with open(path, "ab") as file:
+        if not done:
+            columns["offsets"].write(array("q", [0]))
+        for number, path in enumerate(files[done:], done + 1):
+            items = read(path, counts)
+            while group := list(_next_documents(items)):
+                for name, values in _columns(tokenizer, group, counts).items():
+                    columns[name].write(values)
+                progress("reading text, bytes", counts["bytes"], None)
+            for name, file in columns.items():
+                sizes[name] = file.seek(0, os.SEEK_END)         # writes what is buffered, too
                 os.fsync(file.fileno())
-                sizes[name] = file.tell()
-        with whole_file(notes) as file:
-            file.write(json.dumps([number, sizes, counts]).encode())
+            with whole_file(notes) as file:
+                file.write(json.dumps([number, sizes, counts]).encode())
 
 
 def _next_documents(items):

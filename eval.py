@@ -32,7 +32,7 @@ import torch
 from baselines import BASELINES, ft_memory, given_prompt, pose, tuning_gradient, with_prompt
 from common import (GIB, InputError, TINY, fingerprint, from_settings, knob, one_process, rng,
                     run_script, settings_parser, text_sha256, whole_file)
-from data import load_tokenizer
+from templates import load_tokenizer
 from download import RELEASED, find, find_task, released_folder
 from hub import fetch_list, last_name, model_folder, tokenizer_file
 from jobs import TUNED, find_devices, make_job, read_result, workers
@@ -40,7 +40,8 @@ from pictures import import_pyplot
 from predict import predict
 from prompts import load_prompt
 from studies import PRETRAINED, STUDIES, figure, newest_run, pretrained_run, show
-from supmer import Method, REGULARIZERS, cosine, measure, score
+from supmer import Method, REGULARIZERS, cosine
+from measure import measure, score
 from t5 import load_t5, model_fingerprint
 from tasks import (GROUPS, LabeledTask, OwnTable, TASKS, count_cut, few_shot, load_test,
                    load_train, own_task, refuse_unread, task_lines)
@@ -99,8 +100,8 @@ FOR_TINY = {"prompt_length": (20, "100 vectors would outnumber the tokens of its
 QUICK = {"task": ("source",), "prompt": (*SHIPPED, "vocab", "random"), "shots": (8,),
          "seeds": (10, 20, 30), "rates": (0.1,), "epochs": 10, "validate_every": 10,
          "test_rows": 160}
-CODE = ("eval", "baselines", "prompts", "supmer", "tasks", "tables", "data", "t5", "onednn",
-        "common")                                                       # results depend on it
+CODE = ("eval", "baselines", "prompts", "supmer", "measure", "tasks", "tables", "data",
+        "templates", "t5", "onednn", "common")         # results depend on it
 PLACES = {"model", "data", "labeled", "jobs", "device", "out", "plot", "quick", "study"}
 
 

@@ -26,9 +26,11 @@ import torch
 from baselines import normal_prompt
 from common import Parser, TINY, bar, run_script, whole_file
 from corpus import build_store
-from data import Task, TaskIndex, load_tokenizer, meta_task
+from data import Task, TaskIndex, meta_task
+from templates import load_tokenizer
 from eval import first_rows
-from supmer import Method, inner_step, init_prompt, measure, prompt_gradient, score
+from supmer import Method, inner_step, init_prompt, prompt_gradient
+from measure import measure, score
 from supmer import REGULARIZERS
 from t5 import load_t5, model_fingerprint
 from tasks import TASKS, few_shot, load_test, load_train, task_examples

@@ -12,8 +12,8 @@ import torch
 
 from common import SOLO, InputError, fingerprint, rng
 from corpus import Document, build_from, hash_share
-from data import (MAX_TOKENS, Examples, Task, balanced, check_clusters, compile_template,
-                  decoder_targets, fill_template, shuffled)
+from data import Examples, Task, balanced, check_clusters, shuffled
+from templates import MAX_TOKENS, compile_template, decoder_targets, fill_template
 from tasks import LabeledTask, OwnTable, own_task, read_rows, task_lines
 
 

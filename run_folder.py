@@ -21,8 +21,8 @@ import torch
 from baselines import name_of
 from common import InputError, fingerprint, read_json, reading, whole_file
 
-METHOD_FILES = ("supmer.py", "t5.py", "onednn.py", "data.py", "baselines.py", "prompts.py",
-                "common.py")                                        # run.json has their hash
+METHOD_FILES = ("supmer.py", "t5.py", "onednn.py", "data.py", "templates.py", "baselines.py",
+                "prompts.py", "common.py")         # run.json has their hash
 
 
 def check_free(folder):

@@ -9,6 +9,7 @@ import torch
 
 import corpus
 import data
+import templates
 import supmer
 import t5 as T
 from common import TINY, run_script
@@ -38,8 +39,8 @@ def meta_gradient():
 def filled_blanks():
     """The model in tiny/ fills two blanks: the five likeliest words."""
     t5 = T.load_t5(TINY)
-    tokenizer = data.load_tokenizer(TINY, t5.config)
-    target = torch.tensor([[T.PAD, tokenizer.token_to_id(data.MASK)]])
+    tokenizer = templates.load_tokenizer(TINY, t5.config)
+    target = torch.tensor([[T.PAD, tokenizer.token_to_id(templates.MASK)]])
     for text in ("I loved this film. It was <extra_id_0>.", "It is boring. It was <extra_id_0>."):
         ids = torch.tensor([tokenizer.encode(text).ids])                            # (1, S)
         mask = torch.ones_like(ids, dtype=torch.bool)
@@ -52,7 +53,7 @@ def filled_blanks():
 def meta_tasks():
     """A small task of each variant as text: three support examples and one query."""
     t5 = T.load_t5(TINY)
-    tokenizer = data.load_tokenizer(TINY, t5.config)
+    tokenizer = templates.load_tokenizer(TINY, t5.config)
     with tempfile.TemporaryDirectory() as cache:
         store = corpus.build_store(cache, [TINY / "corpus.jsonl.gz"], tokenizer, t5, clusters=5,
                                    seed=0, model=TINY, max_bytes=200_000)
@@ -61,7 +62,7 @@ def meta_tasks():
             task = data.meta_task(index, 3, 0, 0, variant=variant)
             print(f"{variant}, anchors of cluster {task.clusters}")
             for name, row in (("support", 0), ("support", 1), ("support", 2), ("query", 0)):
-                source, target = data.examples_as_text(tokenizer, getattr(task, name), row,
+                source, target = templates.examples_as_text(tokenizer, getattr(task, name), row,
                                                        task.clusters)
                 print(f"  {name}: {source} -> {target}")
 

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 
 from common import TINY, InputError, knob, text_sha256
-from data import (Examples, compile_template, decoder_targets, examples_as_text, fill_template,
-                  template_fields, tokenize)
+from data import Examples
+from templates import (compile_template, decoder_targets, examples_as_text, fill_template,
+                       template_fields, tokenize)
 from download import locate
 from tables import check_header, read_table
 

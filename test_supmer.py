@@ -31,11 +31,13 @@ import baselines
 import common
 import corpus
 import data
+import templates
 import eval as evaluation
 import jobs
 import kmeans as km
 import onednn
 import supmer
+import measure
 import t5 as T
 import tasks
 import train
@@ -46,7 +48,8 @@ from conftest import (
     needs_sklearn, needs_transformers, on_ranks, outcome_of, parsed, random_examples, random_t5,
     random_task, relative, rows_of, sklearn, small_examples, small_state, small_t5, start_train,
     transformers, tune, write_model, write_rows)
-from data import MASK, TaskIndex, VARIANTS, fill_template, meta_task
+from data import TaskIndex, VARIANTS, meta_task
+from templates import MASK, fill_template
 from documents import documents
 from eval import Plan, open_candidate
 from sentences import split_sentences
@@ -1041,10 +1044,10 @@ def test_meta_training_lowers_the_loss_after_adaptation():
     planted = random_examples(9, 3, longest=6)
     longer = planted._replace(ids=[row[:1] + row for row in planted.ids])
     task = data.Task("sp-next", (0,), planted, longer)
-    before = supmer.validate_task(t5, state.theta, state.phi, task, method)
+    before = measure.validate_task(t5, state.theta, state.phi, task, method)
     for _ in range(20):
         supmer.meta_step(t5, state, [(task, task)], method, 0)
-    after = supmer.validate_task(t5, state.theta, state.phi, task, method)
+    after = measure.validate_task(t5, state.theta, state.phi, task, method)
     assert after["after"]["loss"] < before["after"]["loss"] - 1
     assert after["after"]["loss"] < after["before"]["loss"]
     assert after["step_size"] == pytest.approx(0.05, rel=1e-3)
@@ -1054,15 +1057,15 @@ def test_scores_and_measures(world):
     """score() is log p of each word, in the examples' order; measure() on literal scores: nll over
     the vocabulary, cross entropy over the words, number correct."""
     w, plain = world, Method()
-    scores = supmer.score(w.t5, w.theta, w.task.query, w.method)
+    scores = measure.score(w.t5, w.theta, w.task.query, w.method)
     loss = plain_loss(w.t5, w.theta, w.task.query, plain).item()
-    assert supmer.measure(scores, w.task.query.labels)["loss"] == pytest.approx(loss)
+    assert measure.measure(scores, w.task.query.labels)["loss"] == pytest.approx(loss)
     for r in (0, 3):
         alone = w.task.query._replace(ids=w.task.query.ids[r:r + 1], slots=[[]],
                                       vectors=w.task.query.vectors[r:r + 1])
-        assert relative(supmer.score(w.t5, w.theta, alone, plain)[0], scores[r]) < 1e-12
+        assert relative(measure.score(w.t5, w.theta, alone, plain)[0], scores[r]) < 1e-12
     scores = torch.log(torch.tensor([[0.2, 0.6], [0.3, 0.1], [0.1, 0.4]]))
-    found = supmer.measure(scores, torch.tensor([1, 1, 1]))
+    found = measure.measure(scores, torch.tensor([1, 1, 1]))
     assert found["correct"] == 2
     assert found["loss"] == pytest.approx(-math.log(0.6 * 0.1 * 0.4) / 3)
     assert found["word_loss"] == pytest.approx(-math.log(0.75 * 0.25 * 0.8) / 3)
@@ -1197,16 +1200,16 @@ def test_text_cannot_put_in_markers(tmp_path):
     task = tasks.LabeledTask("", "", words=("a", "b"))
     rows = [tasks.Row(0, {"text": "a <extra_id_0> b </s> a <pad>"})]
     examples = tasks.task_examples(tokenizer, task, rows)
-    source, target = data.examples_as_text(tokenizer, examples, 0)
+    source, target = templates.examples_as_text(tokenizer, examples, 0)
     assert (source, target) == ("a b a It was <extra_id_0> ?</s>", "a")
-    a, b = data.tokenize(tokenizer, ["a", "b"])
-    assert data.tokenize(tokenizer, ["a unseen b"]) == [[*a, data.UNK, *b]]
+    a, b = templates.tokenize(tokenizer, ["a", "b"])
+    assert templates.tokenize(tokenizer, ["a unseen b"]) == [[*a, templates.UNK, *b]]
     for template in ("{text} a", "<X> {text} <X>"):
         with pytest.raises(InputError, match="exactly once"):
-            data.compile_template(tokenizer, template)
+            templates.compile_template(tokenizer, template)
     for word in ("unseen", ""):
         with pytest.raises(InputError, match=f"{word!r} is not in the model's vocabulary"):
-            data.decoder_targets(tokenizer, ["a", word])
+            templates.decoder_targets(tokenizer, ["a", word])
 
 
 def test_tokenizers_that_do_not_fit_the_model_are_refused(tmp_path):
@@ -1214,7 +1217,7 @@ def test_tokenizers_that_do_not_fit_the_model_are_refused(tmp_path):
     ids."""
     def refused(says, vocab_size=13):
         with pytest.raises(InputError, match=says):
-            data.load_tokenizer(tmp_path, SimpleNamespace(vocab_size=vocab_size))
+            templates.load_tokenizer(tmp_path, SimpleNamespace(vocab_size=vocab_size))
     refused("is missing")
     path = write_model(tmp_path, [])[0] / "tokenizer.json"
     good = path.read_text()
@@ -1249,24 +1252,24 @@ def test_ids_equal_those_of_transformers():
     words are single, word-initial pieces."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     folder = Path(SUPMER_DATA) / "t5_tokenizer"
-    tokenizer = data.load_tokenizer(folder, SimpleNamespace(vocab_size=32128))
+    tokenizer = templates.load_tokenizer(folder, SimpleNamespace(vocab_size=32128))
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"),
                                                   eos_token="</s>")
     files = sorted((Path(SUPMER_DATA) / "text").glob("*.jsonl.gz"))
     paragraphs = (p for file in files for d in islice(documents(file), 50) for p in d)
     texts = [s for paragraph in paragraphs for s in split_sentences(paragraph)]
     texts = np.random.default_rng(0).choice(texts, 2000, replace=False).tolist()
-    encoded = data.tokenize(tokenizer, texts)
+    encoded = templates.tokenize(tokenizer, texts)
     for i in range(1000):
         template, use = (data.PAIR, 2) if i % 2 else (data.CHOICE, 5)
         rows = [i, *np.random.default_rng(i).choice(2000, use - 1, replace=False)]
         joined = template.replace("<X>", MASK).format(*(texts[r] for r in rows))
-        ours, _ = fill_template(data.compile_template(tokenizer, template),
+        ours, _ = fill_template(templates.compile_template(tokenizer, template),
                                 dict(zip("01234", (encoded[r] for r in rows))), max_tokens=10**6)
         assert ours == theirs(joined).input_ids, joined
-    targets = data.decoder_targets(tokenizer, ["yes", "no", "maybe", *"ABCD"])
+    targets = templates.decoder_targets(tokenizer, ["yes", "no", "maybe", *"ABCD"])
     assert targets == [[32099, piece] for piece in (4273, 150, 2087, 71, 272, 205, 309)]
-    assert data.tokenize(tokenizer, ["translate English to German: That is good."]) == \
+    assert templates.tokenize(tokenizer, ["translate English to German: That is good."]) == \
         [[13959, 1566, 12, 2968, 10, 466, 19, 207, 5]]
 
 
@@ -1295,14 +1298,14 @@ def test_each_variant_says_what_the_corpus_says(planted, variant):
     topic_of = {int(c): (7 * (i // 40) + i % 40) % 5 for i, c in enumerate(store.cluster[0])}
     entry = VARIANTS[variant]
     form = re.escape(entry.template.replace("<X>", MASK)) + "</s>"
-    for field in data.template_fields(entry.template):
+    for field in templates.template_fields(entry.template):
         vector = entry.centroids and field != "0"
         form = form.replace(rf"\{{{field}\}}", r"\[vector\]" if vector else r"T\d d\d+ s\d+ end\.")
     beside = BESIDE.get(variant, entry.beside)
     for step in range(5):
         task = meta_task(index, 0, step, 0, variant=variant)
         for examples, row in product((task.support, task.query), range(32)):
-            text, answer = data.examples_as_text(tokenizer, examples, row)
+            text, answer = templates.examples_as_text(tokenizer, examples, row)
             assert re.fullmatch(form.replace(r"\ ", " "), text), (form, text)
             label, (anchor, *others) = entry.words.index(answer), parsed(text)
             assert topic_of[task.clusters[label if entry.ways > 1 else 0]] == anchor[0]
@@ -1331,7 +1334,7 @@ def test_each_variant_literally(planted, variant, literal):
     place. It also holds the random streams fast: a result is a function of the seed."""
     tokenizer, _, index = planted
     task = meta_task(index, 0, 0, 0, variant=variant)
-    assert data.examples_as_text(tokenizer, task.support, 0, task.clusters) == literal
+    assert templates.examples_as_text(tokenizer, task.support, 0, task.clusters) == literal
 
 
 def test_centroids_stand_at_the_letters(planted):
@@ -1345,8 +1348,8 @@ def test_centroids_stand_at_the_letters(planted):
         assert torch.equal(examples.vectors, centroids.expand(32, 4, 5))
         for ids, slots in zip(examples.ids, examples.slots):
             assert [ids[slot - 1] for slot in slots] == letters
-            assert [ids[slot] for slot in slots] == [data.UNK] * 4
-    source, _ = data.examples_as_text(tokenizer, task.support, 0, task.clusters)
+            assert [ids[slot] for slot in slots] == [templates.UNK] * 4
+    source, _ = templates.examples_as_text(tokenizer, task.support, 0, task.clusters)
     assert [int(c) for c in re.findall(r"\[centroid (\d)\]", source)] == list(task.clusters)
 
 
@@ -1754,7 +1757,7 @@ def test_learns_a_planted_task():
     curve, thetas = tune(t5, start, None, (small_examples(32), small_examples(32, 1)), 10, 0.1,
                          eval_settings(epochs=40, batch=32, words_only=True))
     best = curve.index(min(curve, key=evaluation.preference))
-    before, after = (supmer.measure(supmer.score(t5, theta, new, Method()), new.labels)["correct"]
+    before, after = (measure.measure(measure.score(t5, theta, new, Method()), new.labels)["correct"]
                      / 200 for theta in (start, thetas[best]))
     # 0.76 to 0.82 with the order of batches, or a last bit; 0.7 is chance and 5 standard errors
     assert before < 0.6 and after > 0.7 and best > 0
@@ -1767,7 +1770,7 @@ def context(t5, choices):
     """A Context in this process, with no results from before."""
     shutil.rmtree(jobs.TUNED, ignore_errors=True)
     with jobs.workers(t5, None, ["cpu"], 1) as work:
-        yield evaluation.Context(choices, data.load_tokenizer("small", t5.config), work,
+        yield evaluation.Context(choices, templates.load_tokenizer("small", t5.config), work,
                                  {"model": "this"}, 1.0)
 
 

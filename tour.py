@@ -18,7 +18,9 @@ import torch
 
 import corpus
 import data
+import templates
 import supmer
+import measure
 from common import InputError, Parser, TINY, bar, run_script
 from pictures import import_pyplot, save_picture
 from prompts import load_prompt
@@ -34,7 +36,7 @@ METHOD = supmer.Method(relative_step=0.03)
 def world():
     """The embedded T5, half of its corpus as an index, the shipped prompt and the start."""
     t5 = load_t5(TINY)
-    tokenizer = data.load_tokenizer(TINY, t5.config)
+    tokenizer = templates.load_tokenizer(TINY, t5.config)
     store = corpus.build_store(Path("cache"), [TINY / "corpus.jsonl.gz"], tokenizer, t5, 16, 0,
                                model=TINY, max_bytes=2_500_000)
     index = data.TaskIndex(store, tokenizer, support=16, query=16, max_tokens=64)
@@ -52,8 +54,8 @@ def held_out(number):
 
 def query_loss(theta, task):
     """The query set's mean loss over its label words."""
-    scores = supmer.score(world().t5, theta, task.query, METHOD)
-    return supmer.measure(scores, task.query.labels)["word_loss"]
+    scores = measure.score(world().t5, theta, task.query, METHOD)
+    return measure.measure(scores, task.query.labels)["word_loss"]
 
 
 def support_gradient(theta, task):
@@ -99,7 +101,7 @@ def tasks(figure):
     for axis, (name, title) in zip(figure.subplots(1, 3), shown.items()):
         task, lines = data.meta_task(world().index, 3, 0, 0, variant=name), []
         for part, row in (("support", 0), ("support", 1), ("query", 0)):
-            source, target = data.examples_as_text(world().tokenizer, getattr(task, part), row,
+            source, target = templates.examples_as_text(world().tokenizer, getattr(task, part), row,
                                                    task.clusters)
             source = source.replace("<extra_id_0>", "___").removesuffix("</s>")
             options = re.sub(r" ([ABCD] \.|Answer)(?= )", r"\n\1", source).splitlines()

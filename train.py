@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import corpus
 import data
+import templates
 import hub
 import labeled
 import tasks
@@ -39,7 +40,8 @@ from pictures import plot
 from prompts import export_peft, save_prompt
 from run_folder import (check_free, check_origin, load_state, new_run, next_free, open_log,
                         read_log, save_state, write_run)
-from supmer import Method, init_prompt, init_state, meta_step, validate_task
+from supmer import Method, init_prompt, init_state, meta_step
+from measure import validate_task
 from t5 import load_t5
 
 
@@ -426,7 +428,7 @@ def main(argv):
         return 0
     model_folder = hub.model_folder(training.model)
     t5 = load_t5(model_folder, getattr(torch, training.dtype), device)
-    tokenizer = data.load_tokenizer(hub.tokenizer_file(model_folder), t5.config)
+    tokenizer = templates.load_tokenizer(hub.tokenizer_file(model_folder), t5.config)
     sources, made_of = open_sources(training, method, model_folder, tokenizer, t5, ranks)
     folder = options.resume or options.run or next_free(training.model, name_of(training, method))
     folder = ranks.gather(folder)[0]

@@ -11,11 +11,13 @@ import torch
 
 import baselines
 import data
+import templates
 import estimate
 import eval as evaluation
 import jobs
 import prompts
 import supmer
+import measure
 import t5 as T
 import tasks
 import train
@@ -47,8 +49,9 @@ def test_each_method_learns_a_planted_task(name, rate):
         if not best or evaluation.preference(record) < evaluation.preference(best[0]):
             best = record, {key: x.clone() for key, x in kept.items()}
     untuned = baselines.BASELINES[name].fold(t5, begin(name)(t5))
-    right = [supmer.measure(supmer.score(*baselines.BASELINES[name].model(t5, kept), new, Method()),
-                            new.labels)["correct"] for kept in (untuned, best[1])]
+    model = baselines.BASELINES[name].model
+    right = [measure.measure(measure.score(*model(t5, kept), new, Method()), new.labels)["correct"]
+             for kept in (untuned, best[1])]
     assert right[0] < 115 < 130 < right[1], right       # 100 is chance, 7 its error
     assert all(torch.equal(w, before[key]) for key, w in t5.weights.items())
     assert not any(w.requires_grad or w.grad is not None for w in t5.weights.values())
@@ -110,7 +113,7 @@ def test_inputs_of_each_kind_literally(place, monkeypatch):
     """Multiple choice; an instruction; an instruction and solved examples, labels in turn, every
     order of the same ones, as many as fit with the row in CONTEXT tokens, not one fewer."""
     monkeypatch.setitem(baselines.INSTRUCTIONS, "planted", "the film was good ?")
-    tokenizer, task = data.load_tokenizer("small", small_config()), TASKS["planted"]
+    tokenizer, task = templates.load_tokenizer("small", small_config()), TASKS["planted"]
     rows = [tasks.Row(1, {"text": "nice food"})]
     shown = [tasks.Row(i % 2, {"text": f"{FILLER[i]} {(NEGATIVE, POSITIVE)[i % 2][i // 2]}"})
              for i in range(6)]
@@ -149,8 +152,8 @@ def test_unified_meta_tasks_literally(planted):
     index = TaskIndex(store, tokenizer, recast=baselines.UNIFIED)
     for variant in index.variants:
         unified, task = (meta_task(one, 0, 0, 0, variant=variant) for one in (index, plain))
-        source, target = data.examples_as_text(tokenizer, unified.query, 0)
-        usual, word = data.examples_as_text(tokenizer, task.query, 0)
+        source, target = templates.examples_as_text(tokenizer, unified.query, 0)
+        usual, word = templates.examples_as_text(tokenizer, task.query, 0)
         words = VARIANTS[variant].words
         if words == tuple("ABCD"):
             assert (source, target) == (usual, word)
@@ -260,13 +263,13 @@ def test_every_method_in_one_table(place, monkeypatch, capsys):
     orders = rows_of(path, prompt="few-shot", kind="order")
     assert len(orders) == baselines.ORDERS - 1 and {row["seed"] for row in orders} == {10}
     assert "ft: 0.00 GiB more in each process" in printed
-    t5, tokenizer = T.load_t5("small"), data.load_tokenizer("small", small_config())
+    t5, tokenizer = T.load_t5("small"), templates.load_tokenizer("small", small_config())
     examples = task_examples(tokenizer, TASKS["planted"], load_test(TASKS["planted"], "data"))
     for name in EVERY[2:]:
         tests = rows_of(path, prompt=name, split="test", kind="tuned")
         for row, test in zip(rows_of(path, prompt=name, split="validation", kind="tuned"), tests):
             tensors, about = jobs.read_result(row["file"])
-            found = supmer.score(*baselines.BASELINES[name].model(t5, tensors), examples, Method())
+            found = measure.score(*baselines.BASELINES[name].model(t5, tensors), examples, Method())
             assert about["baseline"] == name and found.argmax(-1).tolist() == test["predictions"]
 
 

@@ -28,7 +28,7 @@ from common import InputError
 from conftest import (Evil, FORMATS, V10, affine_start, ended, forked, make_run, save_shards,
                       released_files, save_model, tar_of, write_model, write_task)
 from corpus import open_store
-from data import load_tokenizer, tokenize
+from templates import load_tokenizer, tokenize
 from documents import documents
 from eval import Settings
 from download import archive_member

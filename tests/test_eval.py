@@ -3,6 +3,7 @@
 import baselines
 import csv
 import data
+import templates
 import eval as evaluation
 import jobs
 import json
@@ -268,7 +269,8 @@ def test_a_task_of_ones_own_and_its_labels(place, capsys, header):
         evaluation.main([*predict, "--out", "new.txt"])
     found, _ = csv.DictReader(open("labels.csv"))
     t5, good, warm = load_t5(Path("small")), PIECES.index("good"), PIECES.index("warm")
-    ids = data.load_tokenizer("small", t5.config).encode("a good film It was <extra_id_0> ?").ids
+    tokenizer = templates.load_tokenizer("small", t5.config)
+    ids = tokenizer.encode("a good film It was <extra_id_0> ?").ids
     theta, examples = jobs.read_result(record["file"])[0]["theta"], small_examples(1)
     batch = data.collate(examples._replace(ids=[[*ids, 1]]), [0])
     H, mask = supmer.encode_with_prompt(t5, theta, batch)

@@ -25,7 +25,7 @@ import tasks
 import train
 from conftest import (ANY, COMMIT, OPTIONS, PLANTED, SMALL, V11, contents, ended, forked,
                       outcome_of, rows_of, save_model, serving, write_run, write_world)
-from data import load_tokenizer
+from templates import load_tokenizer
 from t5 import load_t5
 
 

@@ -12,11 +12,12 @@ import pytest
 from tokenizers import Tokenizer
 
 import data
+import templates
 import labeled
 import tasks
 from common import InputError, settings_parser
 from conftest import FORMATS, SUPMER_DATA, by_topic, needs_data, write_model, write_task
-from data import MASK
+from templates import MASK
 from tasks import TASKS, LabeledTask, OwnTable, Row, load_test, load_train
 
 
@@ -78,12 +79,12 @@ def test_label_words_are_one_piece_of_the_official_t5():
     are pieces that T5 knows, its mask is <extra_id_0>."""
     tokenizer = Tokenizer.from_file(os.path.join(SUPMER_DATA, "t5_tokenizer", "tokenizer.json"))
     for task in (task for task in TASKS.values() if task.groups):
-        targets = data.decoder_targets(tokenizer, task.words)
+        targets = templates.decoder_targets(tokenizer, task.words)
         assert len({piece for _, piece in targets}) == len(task.words)
-        parts = data.compile_template(tokenizer, task.template)
+        parts = templates.compile_template(tokenizer, task.template)
         literal = [part for part in parts if isinstance(part, list)]
-        assert [32099] in literal and data.UNK not in sum(literal, [])
-    assert data.decoder_targets(tokenizer, ["yes", "no"]) == [[32099, 4273], [32099, 150]]
+        assert [32099] in literal and templates.UNK not in sum(literal, [])
+    assert templates.decoder_targets(tokenizer, ["yes", "no"]) == [[32099, 4273], [32099, 150]]
 
 
 @needs_data
@@ -234,8 +235,8 @@ def test_label_words_that_cannot_win_are_refused(tokenizer):
     """
     for words in (["good", "bad", "good enough"], ["terrible", "good", " good"]):
         with pytest.raises(InputError, match="label word .*good.* begins with.*good.*choose"):
-            data.decoder_targets(tokenizer, words)
-    assert len(data.decoder_targets(tokenizer, ["good enough", "good at it", "bad"])) == 3
+            templates.decoder_targets(tokenizer, words)
+    assert len(templates.decoder_targets(tokenizer, ["good enough", "good at it", "bad"])) == 3
 
 
 def test_texts_without_labels_literally(tmp_path):
@@ -310,7 +311,7 @@ def test_task_examples_literally(tmp_path):
     rows = [Row(1, {"text": "A fine film."}), Row(0, {"text": "A " * 300})]
     examples = tasks.task_examples(tokenizer, tasks.TASKS["sst2"], rows)
     end = "It was <extra_id_0> ?</s>"
-    shown = [data.examples_as_text(tokenizer, examples, row) for row in (0, 1)]
+    shown = [templates.examples_as_text(tokenizer, examples, row) for row in (0, 1)]
     assert shown == [(f"A fine film. {end}", "great"), ("A " * 123 + end, "terrible")]
     assert len(examples.ids[1]) == 128 and examples.labels.tolist() == [1, 0]
     assert data.collate(examples, [0, 1]).ids.shape == (2, 128)
@@ -343,7 +344,7 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
         assert task.variant == "set" and partner.clusters != task.clusters
         sources = []
         for examples, n in ((task.support, 7), (task.query, 3)):
-            shown = [data.examples_as_text(tokenizer, examples, row) for row in range(n)]
+            shown = [templates.examples_as_text(tokenizer, examples, row) for row in range(n)]
             for source, target in shown:
                 text = re.fullmatch(r"(T\d d\d+) It was <extra_id_0> \?</s>", source).group(1)
                 assert label[text] == target

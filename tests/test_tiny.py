@@ -12,11 +12,13 @@ import torch
 
 import corpus as corpus_module
 import supmer
+import measure
 import train
 from common import InputError, from_settings
 from conftest import TINY, logits, needs_transformers
 from corpus import build_store, hash_share
-from data import MASK, TaskIndex, meta_task
+from data import TaskIndex, meta_task
+from templates import MASK
 from t5 import EOS, PAD, embed_tokens, load_t5
 from tasks import TASKS, load_test, task_examples
 from tiny.sources import forbidden_grams, gather, grams, held_out, read_records
@@ -93,7 +95,7 @@ def test_model_is_small_and_knows_sentiment(tokenizer):
     t5 = load_t5(TINY)
     examples = task_examples(tokenizer, TASKS["movie"], load_test(TASKS["movie"], TINY)[:200])
     none = torch.zeros(0, t5.config.d_model)
-    found = supmer.score(t5, none, examples, supmer.Method()).argmax(1)
+    found = measure.score(t5, none, examples, supmer.Method()).argmax(1)
     majority = torch.bincount(examples.labels).max() / 200
     assert (found == examples.labels).float().mean() > majority + 3 * (0.25 / 200) ** 0.5
 

@@ -18,7 +18,8 @@ import tour
 import train
 from common import InputError
 from conftest import log_without_times, make_run, run_script, sentence
-from data import PAPER_VARIANTS, load_tokenizer
+from data import PAPER_VARIANTS
+from templates import load_tokenizer
 
 
 def unfinished(run, **changes):

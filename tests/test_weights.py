@@ -3,6 +3,7 @@
 
 import json
 import math
+import pathlib
 import re
 
 import pytest
@@ -39,8 +40,8 @@ def refused(folder, *fragments):
 @BOTH
 def test_round_trip(config, tmp_path):
     """One file, or two shards and an index, load as they were saved, in each dtype. A file in
-    float16 is widened; transformers 5 saves v1.1 with
-    tie_word_embeddings true and scale_decoder_outputs false: the head in the file counts."""
+    float16 is widened; transformers 5 saves v1.1 with tie_word_embeddings true and
+    scale_decoder_outputs false: the head in the file counts."""
     save_model(tmp_path / "whole", config)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         assert equal(T.load_t5(tmp_path / "whole", dtype), config, dtype)
@@ -116,7 +117,7 @@ def test_what_is_saved_in_another_way_can_be_mended(tmp_path):
     """docs/data.md's commands, which refusals name, make the folder a model: of a
     pytorch_model.bin, of names with a prefix beside a classifier's, of an encoder alone, with the
     decoder of a whole T5."""
-    page = (Path(T.__file__).parent / "docs/data.md").read_text()
+    page = pathlib.Path(T.__file__).with_name("docs").joinpath("data.md").read_text()
     convert, complete = re.findall('python -c "(.*)"', page)
     weights = model(V11, torch.float32).weights
     save_model(tmp_path / "base", V11)
@@ -125,7 +126,8 @@ def test_what_is_saved_in_another_way_can_be_mended(tmp_path):
             ("prefix", {f"model.{name}": weight for name, weight in weights.items()} | {
                 "head": torch.ones(2)}, complete.replace("PREFIX", "model.")),
             ("encoder", {name: w for name, w in weights.items()
-                         if name.startswith(("encoder", "shared"))}, complete.replace("PREFIX", ""))):
+                         if name.startswith(("encoder", "shared"))},
+             complete.replace("PREFIX", ""))):
         folder = save_model(tmp_path / name, V11, stored)
         if stored is None:
             (folder / T.SINGLE).unlink()

@@ -1,0 +1,38 @@
+"""Measure a prompt: log-probabilities of label words, losses, accuracy, the use of an inner step.
+
+    scores = score(t5, theta, examples, method)     # (n, K)
+    measure(scores, examples.labels)                # {"loss", "word_loss", "correct"}
+"""
+
+import torch
+import torch.nn.functional as F
+
+from supmer import (encode_with_prompt, inner_step, micro_batches, prompt_gradient, word_log_probs)
+
+
+@torch.no_grad()
+def score(t5, theta, examples, method):
+    """log p of every label word for n examples, in their order -> (n, K)."""
+    scores = theta.new_empty(len(examples.ids), len(examples.words))
+    for rows, batch, _ in micro_batches(examples, theta, method):
+        H, mask = encode_with_prompt(t5, theta, batch)
+        scores[rows] = word_log_probs(t5, H, mask, examples.words).to(scores)
+    return scores
+
+
+def measure(scores, labels):
+    """Log-probabilities (n, K), labels (n,) -> the loss over the full vocabulary, that over
+    the label words, and how often the likeliest word is right."""
+    labels = labels.to(scores.device)
+    return {"loss": float(F.nll_loss(scores, labels)),
+            "word_loss": float(F.cross_entropy(scores, labels)),
+            "correct": int((scores.argmax(-1) == labels).sum())}
+
+
+def validate_task(t5, theta, phi, task, method):
+    """measure() the query set before and after an inner step; step_size: |a1 psi(g)| / |theta|."""
+    g, pooled, _ = prompt_gradient(t5, theta, task.support, method)
+    adapted = inner_step(theta, phi, g, pooled, method)
+    return {"before": measure(score(t5, theta, task.query, method), task.query.labels),
+            "after": measure(score(t5, adapted, task.query, method), task.query.labels),
+            "step_size": float((adapted - theta).norm() / theta.norm())}
