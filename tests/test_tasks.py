@@ -1,6 +1,5 @@
 """Tests of tasks."""
 
-import csv
 import hashlib
 import os
 import re
@@ -28,8 +27,7 @@ def test_each_format_literally(tmp_path, name):
     """Quotes, tabs, byte-order mark, label words and the hypothesis' last point as each format has
     them; of CR's blank texts the last one is left out, of QQP's ragged rows all; both are said, and
     so is a size that is not the paper's."""
-    written, read = FORMATS[name]
-    said = []
+    (written, read), said = FORMATS[name], []
     write_task(tmp_path, name, written)
     assert load_train(TASKS[name], tmp_path, said.append) == [Row(*row) for row in read]
     size = TASKS[name].sizes[0]
@@ -38,16 +36,14 @@ def test_each_format_literally(tmp_path, name):
     assert len(said) == len(odd + wanted) and all(b in a for a, b in zip(said, odd + wanted))
 
 
-@pytest.mark.parametrize("load", (load_train, load_test))
-def test_a_task_of_parts_has_as_many_rows_of_each(load):
+def test_a_task_of_parts_has_as_many_rows_of_each():
     """source: label k has the first rows of the k-th task's file, whatever their labels there."""
-    task, rows = TASKS["source"], load(TASKS["source"])
-    texts = [[row.fields for row in load(TASKS[name])] for name in task.parts]
-    n = min(map(len, texts))
-    assert [(row.label, row.fields) for row in rows] == [
-        (k, fields) for k, part in enumerate(texts) for fields in part[:n]]
-    assert all(part in option.lower() for part, option in zip(
-        ("product", "movie", "newspaper", "message"), re.split(r"[A-D][.]", task.template)[1:]))
+    task = TASKS["source"]
+    for load in (load_train, load_test):
+        texts = [[row.fields for row in load(TASKS[name])] for name in task.parts]
+        n = min(map(len, texts))
+        assert [(row.label, row.fields) for row in load(task)] == [
+            (k, fields) for k, part in enumerate(texts) for fields in part[:n]]
 
 
 def test_templates_and_words_literally():
@@ -88,34 +84,24 @@ def test_label_words_are_one_piece_of_the_official_t5():
 
 
 @needs_data
-@pytest.mark.parametrize("name, first", [
-    ("sst2", "a stirring , funny and finally transporting re-imagining of beauty and the beast "),
-    ("sst5", "a stirring , funny and finally transporting re-imagining of beauty and the beast "),
-    ("mr", ' " analyze that " is one of those crass'), ("cr", "it 's not as stylized as a sony"),
-    ("subj", "gangs , despite the gravity of its subject matter"),
-    ("cb", "the language was peeled down"), ("rte", "Weapons of Mass Destruction Found in Iraq"),
-    ("mrpc", 'Amrozi accused his brother , whom he called " the witness "'),
-    ("airlines", "WAW-SKJ Economy. No free snacks"), ("books", "Horrible book, horrible.\n\tTHis"),
-    ("electronics", "bad\n\tcons\ntips extremely"), ("restaurants", "Wow... Loved this place.")])
-def test_real_tasks_are_read_whole(name, first, tokenizer):
-    """The sizes of the paper's Table 5 and of the domains, all labels, how the first row begins;
-    only Restaurants' size differs, and is printed. The embedded model can read all of them:
-    the longest texts are cut to the limit, none loses the mask."""
+@pytest.mark.parametrize("name", ["sst2", "sst5", "mr", "cr", "subj", "cb", "rte", "mrpc",
+                                  "airlines", "books", "electronics", "restaurants"])
+def test_real_tasks_are_read_whole(name, tokenizer):
+    """The sizes of the paper's Table 5 and of the domains, and all labels; only Restaurants' size
+    differs, and is printed. The embedded model can read all of them: the longest texts are cut to
+    the limit, none loses the mask."""
     said, task = [], TASKS[name]
     train, test = (load(task, SUPMER_DATA, said.append) for load in (tasks.load_train, load_test))
     ours = {"restaurants": (1000, 1000)}.get(name, (task.sizes[0] or 1700, task.sizes[1]))
-    assert (len(train), len(test)) == ours and [*train[0].fields.values()][0].startswith(first)
+    assert (len(train), len(test)) == ours
     for rows in (train, test):
         assert {row.label for row in rows} == set(range(len(task.words)))
     assert [line for line in said if "the paper has" in line] == [
         f"{SUPMER_DATA}/{task.test}: 1,000 rows, the paper has 2,000"] * (name == "restaurants")
-    agree = sum(line.endswith("as in the paper") for line in said)
-    assert agree == sum(map(bool, task.sizes)) - (name == "restaurants")
     assert any("the last row" in line for line in said) == (name == "cr")
     longest = sorted(test, key=lambda row: -max(map(len, row.fields.values())))[:5]
     examples, mask = tasks.task_examples(tokenizer, task, longest), tokenizer.token_to_id(MASK)
     assert all(ids.count(mask) == 1 and len(ids) <= task.max_tokens for ids in examples.ids)
-    assert len(set(map(tuple, examples.words))) == len(task.words)
 
 
 # ---------------------------------------------------------------------------- own tasks
@@ -273,35 +259,28 @@ def labeled_rows(counts):
 
 
 def test_few_shot_samples_are_balanced_disjoint_and_fixed():
-    """16 + 16 a label, no text twice, the same for the same seed in whatever order rows come,
-    another for another seed."""
+    """16 + 16 a label, no text twice, by a hash of seed, label and text, whatever order rows come
+    in. A class of 7 texts gives 3 and 3, one of a single text nothing; a text that comes often,
+    even under both labels, is used once."""
     rows = labeled_rows([100, 50, 40])
     train, validation = tasks.few_shot(rows, 16, 10, 3)
-    for part in (train, validation):
-        assert Counter(row.label for row in part) == {0: 16, 1: 16, 2: 16}
-    assert len({r.fields["text"] for r in train + validation}) == 96
+    for label, part in enumerate((rows[:100], rows[100:150], rows[150:])):
+        part = sorted(part, key=lambda r: hashlib.sha256(
+            f"10\t{label}\t{r.fields['text']}".encode()).digest())
+        assert train[16 * label:16 * label + 16] == part[:16]
+        assert validation[16 * label:16 * label + 16] == part[16:32]
     assert tasks.few_shot(rows[::-1], 16, 10, 3) == (train, validation)
     assert tasks.few_shot(rows, 16, 20, 3)[0] != train
-    by_hash = sorted(rows[100:150],
-                     key=lambda r: hashlib.sha256(f"10\t1\t{r.fields['text']}".encode()).digest())
-    assert train[16:32] == by_hash[:16] and validation[16:32] == by_hash[16:32]
-
-
-def test_few_shot_with_small_classes_duplicates_and_contradictions():
-    """A class of 7 texts gives 3 and 3; a text that comes often, even under both labels, is used
-    once."""
     train, validation = tasks.few_shot(labeled_rows([40, 7]), 16, 0)
     assert Counter(r.label for r in train) == Counter(r.label for r in validation) == {0: 16, 1: 3}
     rows = [Row(label, {"text": f"text {i}"}) for i in range(20) for label in (0, 1, 1)]
     for seed in range(20):
         sample = [r.fields["text"] for part in tasks.few_shot(rows, 4, seed) for r in part]
         assert len(set(sample)) == len(sample)
-    for bad in (labeled_rows([5, 1]), labeled_rows([5]),
-                labeled_rows([5]) + [Row(1, {"text": "same"})] * 3):
-        with pytest.raises(InputError, match="label 1 has"):
-            tasks.few_shot(bad, 16, 0)
-    with pytest.raises(InputError, match="label 2 has 0"):
-        tasks.few_shot(labeled_rows([5, 5]), 16, 0, 3)
+    for counts, extra, says in (([5, 1], [], "1 has"), ([5], [], "1 has"), ([5, 5], [], "2 has 0"),
+                                ([5], [Row(1, {"text": "same"})] * 3, "1 has")):
+        with pytest.raises(InputError, match=f"label {says}"):
+            tasks.few_shot(labeled_rows(counts) + extra, 16, 0, 3 if says[0] == "2" else 2)
 
 
 def test_task_examples_literally(tmp_path):
@@ -319,23 +298,16 @@ def test_task_examples_literally(tmp_path):
 
 # --------------------------------------------------------------- labeled sets as meta tasks
 
-def labeled_store(folder, rows, clusters=3):
-    """A .csv of (label, text), each text's first word its topic, T0.., as a labeled store."""
-    known = [f"T{i}" for i in range(5)] + [word for row in rows for word in " ".join(row).split()]
-    model, tokenizer = write_model(folder / "m", [*known, *tasks.SENTIMENT[5], "It", "was", "?"])
-    with open(folder / "set.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("label", "text"), *rows])
-    return labeled.build_labeled(folder / "cache", folder / "set.csv", tokenizer, None, clusters, 0,
-                              model=model, embed=by_topic(tokenizer)), tokenizer
-
-
 def test_labeled_sets_become_meta_tasks(tmp_path):
     """Table 3: a task is one cluster (here: one topic) of one set; labels are the set's own words
     and what the file says of each text, balanced in both sets, which share no text."""
-    label = {}
-    for i in range(900):
-        label[f"T{i % 3} d{i}"] = ("good", "bad", "so-so")[i // 3 % 3]
-    store, tokenizer = labeled_store(tmp_path, [(word, text) for text, word in label.items()])
+    label = {f"T{i % 3} d{i}": ("good", "bad", "so-so")[i // 3 % 3] for i in range(900)}
+    words = [*" ".join(label).split(), "T3", "T4", *tasks.SENTIMENT[5], "so-so", "It", "was", "?"]
+    model, tokenizer = write_model(tmp_path / "m", words)
+    lines = [f"{word},{text}" for text, word in label.items()]
+    (tmp_path / "set.csv").write_text("\n".join(["label,text", *lines]))
+    store = labeled.build_labeled(tmp_path / "cache", tmp_path / "set.csv", tokenizer, None, 3, 0,
+                                  model=model, embed=by_topic(tokenizer))
     index = labeled.LabeledIndex({"set": store}, tokenizer, support=7, query=3)
     for step in range(20):
         split = ("train", "validation")[step % 2]
@@ -353,15 +325,15 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
             assert set(counts) == {"good", "bad", "so-so"}
             assert max(counts.values()) <= n // 3 + 1
         assert len(set(sources)) == 10 and len({text[:2] for text in sources}) == 1
-    index = labeled.LabeledIndex({"set": store}, tokenizer, support=7, query=3)
     again = labeled.labeled_task(index, 0, 19, 0, split="validation")
     assert again.support.ids == task.support.ids and again.query.ids == task.query.ids
-    says = "set: validation texts of each label: 1 .* must have 40, .* no --labeled-clusters fits"
-    with pytest.raises(InputError, match=says):
-        labeled.LabeledIndex({"set": store}, tokenizer, support=60, query=60)
-    one = {"set": store._replace(cluster=np.zeros_like(store.cluster))}
-    labeled.LabeledIndex(one, tokenizer, support=7, query=3)
-    with pytest.raises(InputError, match="set: train texts .* 2 .* the largest have 280, 0: no"):
-        labeled.LabeledIndex(one, tokenizer, support=7, query=3, mixing=True)
     with pytest.raises(InputError, match="set: one usable train cluster, mixing needs two"):
-        labeled.labeled_task(index, 0, 0, 0, stream="partner", variant="set", avoid=range(99))
+        labeled.labeled_task(index, 0, 0, 0, stream="partner", variant="set", avoid=range(3))
+    one = store._replace(cluster=np.zeros_like(store.cluster))
+    labeled.LabeledIndex({"set": one}, tokenizer, support=7, query=3)
+    for wrong, support, query, says in (
+            (store, 60, 60, "validation texts of each label: 1 .* must have 40, .* no --labeled-cl"),
+            (one, 7, 3, "train texts .* 2 .* the largest have 280, 0: no")):
+        with pytest.raises(InputError, match=f"set: {says}"):
+            labeled.LabeledIndex({"set": wrong}, tokenizer, support=support, query=query,
+                                 mixing=wrong is one)
