@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 import bench
 import supmer
+import torch
 from common import InputError
 from conftest import Dies, affine_start, needs_sklearn, needs_transformers, relative
 from supmer import Method
@@ -22,15 +22,14 @@ def test_benchs_transformers_compute_the_same_gradient(first_order):
     t5, (pair,) = bench.random_t5(s), bench.random_pairs(s)
     theta, phi = supmer.init_prompt(t5, 2, 0).double(), affine_start(64, torch.float64)
     method = Method(inner_rate=1000.0, micro_tokens=40, gate_weight=0.0, first_order=first_order)
-    theirs = [bench.hf_meta_gradient(bench.hf_model(t5), theta, phi, *pair, 0.3, method, padded)
-              for padded in (0, 40)]
-    ours = supmer.meta_gradient(t5, theta, phi, *pair, 0.3, 0.5, method)
-    for d_theta, d_phi in theirs:
+    ours, other = (supmer.meta_gradient(t5, theta, phi, *pair, 0.3, 0.5, one) for one in (
+        method, replace(method, first_order=not first_order)))
+    for padded in (0, 40):
+        d_theta, d_phi = bench.hf_meta_gradient(bench.hf_model(t5), theta, phi, *pair, 0.3, method,
+                                                padded)
         assert relative(ours.d_theta, d_theta) < 1e-5
         assert relative(ours.d_phi["A"], d_phi["A"]) < 1e-5
-    other = replace(method, first_order=not first_order)
-    assert relative(supmer.meta_gradient(t5, theta, phi, *pair, 0.3, 0.5, other).d_theta,
-                    theirs[0][0]) > 1e-3
+        assert relative(other.d_theta, d_theta) > 1e-3
 
 
 def test_benchs_ratios_by_hand():
@@ -41,18 +40,18 @@ def test_benchs_ratios_by_hand():
     ratios = {row[:3]: row[3] for row in bench.ratios(found)}
     assert ratios.pop(("exact, recomputed", "first order", "seconds")) == 1.5
     assert ratios and set(ratios.values()) == {None}
-    names = {name for group in bench.groups(bench.QUICK) for name in group}
-    assert all({row[0], row[1]} <= names for row in bench.RATIOS)
 
 
 @needs_transformers
 @needs_sklearn
 def test_each_contender_runs():
-    """At the smallest sizes; PEFT and transformers are there where CI compares with them."""
+    """At the smallest sizes; PEFT and transformers are there where CI compares with them. Every
+    ratio is of two that run."""
     pytest.importorskip("peft", reason="peft is not installed")
-    for group in bench.groups(bench.QUICK):
-        for contender, s in group.values():
-            contender(replace(s, **bench.WARM))()
+    contenders = {name: one for group in bench.groups(bench.QUICK) for name, one in group.items()}
+    assert all({row[0], row[1]} <= contenders.keys() for row in bench.RATIOS)
+    for contender, s in contenders.values():
+        contender(replace(s, **bench.WARM))()
 
 
 def test_a_contender_that_dies_loses_no_others_figures():
@@ -70,17 +69,17 @@ def test_a_contender_that_dies_loses_no_others_figures():
 def test_operations_hold_on_any_machine():
     """Counted without computing: an exact step takes more than a first-order one, and most if the
     graphs are made again; with kept graphs it takes less than transformers."""
-    counts = bench.operations(replace(bench.QUICK, layers=1))
+    counts = bench.operations(replace(bench.QUICK, layers=1, support=2, query=2))
     first, kept, exact, theirs = (counts[name] for name in (
         "first order", bench.KEPT, bench.EXACT, bench.HF))
     assert 1.2 * first < kept < exact < 1.9 * first and kept < theirs
     assert {label for row in bench.FLOPS for label in row[:2]} == set(counts)
 
 
-def test_a_file_that_cannot_be_written_stops_before_anything_is_measured(monkeypatch, tmp_path):
-    """The folder of --json is missing."""
+def test_a_mistake_stops_before_anything_is_measured(monkeypatch, tmp_path):
+    """The folder of --json is missing; a number is out of range."""
     monkeypatch.setattr(bench, "product_rates", lambda s: pytest.fail("it measures"))
-    with pytest.raises(OSError, match="no/file"):
-        bench.main(["--json", str(tmp_path / "no/file")])
-    with pytest.raises(InputError, match="--threads: 0 must be above 0"):
-        bench.main(["--threads", "0"])
+    for argv, error in ((["--json", str(tmp_path / "no/file")], OSError),
+                        (["--threads", "0"], InputError)):
+        with pytest.raises(error, match="no/file|--threads: 0 must be above 0"):
+            bench.main(argv)
