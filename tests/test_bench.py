@@ -1,12 +1,13 @@
 """bench.py compares fairly."""
 
+import multiprocessing
 from dataclasses import replace
 
 import pytest
+import torch
 
 import bench
 import supmer
-import torch
 from common import InputError
 from conftest import Dies, affine_start, needs_sklearn, needs_transformers, relative
 from supmer import Method
@@ -54,8 +55,10 @@ def test_each_contender_runs():
         contender(replace(s, **bench.WARM))()
 
 
-def test_a_contender_that_dies_loses_no_others_figures():
+def test_a_contender_that_dies_loses_no_others_figures(monkeypatch):
     """It is not run, with the reason; its neighbour's run is there."""
+    fork = multiprocessing.get_context("fork")          # which need not import torch anew
+    monkeypatch.setattr(bench, "get_context", lambda _: fork)
     s = replace(bench.QUICK, points=100)
     group = {"dies": (Dies(), s), "k-means": (bench.clustering, s)}
     found, failed = bench.measure_group(group, 1, 1)

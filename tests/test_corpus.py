@@ -84,9 +84,9 @@ def test_one_clustering_per_format_has_its_own_seed(planted, tmp_path):
         assert np.allclose(distances.min(1), distances[np.arange(800), cluster], atol=1e-5)
 
 
-def test_kmeans_never_sees_a_held_out_document(planted, tmp_path):
+def test_kmeans_sees_no_held_out_document_and_no_text_is_an_anchor_twice(planted, tmp_path):
     """Eq. 16 is fitted on training documents: what is embedded before the assignment comes from
-    none other."""
+    none other. Of equal sentences only the first can be an anchor."""
     seen, stages, embed = set(), Counter(), by_topic(planted[0])
 
     def spy(ids, mask):
@@ -100,16 +100,12 @@ def test_kmeans_never_sees_a_held_out_document(planted, tmp_path):
     held_out = {planted[0].token_to_id(f"d{d}") for d in held_out_documents(store)}
     assert len(held_out) == 2 and len(seen) == 18 and not seen & held_out
     assert stages["embedding a sample"] == 18 * 40 and stages["assigning clusters"] == 800
-
-
-def test_repeated_texts_are_no_anchors(planted, tmp_path):
-    """Of equal sentences only the first can be an anchor."""
-    (tmp_path / "text").mkdir()
+    (tmp_path / "again/text").mkdir(parents=True)
     text = " ".join(sentence(0, number) for number in (0, 1, 0))
     others = [sentence(document, document) for document in range(5)]
-    (tmp_path / "text" / "a.txt").write_text("\n\n".join([text, text, *others]))
-    write_model(tmp_path / "m", [])
-    store = build(planted, tmp_path, clusters=1)
+    (tmp_path / "again/text/a.txt").write_text("\n\n".join([text, text, *others]))
+    write_model(tmp_path / "again/m", [])
+    store = build(planted, tmp_path / "again", clusters=1)
     assert np.flatnonzero(store.anchor).tolist() == [0, 1, 7, 8, 9, 10]
 
 
@@ -184,15 +180,13 @@ def test_reading_stops_after_max_bytes(planted, tmp_path):
     """Documents are whole: the one that reaches the limit is the last, and no later file is read.
     What a corpus folder has beside text is printed by name."""
     build(planted, tmp_path)
-    size = len(" ".join(sentence(0, s) for s in range(40)))
+    size, said = len(" ".join(sentence(0, s) for s in range(40))), []
     (tmp_path / "text" / "notes.csv").write_text("1,ok")
     (tmp_path / "text" / "c.jsonl").write_text("not JSON")
     for limit, wanted in ((4 * size, 4), (4 * size + 1, 5), (10 * size, 10)):
-        said = []
-        store = build(planted, tmp_path, max_bytes=limit,
-                      progress=lambda stage, *_: said.append(stage))
+        store = build(planted, tmp_path, max_bytes=limit, progress=lambda *at: said.append(at[0]))
         assert 0 <= store.meta["counts"]["documents"] - wanted <= 1
-        assert said[0] == "not read, 1 other file(s): notes.csv"
+    assert said[0] == "not read, 1 other file(s): notes.csv"
 
 
 @pytest.mark.parametrize("text, clusters, says", [
@@ -209,8 +203,8 @@ def test_a_corpus_of_another_size_or_shape_is_refused_unembedded(tmp_path, text,
     model, tokenizer = write_model(tmp_path / "m", ["a", "b"])
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(InputError, match=says):
-        corpus.build_store(tmp_path / "s", [tmp_path / "a.txt"], tokenizer, None, clusters,
-                                  0, model=model, followed=3)
+        corpus.build_store(tmp_path / "s", [tmp_path / "a.txt"], tokenizer, None, clusters, 0,
+                           model=model, followed=3)
     assert not list((tmp_path / "s").iterdir())
 
 
@@ -297,17 +291,13 @@ def test_a_second_process_waits_for_the_first_ones_store(planted, tmp_path):
         with common.one_process(folder):
             held.set()
             done.wait(20)
-            for path in store.folder.iterdir():
-                if path.name != ".lock":
-                    path.rename(folder / path.name)
+            for path in store.folder.glob("[!.]*"):
+                path.rename(folder / path.name)
     thread = threading.Thread(target=other)
     thread.start()
     held.wait(20)
-
-    def progress(stage, now, total):
-        said.append(stage)
-        done.set()
-    again = build(planted, tmp_path, progress=progress, embed=None)
+    again = build(planted, tmp_path, embed=None, progress=lambda stage, *_: (
+        said.append(stage), done.set()))
     thread.join()
     assert said == ["waiting for the process that makes the same store"]
     assert again.meta == store.meta

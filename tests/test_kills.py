@@ -34,7 +34,7 @@ from t5 import load_t5
 def begin_training():
     if not Path("run/run.json").exists():
         train.main([*OPTIONS, "--model", "../small", "--corpus", "../corpus.jsonl", "--run", "run",
-                    "--steps", "3", "--save-seconds", "0"])
+                    "--steps", "2", "--save-seconds", "0"])
     elif not common.read_json(Path("run/run.json"))["finished"]:
         train.main(["--resume", "run"])
 
@@ -62,7 +62,7 @@ def begin_download():
 
 
 COMMANDS = {    # what begins or resumes it; what must not differ from an unbroken one's
-    "meta-training of 3 steps": (
+    "meta-training of 2 steps": (
         begin_training, lambda: (outcome_of(Path("run")), contents(Path("run"), ".tmp"))),
     "building a store": (begin_store, lambda: contents(Path("cache"), ".bin", ".npy")),
     "evaluation of two seeds and two rates": (begin_evaluation, lambda: (
