@@ -19,14 +19,16 @@ Letters: P prompt or prefix tokens, d model width, h heads, k d_kv, m the MLP's 
 import math
 import string
 from bisect import bisect_right
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, chain, zip_longest
 from typing import Callable, NamedTuple
 
 import torch
 
-from common import SOLO, InputError, rng
-from data import VARIANTS
+from common import InputError, rng
+from data import FORMATS, PAPER_VARIANTS, VARIANTS
+from ranks import SOLO
 from templates import MASK, compile_template, fill_template, template_fields, tokenize
 from supmer import descend, first_derivative, init_prompt, loss_shares, prompt_gradient
 from t5 import T5, T5Config, count_weights, expected_shapes, linear, rms_norm
@@ -338,7 +340,8 @@ METHODS = {
                "augmentation": False, "labeled_share": 1.0},     # C.2
 }
 ABLATIONS = {   # Table 4, and the released code's order (ours)
-    "only-sp": {"only": "sp"}, "only-mc": {"only": "mc"}, "only-ss": {"only": "ss"},
+    **{f"only-{form}": {"variants": tuple(x for x in PAPER_VARIANTS if VARIANTS[x].format == form)}
+       for form in FORMATS},
     "no-ta": {"augmentation": False}, "no-curriculum": {"curriculum": False},
     "no-mgr": {"regularizer": "none"}, "first-order": {"first_order": True},
 }
@@ -365,6 +368,14 @@ def examples_per_step(training, method):
     """Examples that a step draws: n (support + query), and the partners' n query if tasks mix."""
     queries = 2 if mixes(training, method) else 1
     return training.tasks * (training.support + queries * training.query)
+
+
+def as_many_examples(training, method, examples=None):
+    """The Method with the steps that draw so many examples, by default as many as SUPMER would
+    draw in the steps that it has."""
+    whole = replace(training, method="supmer"), replace(method, augmentation=True)
+    examples = examples or method.steps * examples_per_step(*whole)
+    return replace(method, steps=math.ceil(examples / examples_per_step(training, method)))
 
 
 def parameters_at(config, length):

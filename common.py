@@ -1,38 +1,21 @@
-"""What every script needs, and nothing about SUPMER: errors, files, processes, settings."""
+"""What every script needs, and nothing about SUPMER: errors, files, random streams, devices."""
 
-import argparse
-import csv
 import glob
 import hashlib
 import json
-import lzma
 import os
-import pickle
-import struct
+import signal
 import sys
-import tarfile
-import zipfile
-import zlib
 from contextlib import contextmanager
-from dataclasses import field, fields
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from torch import distributed
 from tqdm import tqdm
 
 TINY = Path(__file__).resolve().parent / "tiny"     # the embedded model
 GIB = 2 ** 30
-# What the parsers of files from outside raise for a damaged file.
-DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
-          MemoryError, struct.error, zlib.error, lzma.LZMAError, tarfile.TarError, csv.Error,
-          zipfile.BadZipFile, pickle.UnpicklingError, SafetensorError)
 # The numbers of the random streams are part of every result.
 STREAMS = {"task": 1, "partner": 2, "k-means sample": 2, "validation": 3, "labeled": 4,
            "prompt": 9, "batches": 11, "normal prompt": 12, "prefix": 13, "demonstrations": 15,
@@ -53,19 +36,19 @@ class InputError(ValueError):
 
 
 @contextmanager
-def reading(path, what, *more, remedy="fetch it again"):
+def reading(path, what, remedy="fetch it again", damage=Exception):
     """Turn what a parser raises for a file that is not `what` into one InputError. Keep the block
-    to the parsing of that one file: a bug of ours must stay a traceback. more: beyond DAMAGE."""
+    to the parsing of that one file: a bug of ours must stay a traceback."""
     try:
         yield
+        return
     except InputError as error:
-        if str(path) in str(error):
-            raise
-        raise InputError(f"{path}: {error}") from None
+        message = str(error) if str(path) in str(error) else f"{path}: {error}"
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: it should be {what}") from None
-    except (*DAMAGE, *more) as error:
-        raise InputError(f"{path} is not {what} ({first_line(error)}): {remedy}") from None
+        message = f"{path} is missing: it should be {what}"
+    except damage as error:         # each parser raises its own kinds
+        message = f"{path} is not {what} ({first_line(error)}): {remedy}"
+    raise InputError(message)
 
 
 def first_line(error):
@@ -73,10 +56,10 @@ def first_line(error):
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def read_json(path, most=1 << 26, remedy="fetch it again"):
-    """The value of a JSON file of fewer than `most` bytes. Raises InputError."""
-    with reading(path, "JSON", remedy=remedy):
-        if path.stat().st_size >= most:
+def read_json(path, remedy="fetch it again"):
+    """The value of a JSON file of fewer than 64 MiB. Raises InputError."""
+    with reading(path, "JSON", remedy):
+        if path.stat().st_size >= 1 << 26:
             raise ValueError("it is too large")
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -133,119 +116,28 @@ def text_sha256(text):
     return hashlib.sha256(text.encode("utf-8", "replace"))
 
 
-class Ranks(NamedTuple):
-    """The processes of a run, as torchrun starts them: all call the same methods in one order."""
-    rank: int = 0
-    world: int = 1
-
-    def share(self, items):
-        """This rank's items: every world-th one."""
-        return (item for i, item in enumerate(items) if i % self.world == self.rank)
-
-    def map(self, function, items):
-        """[function(item) for item in items]; their number changes no bit of it."""
-        parts = self.gather([function(item) for item in self.share(items)])
-        return [parts[i % self.world][i // self.world] for i in range(sum(map(len, parts)))]
-
-    def gather(self, value):
-        """The values of all ranks, in their order; also a barrier."""
-        values = [value] * self.world
-        try:
-            if self.world > 1:
-                distributed.all_gather_object(values, value)
-        except RuntimeError as error:
-            raise InputError(f"rank {self.rank}: another rank stopped ({first_line(error)})"
-                             ) from None
-        return values
-
-
-SOLO = Ranks()
-
-
-def join_ranks(device):
-    """The Ranks that torchrun started, or SOLO. Only the first rank prints."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return SOLO
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(days=7))  # rank 0 reads the corpus
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-    return Ranks(rank, world)
-
-
 def pick_device(name):
     """auto, cpu, cuda, cuda:1 -> torch.device. Under torchrun each process takes its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    with reading(f"--device {name}", "available", AssertionError, remedy="try --device cpu"):
+    with reading(f"--device {name}", "available", "try --device cpu"):
         torch.zeros(1, device=name).item()
         if name != "cpu":
             torch.cuda.set_device(name)
     return torch.device(name)
 
 
-def bar(items=None, ranks=SOLO, **how):
-    """A progress bar over items, on stderr, of the first rank alone."""
-    return tqdm(items, leave=False, dynamic_ncols=True, disable=True if ranks.rank else None, **how)
+def bar(items=None, hidden=False, **how):
+    """A progress bar over items, on stderr, unless it is hidden."""
+    return tqdm(items, leave=False, dynamic_ncols=True, disable=hidden or None, **how)
 
 
-def knob(default, help, zero=False, most=1e30, choices=None, first=False):
-    """A dataclass field that becomes an option; a number is above 0 (or 0 if `zero`), at most
-    `most`. first: --help lists it first."""
-    return field(default=default, metadata={"help": help, "zero": zero, "most": most,
-                                            "choices": choices, "first": first})
-
-
-def number(kind, zero, most):
-    """An argparse type: text -> int or float, above 0 or, if `zero`, 0; at most `most`."""
-    def parse(text):
-        value = kind(text)
-        if not (0 < value <= most or zero and value == 0):
-            lowest = "0 or more" if zero else "above 0"
-            raise argparse.ArgumentTypeError(f"{text} must be {lowest}, at most {most:,.6g}")
-        return value
-    parse.__name__ = kind.__name__      # argparse quotes it
-    return parse
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose refusals are an InputError."""
-
-    def error(self, message):
-        raise InputError(f"{message}; see --help")
-
-
-def settings_parser(description, classes, tiny):
-    """A Parser with an option for each knob of the dataclasses; one that is not given is absent.
-    tiny: {name: (value, why)}, the embedded model's values, which --help shows, too."""
-    parser = Parser(description=description, allow_abbrev=False, usage="%(prog)s [options]",
-                    formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=100))
-    used_first, more = map(parser.add_argument_group, ("used first", "more"))
-    for entry in (entry for cls in classes for entry in fields(cls)):
-        default, about = entry.default, entry.metadata
-        many = isinstance(default, tuple)
-        kind = type(default[0] if many else default)
-        how = {"type": kind, "choices": about["choices"], "nargs": "+" if many else None}
-        if kind in (int, float):
-            how |= {"type": number(kind, about["zero"], about["most"]), "metavar": "N"}
-        if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        shown = " ".join(map(str, default)) if many else str(default)
-        if entry.name in tiny:
-            shown += f"; tiny: {tiny[entry.name][0]}"
-        (used_first if about["first"] else more).add_argument(
-            "--" + entry.name.replace("_", "-"), default=argparse.SUPPRESS,
-            help=f"{about['help']} [{shown}]".replace("%", "%%"), **how)
-    return parser
-
-
-def from_settings(cls, values):
-    """The dataclass cls from those of {name: value} that are its fields; lists become tuples."""
-    tuples = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
-    return cls(**{entry.name: tuples[entry.name] for entry in fields(cls) if entry.name in tuples})
+def interrupt_after(minutes):
+    """Raise KeyboardInterrupt after so many minutes, as Ctrl-C does; 0: never."""
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
 
 
 def run_script(main, stopped):

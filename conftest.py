@@ -37,11 +37,14 @@ import corpus
 import data
 import eval as evaluation
 import prompts
+import ranks as ranks_module
+import released
 import supmer
 import t5 as T
 import tasks
 import train
 from common import InputError
+from ranks import SOLO, Ranks
 from templates import load_tokenizer
 from tasks import TASKS
 
@@ -328,7 +331,7 @@ def small_world(tmp_path_factory):
 
 # ----------------------------------------------------------------- train.py: runs, also of others
 
-def make_run(small_world, name, ranks=common.SOLO, **changes):
+def make_run(small_world, name, ranks=SOLO, **changes):
     """A train.Run in this process, in the folder `name`."""
     folder, options = small_world
     training, method, _, _ = train.parse(options)
@@ -410,10 +413,10 @@ def on_ranks(monkeypatch, world, work):
     def run(rank):
         mine.rank = rank
         try:
-            found[rank] = work(common.Ranks(rank, world))
+            found[rank] = work(Ranks(rank, world))
         except InputError as error:
             found[rank] = error
-    monkeypatch.setattr(common, "distributed", SimpleNamespace(
+    monkeypatch.setattr(ranks_module, "distributed", SimpleNamespace(
         all_gather_object=gather, barrier=lambda group: barrier.wait(20)))
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
     for thread in threads:
@@ -475,7 +478,7 @@ def released_files(folder, name, d):
     generator = torch.Generator().manual_seed(0)
     theta = torch.randn(100, d, generator=generator)
     phi = {name: torch.randn(x.shape, generator=generator) / 9
-           for name, x in prompts.init_released(100, d).items()}
+           for name, x in released.init_released(100, d).items()}
     buffers = {"grad_mean": torch.full((d,), math.nan), "grad_std": torch.full((d,), math.nan),
                "grad_s": torch.zeros(d), "k": torch.zeros(1)}
     folder.mkdir(exist_ok=True)

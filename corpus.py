@@ -22,12 +22,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import (InputError, SOLO, one_process, read_json, remove_torn, rng, text_sha256,
+from common import (InputError, one_process, read_json, remove_torn, rng, text_sha256,
                     whole_file)
 from data import FORMATS, padded
 from documents import (SHAPES, corpus_files, documents, ends_fingerprint, shape_of,
                        unread_files)
 from kmeans import kmeans, nearest
+from ranks import SOLO
 from sentences import split_sentences
 from store import TEXT, column, open_store
 from t5 import embed_tokens, encode, model_fingerprint

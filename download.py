@@ -1,11 +1,8 @@
-"""Where a task's files are; downloads from other servers than the hub: files, members of archives,
-the authors' prompts.
-"""
+"""Where a task's files are; downloads from other servers than the hub: files, archives' members."""
 
 import hashlib
 import tarfile
 import zipfile
-from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from urllib.request import urlopen
 
@@ -14,10 +11,6 @@ from hub import fetch_file
 
 FETCHED = Path("cache/data")
 HUB = "the hub"                 # in place of a URL: the file's name is OWNER/NAME/FILE there
-
-RELEASED = {(768, 3072): "t5base", (2048, 5120): "flant5xl"}    # d_model, d_ff: the authors' name
-RELEASED_URL = ("https://raw.githubusercontent.com/beepkh/SUPMER/"
-                "adaddb3144183a823247fdba80102b0c9185e871/pretrain_prompt/")
 
 
 def locate(task, split, folder=TINY):
@@ -92,7 +85,7 @@ def download(url, path, sha256="", timeout=30):
     sha256: how its checksum begins. timeout: seconds without a byte."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = hashlib.sha256()
-    with reading(url, "a file that can be fetched", HTTPException, remedy="check the network"), \
+    with reading(url, "a file that can be fetched", "check the network"), \
             urlopen(url, timeout=timeout) as answer, whole_file(path) as file:
         size = int(answer.headers["Content-Length"] or 0)
         with bar(total=size or None, desc=path.name, unit="B", unit_scale=True) as shown:
@@ -124,16 +117,3 @@ def archive_member(path, file, largest=1 << 27):
         if len(content) > largest:
             raise ValueError(f"{member} is too large for a task")
     return content
-
-
-def released_folder(config):
-    """Where the authors' meta-trained prompt for a T5 of this shape is, fetched if it is not there.
-    Raises InputError for another shape than t5-base's and flan-t5-xl's."""
-    name, folder = RELEASED.get((config.d_model, config.d_ff)), Path("cache/released")
-    if not name:
-        raise InputError("the authors released prompts for t5-base and flan-t5-xl only: take one "
-                         "of these models, or --prompt RUN|random|vocab")
-    for file in (f"prompt_{name}.pt", f"gradient_edit_{name}.pt"):
-        if not (folder / file).exists():
-            download(RELEASED_URL + file, folder / file)
-    return folder

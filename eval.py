@@ -18,37 +18,32 @@ import json
 import math
 import os
 import shlex
-import signal
 import statistics
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 import torch
 
-from baselines import BASELINES, ft_memory, given_prompt, pose, tuning_gradient, with_prompt
-from common import (GIB, InputError, TINY, fingerprint, from_settings, knob, one_process, rng,
-                    run_script, settings_parser, text_sha256, whole_file)
-from templates import load_tokenizer
-from download import RELEASED, find, find_task, released_folder
-from hub import fetch_list, last_name, model_folder, tokenizer_file
-from jobs import TUNED, find_devices, make_job, read_result, workers
+from baselines import BASELINES, pose, tuning_gradient, with_prompt
+from candidates import (NAMES, PRETRAINED, Candidate, candidates, newest_run, open_candidate,
+                        plans)
+from common import (InputError, fingerprint, interrupt_after, one_process, pick_device, rng,
+                    run_script, whole_file)
+from hub import fetch_list, model_folder, tokenizer_file
+from jobs import TUNED, make_job, read_result, workers
+from measure import measure, score
 from pictures import import_pyplot
 from predict import predict
-from prompts import load_prompt
-from studies import PRETRAINED, STUDIES, figure, newest_run, pretrained_run, show
-from supmer import Method, REGULARIZERS, cosine
-from measure import measure, score
+from report import result_lines, show
+from settings import from_settings, knob, settings_parser, show_settings
+from studies import QUICK, STUDIES
+from supmer import Method, cosine
 from t5 import load_t5, model_fingerprint
-from tasks import (GROUPS, LabeledTask, OwnTable, TASKS, count_cut, few_shot, load_test,
-                   load_train, own_task, refuse_unread, task_lines)
-
-SHIPPED = {"shipped": TINY / "prompt.safetensors", "shipped-ppt": TINY / "ppt.safetensors"}
-NAMES = (*SHIPPED, "released", *(name for name, one in BASELINES.items() if one.start),
-         *PRETRAINED)
+from tasks import OwnTable, few_shot, first_rows, load_test, load_train, print_cut, task_lines
+from templates import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ class Settings(OwnTable):
     quick: bool = knob(False, "a demonstration: the task source, one rate, 10 steps", first=True)
     max_minutes: float = knob(0.0, "after which tuning stops; 0: never", zero=True, first=True)
     labeled: str = knob("", "folder of labeled sentiment sets, for metapt")
-    prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)", most=10_000)
+    prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)")
     shots: tuple = knob((16,), "examples per label to tune on, as many to validate on (4.1)")
     seeds: tuple = knob((10, 20, 30, 40, 50), "of examples, batches, prompts (C.1)", zero=True)
     same_examples: bool = knob(False, "the first seed's examples and batches for all seeds")
@@ -97,12 +92,8 @@ class Settings(OwnTable):
 # What the embedded T5 needs instead of the paper's numbers, and why.
 FOR_TINY = {"prompt_length": (20, "100 vectors would outnumber the tokens of its texts"),
             "rate_scale": ("rms", "its embeddings are small, see tiny/README.md")}
-QUICK = {"task": ("source",), "prompt": (*SHIPPED, "vocab", "random"), "shots": (8,),
-         "seeds": (10, 20, 30), "rates": (0.1,), "epochs": 10, "validate_every": 10,
-         "test_rows": 160}
-CODE = ("eval", "baselines", "prompts", "supmer", "measure", "tasks", "tables", "data",
-        "templates", "t5", "onednn", "common")         # results depend on it
-PLACES = {"model", "data", "labeled", "jobs", "device", "out", "plot", "quick", "study"}
+CODE = ("eval", "baselines", "prompts", "released", "supmer", "measure", "tasks", "tables", "data",
+        "templates", "t5", "onednn", "common")                          # results depend on it
 
 
 # ------------------------------------------------------------------------------ one tuning run
@@ -170,9 +161,11 @@ def loss_and_accuracy(scores, labels, words_only):
 
 def select(examples, rows):
     """The Examples of these rows."""
-    ids, slots = ([part[row] for row in rows] for part in (examples.ids, examples.slots))
-    return examples._replace(ids=ids, slots=slots, vectors=examples.vectors[rows],
-                             labels=examples.labels[rows])
+    return examples._replace(
+        ids=[examples.ids[row] for row in rows],
+        slots=[examples.slots[row] for row in rows],
+        vectors=examples.vectors[rows],
+        labels=examples.labels[rows])
 
 
 def tune_job(t5, baseline, start, psi, sample, seed, rate, tuning, unit, all_steps, about):
@@ -184,13 +177,11 @@ def tune_job(t5, baseline, start, psi, sample, seed, rate, tuning, unit, all_ste
     records, best, every = [], {}, {}
     for record, kept in tune(t5, baseline, start, psi, sample, seed, rate, tuning, unit):
         records.append(record)
-        chosen = min(records, key=preference) is record
-        for name, x in kept.items() if chosen or all_steps else ():
-            x = x.cpu().contiguous()
-            if chosen:
-                best[name] = x.clone()
-            if all_steps:
-                every[f"{record['step']}:{name}"] = x.clone()
+        copied = {name: x.cpu().clone().contiguous() for name, x in kept.items()}
+        if min(records, key=preference) is record:
+            best = copied
+        if all_steps:
+            every |= {f"{record['step']}:{name}": x.clone() for name, x in copied.items()}
     return best | every, {"validations": records, "baseline": baseline, **about}
 
 
@@ -203,37 +194,19 @@ def score_job(t5, baseline, kept, examples):
 
 # ------------------------------------------------------------- the protocol: a task, tuned, tested
 
-class Plan(NamedTuple):
-    """What is tuned on one task and tested on one or several."""
-    name: str
-    shots: int
-    task: LabeledTask
-    targets: dict[str, LabeledTask]     # their test sets
-    folder: str = "."
-
-
-class Candidate(NamedTuple):
-    """What is compared: a way to use the few examples, and where it starts."""
-    name: str
-    baseline: str               # a name of BASELINES
-    starts: list[Callable]      # for each seed t5 -> parameters to start from, {name: tensor}
-    psi: Callable | None        # a learned prompt's regularizer (g, H) -> g; None for the others
-    about: dict                 # a learned prompt's file and its metadata
-
-
 Sample = namedtuple("Sample", "seed train held_out")        # rows of a task's training file
-# What all tasks of a call share. work: of jobs.workers(); made_of: what every result depends on;
-# unit: of a prompt's rates.
-Context = namedtuple("Context", "settings tokenizer work made_of unit")
+# What all tasks of a call share. config: the T5's; work: of jobs.workers(); made_of: what every
+# result depends on; unit: of a prompt's rates.
+Context = namedtuple("Context", "settings config tokenizer work made_of unit")
 
 
-def evaluate(context, plan, candidates):
+def evaluate(context, plan, groups):
     """Tune every Candidate, then open the test files -> rows, whether Ctrl-C stopped the tuning.
     Candidates that are tuned by then are tested."""
     samples, stopped = draw_samples(context, plan), False
     planned, tuned, rows = [], [], []
     try:
-        for group in candidates:
+        for group in groups:
             new = [(one, tuning_jobs(context, plan, one, samples)) for one in group]
             planned += new
             jobs = [job for _, some in new for job in some.values()]
@@ -258,26 +231,21 @@ def draw_samples(context, plan):
     print("\n".join([f"{plan.name}:", *task_lines(context.tokenizer, task, rows)]))
     for seed in settings.seeds:
         seed = settings.seeds[0] if settings.same_examples else seed
-        how = plan.shots, seed, len(task.words), task.labels
-        samples.append(Sample(seed, *few_shot(rows, *how)))
+        parts = few_shot(rows, plan.shots, seed, len(task.words), task.labels)
+        samples.append(Sample(seed, *parts))
     fewest = min(Counter(row.label for row in samples[0].train).values())
     if fewest < plan.shots:
         print(f"{plan.name}: a label has only {fewest} examples, and as many for validation")
-    print_cut(context, plan.name, task, samples[0].train + samples[0].held_out)
+    print_cut(context.tokenizer, plan.name, task, samples[0].train + samples[0].held_out)
     return samples
-
-
-def print_cut(context, name, task, rows):
-    """Print how many texts are cut, if any are."""
-    cut = count_cut(context.tokenizer, task, rows)
-    if cut:
-        print(f"{name}: of {len(rows)} texts {cut} are cut to {task.max_tokens} tokens")
 
 
 def tuning_jobs(context, plan, candidate, samples):
     """-> {(seed, rate): the Job that tunes}; none where there is nothing to tune."""
     settings, baseline = context.settings, BASELINES[candidate.baseline]
-    rates = settings.rates if any(settings.rates) and baseline.rates else baseline.rates
+    rates = baseline.rates                      # (): nothing is tuned
+    if rates and any(settings.rates):
+        rates = settings.rates
     about = {"task": plan.task._asdict(), "model": settings.model,
              "model_sha256": context.made_of["model"]}
     tuning = Tuning(*(getattr(settings, name) for name in Tuning._fields))
@@ -286,11 +254,11 @@ def tuning_jobs(context, plan, candidate, samples):
         posed = [baseline.pose(context.tokenizer, plan.name, plan.task, part, (), 0)[0]
                  for part in (sample.train, sample.held_out)]
         for rate in rates:
+            name = f"{plan.name}-{candidate.name}-{plan.shots}-{seed}-{rate}"
             jobs[seed, rate] = make_job(
-                context.made_of, f"{plan.name}-{candidate.name}-{plan.shots}-{seed}-{rate}",
-                tune_job, baseline=candidate.baseline, start=start, psi=candidate.psi,
-                sample=posed, seed=sample.seed, rate=rate, unit=context.unit, about=about,
-                tuning=tuning, all_steps=settings.over_steps)
+                context.made_of, name, tune_job, baseline=candidate.baseline, start=start,
+                psi=candidate.psi, sample=posed, seed=sample.seed, rate=rate, unit=context.unit,
+                about=about, tuning=tuning, all_steps=settings.over_steps)
     return jobs
 
 
@@ -303,8 +271,10 @@ def tuning_rows(context, plan, candidate, jobs, samples):
         _, result = read_result(job.path, tensors=False)
         rows += [{**row, "seed": seed, **record, "file": str(job.path)}
                  for record in result["validations"]]
-    for seed in context.settings.seeds if rows else ():
-        min((row for row in rows if row["seed"] == seed), key=preference)["kind"] = "tuned"
+    for seed in {row["seed"] for row in rows}:
+        validations = (row for row in rows if row["seed"] == seed)
+        best = min(validations, key=preference)
+        best["kind"] = "tuned"
     return rows
 
 
@@ -324,7 +294,7 @@ def evaluate_target(context, plan, target, tuned, chosen, samples):
     if max(left_out) == len(rows):
         print(f"{target}: no row is left: it is tuned, not tested")
         return []
-    print_cut(context, f"{target}, test", plan.targets[target], rows)
+    print_cut(context.tokenizer, f"{target}, test", plan.targets[target], rows)
     jobs = test_jobs(context, plan, target, rows, tuned, chosen, samples)
     context.work([job for _, job in jobs], f"test {target}")
     usual = labels.bincount(minlength=len(plan.task.words)).float().expand(len(rows), -1)
@@ -343,13 +313,6 @@ def evaluate_target(context, plan, target, tuned, chosen, samples):
             result[-1] |= {"labels": labels.tolist(), "predictions": scores.argmax(-1).tolist()}
     result[0]["loss"] = None        # counts are no log-probabilities
     return result
-
-
-def first_rows(rows, number):
-    """The first rows by sha256 of their texts, whatever their order in the file."""
-    def key(row):
-        return text_sha256("\t".join(row.fields.values())).digest()
-    return sorted(rows, key=key)[:number] if number < len(rows) else rows
 
 
 def test_jobs(context, plan, target, rows, tuned, chosen, samples):
@@ -396,211 +359,101 @@ def kept_of(row):
     return dict(sorted(kept.items()))
 
 
-# ---------------------------------------------------- what is asked for: tasks, prompts, settings
-
-def plans(settings):
-    """The tasks to run -> [Plan], {task of a group that is not run: why}. Training files are
-    fetched; a test file is only looked for. Raises InputError for the others."""
-    folder, found, not_run = settings.data[0], {}, {}
-    if len(settings.data) > 1 + bool(settings.template):
-        raise InputError(f"--data {' '.join(settings.data)}: give one folder, or your own task's "
-                         "file and at most a second one to test on")
-    if settings.template:
-        name = Path(folder).stem
-        task = own_task(folder, settings, settings.template, test=settings.data[-1],
-                        max_tokens=settings.max_tokens)
-        return [Plan(name, shots, task, {name: task}) for shots in settings.shots], {}
-    refuse_unread(settings, "max_tokens")
-    if Path(folder).is_file():
-        raise InputError("a task of your own needs --data FILE and --template, see --help")
-    for group in settings.task:
-        for name in GROUPS.get(group, (group,)):
-            plan, tuned_on = ("dg", "airlines") if group == "dg" else (name, name)
-            try:
-                if name not in TASKS:
-                    raise InputError(f"no task {name}: there are {', '.join([*TASKS, *GROUPS])}")
-                task = find_task(TASKS[tuned_on], folder)
-                target = task if name == tuned_on else TASKS[name]
-                if not (find(target.test, folder) or target.urls):
-                    raise InputError(f"{target.test} is not in {folder}: put it there")
-                found.setdefault(plan, (task, {}))[1][name] = target
-            except InputError as error:
-                if group not in GROUPS:
-                    raise
-                not_run[name] = str(error)
-                print(f"{name}: not run; {error}")
-    if not found:
-        raise InputError("none of these tasks can be run, see above")
-    return [Plan(name, shots, *what, folder) for shots in settings.shots
-            for name, what in found.items()], not_run
-
-
-def candidates(opened, config, settings):
-    """Yield the Candidates of --prompt in groups: all that are ready, then each that train.py has
-    to make first; if that fails in a study, it is not run. opened: {name: Candidate, or why not}"""
-    made = [name for name in settings.prompt if name in PRETRAINED]
-    for names in ([name for name in settings.prompt if name not in made], *([one] for one in made)):
-        for name in names:
-            try:
-                opened[name] = opened.get(name) or open_candidate(name, config, settings)
-            except InputError as error:
-                if not settings.study:
-                    raise
-                opened[name] = str(error)
-                print(f"{name}: not run; {error}")
-        yield [opened[name] for name in names if isinstance(opened[name], Candidate)]
-
-
-def open_candidate(name, config, settings):
-    """A name of --prompt -> Candidate. InputError for a prompt of another model or length."""
-    if name in BASELINES and BASELINES[name].start:
-        length = BASELINES[name].length or settings.prompt_length
-        if name == "ft":
-            print(f"ft: {ft_memory(config) / GIB:.2f} GiB more in each process")
-        starts = [partial(BASELINES[name].start, seed=seed, length=length)
-                  for seed in settings.seeds]
-        return Candidate(name, name, starts, None, {})
-    path = Path(name)
-    if name in PRETRAINED:
-        path = pretrained_run(name, settings)
-    elif name in SHIPPED:
-        path = SHIPPED[name]
-    elif name == "released":
-        path = released_folder(config)
-    theta, phi, about = load_prompt(path, config.d_model)
-    ours = about.get("model_sha256") == model_fingerprint(model_folder(settings.model))
-    if about["regularizer"] == "released":
-        ours = RELEASED.get((config.d_model, config.d_ff)) == about["model"]
-    elif about["regularizer"] == "none" and "model_sha256" not in about:    # PEFT's
-        ours = about["model"] == "" or last_name(about["model"]) == last_name(settings.model)
-    if not ours:
-        raise InputError(f"{path} was learned on another {about.get('model')} than "
-                         f"{settings.model} is now: take a prompt of this model")
-    if len(theta) != settings.prompt_length:
-        raise InputError(f"{path} has {len(theta)} vectors, not {settings.prompt_length}: "
-                         f"--prompt-length {len(theta)}?")
-    psi = phi and partial(REGULARIZERS[about["regularizer"]].psi, phi)
-    baseline = "unified" if about.get("method") == "unified-ppt" else "learned"
-    starts = [partial(given_prompt, theta=theta)] * len(settings.seeds)
-    shown = [f"{key} {value}" for key, value in sorted(about.items()) if key != "model_sha256"]
-    print(f"{name}: {path}, {', '.join(shown)}")
-    return Candidate(name, baseline, starts, psi, {"file": str(path), **about})
-
+# ------------------------------------------------------------------------------------ the script
 
 def parse(argv):
-    """Command line -> Settings, lines that say what differs from the paper's protocol, and why.
-    Raises InputError for a user's mistakes."""
+    """Command line -> Settings, {name of one that is not the paper's: why}."""
     given = vars(settings_parser(__doc__, [Settings], FOR_TINY).parse_args(argv))
-    preset, why = STUDIES.get(given.get("study"), {}), f"--study {given.get('study')}"
     tiny = FOR_TINY if given.get("model", "tiny") == "tiny" else {}
+    preset, why = STUDIES.get(given.get("study"), {}), f"--study {given.get('study')}"
     if given.get("quick"):
         preset, why = QUICK, "--quick"
         if not tiny:
             preset = QUICK | {"prompt": ("newest", "vocab", "random")}
     values = {name: value for name, (value, _) in tiny.items()} | preset | given
-    prompts = [newest_run(values.get("model", "tiny")) if name == "newest" else name
-               for name in values.get("prompt", Settings.prompt)]
-    settings = from_settings(Settings, values | {"prompt": prompts})
-    settings = replace(settings, **{name: tuple(dict.fromkeys(getattr(settings, name)))
-                                    for name in ("task", "prompt", "shots", "seeds", "rates")})
-    for name in settings.prompt:
-        if name not in NAMES and not Path(name).exists():
-            raise InputError(f"prompt {name} is missing: give RUN, newest, {', '.join(NAMES)}")
-    if "data" in given and not Path(settings.data[0]).exists():
-        raise InputError(f"--data {settings.data[0]} is missing: give a folder, or your own file")
-    reasons = {name: reason for name, (_, reason) in tiny.items()}
-    reasons |= dict.fromkeys(preset, why) | dict.fromkeys(given, "given")
-    lines = defaultdict(list)
-    for name in sorted(reasons.keys() - PLACES):
-        value = getattr(settings, name)
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        lines[reasons[name]].append(f"{name} {shown}")
-    return settings, [f"{', '.join(found)}: {reason}" for reason, found in lines.items()]
+    whys = {name: why for name, (_, why) in tiny.items()}
+    whys |= dict.fromkeys(preset, why) | dict.fromkeys(given, "given")
+    settings = from_settings(Settings, values)
+    prompts = (newest_run(settings.model) if name == "newest" else name for name in settings.prompt)
+    return replace(settings, prompt=tuple(dict.fromkeys(prompts))), whys
 
-
-# ---------------------------------------------------------------------------------- the script
 
 def main(argv):
     """Print what differs from the paper; for each task tune, test, write and print."""
-    settings, differences = parse(argv)
+    settings, whys = parse(argv)
     if settings.predict:
         return predict(settings)
-    print("\n  ".join(["differs from the paper's protocol (C.1):", *(differences or ["nothing"])]))
+    print("settings other than the paper's (C.1):")
+    show_settings([settings], whys)
     if settings.plot:
         import_pyplot()                         # now, not after hours
-    signal.signal(signal.SIGALRM, signal.default_int_handler)       # as Ctrl-C
-    signal.setitimer(signal.ITIMER_REAL, 60 * settings.max_minutes)
-    devices = find_devices(settings.device)     # before anything is fetched
+    interrupt_after(settings.max_minutes)
+    device = pick_device(settings.device)       # before anything is fetched
     planned, not_run = plans(settings)
     for line in fetch_list(settings.model):
         print(line)
     folder = model_folder(settings.model)
     load = partial(load_t5, folder, getattr(torch, settings.dtype))
-    number = settings.jobs or (torch.get_num_threads() if devices == ["cpu"] else len(devices))
-    t5 = load(device=torch.device(devices[0] if number == 1 else "cpu"))
-    opened = {name: open_candidate(name, t5.config, settings) for name in settings.prompt
-              if name not in PRETRAINED}
-    made_of = {"model": model_fingerprint(folder), "dtype": settings.dtype,
-               "device": devices[0].partition(":")[0], "torch": torch.__version__,
-               "code": fingerprint(Path(__file__).with_name(f"{name}.py") for name in CODE)}
-    rms = t5.weights["shared.weight"].float().cpu().square().mean().sqrt()
-    unit = float(rms) if settings.rate_scale == "rms" else 1.0
-    tokenizer = load_tokenizer(tokenizer_file(folder), t5.config)
+    code = fingerprint(Path(__file__).with_name(f"{name}.py") for name in CODE)
+    made_of = {"model": model_fingerprint(folder), "dtype": settings.dtype, "device": device.type,
+               "torch": torch.__version__, "code": code}
+    out = results_file(settings, planned)
     written = {"command": shlex.join(["python", "eval.py", *argv]), "settings": asdict(settings),
                "not_run": not_run, "prompts": {}, "rows": []}
-    tasks = planned[0].name if settings.template else "-".join(settings.task)
-    stem = f"{Path(settings.model).name}-{settings.study or tasks}{'-quick' * settings.quick}"
-    out = Path(settings.out or f"runs/eval/{stem}.json").with_suffix(".json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with workers(t5, load, devices, number) as work, one_process(TUNED / out.name):
-        context = Context(settings, tokenizer, work, made_of, unit)
-        work_through(context, planned, opened, t5.config, written, out)
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    with workers(load, settings.device, settings.jobs) as (t5, work):
+        tokenizer = load_tokenizer(tokenizer_file(folder), t5.config)
+        ready = [name for name in settings.prompt if name not in PRETRAINED]
+        opened = {name: open_candidate(name, t5.config, settings) for name in ready}
+        unit = 1.0
+        if settings.rate_scale == "rms":
+            table = t5.weights["shared.weight"].float().cpu()
+            unit = float(table.square().mean().sqrt())
+        context = Context(settings, t5.config, tokenizer, work, made_of, unit)
+        with one_process(TUNED / out.name):
+            work_through(context, planned, opened, written, out)
+    interrupt_after(0)
     print(f"details: {out}")
     if any(row["split"] == "test" for row in written["rows"]):
         show(written, settings, t5.config, out)
 
 
-def work_through(context, planned, opened, config, written, out):
+def results_file(settings, planned):
+    """Where the results go; its folder is made."""
+    what = planned[0].name if settings.template else "-".join(settings.task)
+    stem = f"{Path(settings.model).name}-{settings.study or what}"
+    if settings.quick:
+        stem += "-quick"
+    out = Path(settings.out or f"runs/eval/{stem}.json").with_suffix(".json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def work_through(context, planned, opened, written, out):
     """Evaluate each Plan; print and write its rows. KeyboardInterrupt if a stop left no row."""
-    settings, stopped = context.settings, False
     for plan in planned:
-        new, stopped = ([], True) if stopped else evaluate(
-            context, plan, candidates(opened, config, settings))
-        if stopped and not new:
-            written["not_run"][plan.name] = "stopped before it was done"
-        if new and not written["rows"] and out.exists():        # an earlier call's results stay
-            free = (out.with_suffix(f".{number}.json") for number in count(1))
-            out.rename(next(path for path in free if not path.exists()))
-        written["rows"] += new
-        written["prompts"] = {name: one.about if isinstance(one, Candidate) else {"not_run": one}
-                              for name, one in opened.items()}
-        for line in result_lines(new):
+        groups = candidates(opened, context.config, context.settings)
+        rows, stopped = evaluate(context, plan, groups)
+        if rows and not written["rows"] and out.exists():       # an earlier call's results stay
+            names = (out.with_suffix(f".{number}.json") for number in count(1))
+            out.rename(next(path for path in names if not path.exists()))
+        written["rows"] += rows
+        for name, one in opened.items():
+            about = one.about if isinstance(one, Candidate) else {"not_run": one}
+            written["prompts"][name] = about
+        if stopped:
+            done = {(row["task"], row["shots"]) for row in written["rows"]}
+            written["not_run"] |= {one.name: "stopped before it was done" for one in planned
+                                   if (one.name, one.shots) not in done}
+        for line in result_lines(rows):
             print(line)
         if written["rows"]:
             with whole_file(out) as file:
                 file.write(json.dumps(written, indent=1).encode())
-    if stopped:
-        print("stopped: the same command resumes")
+        if stopped:
+            print("stopped: the same command resumes")
+            break
     if not written["rows"]:
         raise KeyboardInterrupt if stopped else InputError("no prompt can be run, see above")
-
-
-def result_lines(rows):
-    """One line for each prompt of a task: accuracies, what each seed chose, the best's file."""
-    for prompt in dict.fromkeys(row["prompt"] for row in rows if row["kind"] == "tuned"):
-        ours = [row for row in rows if row["prompt"] == prompt and row["kind"] != "step"]
-        tests = defaultdict(list)
-        for row in ours:
-            tests[row["split"], row["target"], row["kind"]].append(row["accuracy"])
-        parts = [f"{' '.join(key[1:])} {figure(found)}" for key, found in tests.items()
-                 if key[0] == "test"]
-        chosen = [row for row in ours if row["split"] == "validation"]
-        if chosen:
-            steps = " ".join(f"{row['rate']}/{row['step']}" for row in chosen)
-            best = min(chosen, key=preference)["file"]
-            parts += [f"rate/step {steps}", f"best on validation: {best}"]
-        yield f"{prompt}, {ours[0]['shots']} shots: {'; '.join(parts)}"
 
 
 if __name__ == "__main__":

@@ -23,18 +23,19 @@ from pathlib import Path
 
 import torch
 
-from baselines import normal_prompt
-from common import Parser, TINY, bar, run_script, whole_file
+from baselines import as_many_examples, normal_prompt
+from common import TINY, bar, run_script, whole_file
 from corpus import build_store
 from data import Task, TaskIndex, meta_task
 from templates import load_tokenizer
-from eval import first_rows
+from report import standard_error
+from settings import Parser
 from supmer import Method, inner_step, init_prompt, prompt_gradient
 from measure import measure, score
 from supmer import REGULARIZERS
 from t5 import load_t5, model_fingerprint
-from tasks import TASKS, few_shot, load_test, load_train, task_examples
-from train import Run, Training, as_many_examples
+from tasks import TASKS, few_shot, first_rows, load_test, load_train, task_examples
+from train import Run, Training
 
 FOLDER = Path("runs/hidden")
 LEARNED = {     # what differs from SUPMER in the settings
@@ -176,7 +177,7 @@ def over_seeds(rows, name, step):
 
 def with_error(values):
     """Mean and standard error over tasks: [60, 70, 80] -> 70.0 ± 5.8"""
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
+    return f"{statistics.mean(values):.1f} ± {standard_error(values):.1f}"
 
 
 def table(rows, steps):

@@ -3,19 +3,15 @@
 The hub's client keeps its own cache ($HF_HOME), resumes, and under HF_HUB_OFFLINE=1 asks nobody.
 """
 
-import os
 from collections import namedtuple
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 
-from huggingface_hub import hf_hub_download, logging, snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import DryRunError, EntryNotFoundError, HFValidationError, HTTPError
 
 from common import TINY, InputError, first_line
 from t5 import INDEX, SINGLE, read_config, weight_files
-
-if "HF_HUB_VERBOSITY" not in os.environ:    # the client warns at each retry; we raise at the last
-    logging.set_verbosity_error()
 
 # Short name -> hub id, @ the commit that others cite. The v1.1 and LM-adapted models are not
 # pinned; two of them are known to have safetensors in a pull request only.
@@ -134,9 +130,8 @@ def fetch_list(name):
     commit = files[0].commit_hash if files else "no commit"
     pinned = "" if source.get("revision") == commit else ", not pinned"
     size = sum(file.file_size for file in files if file.will_download) / 1e6
-    names = sorted(file.filename + " (cached)" * file.is_cached for file in files)
-    return [f"download: {size:,.0f} MB of {source['repo_id']} at {commit}{pinned}: "
-            f"{', '.join(names)}"]
+    names = ", ".join(sorted(file.filename for file in files))
+    return [f"download: {size:,.0f} MB of {source['repo_id']} at {commit}{pinned}: {names}"]
 
 
 def corpus_count(name, max_bytes):

@@ -80,14 +80,18 @@ def begin_worker(load, devices, begun):
 
 
 @contextlib.contextmanager
-def workers(t5, load, devices, count):
-    """-> work(jobs, title), which finishes jobs in `count` processes; one is this one, with t5.
-    load: device -> T5.
+def workers(load, name, count):
+    """-> a T5, and work(jobs, title), which finishes jobs in `count` processes; one is this one.
+    load: device -> T5. name: of --device; for auto all GPUs. count: 0: one for each GPU or core.
 
     No multiprocessing.Pool: it waits forever for a worker that died, and a Ctrl-C leaves its queue
     full. Raises InputError for a worker that died."""
     TUNED.mkdir(parents=True, exist_ok=True)
+    gpus = range(torch.cuda.device_count() if name == "auto" else 0)
+    devices = [f"cuda:{i}" for i in gpus] or [str(pick_device(name))]
     threads, spawn, pool = torch.get_num_threads(), multiprocessing.get_context("spawn"), None
+    count = count or (threads if devices == ["cpu"] else len(devices))
+    t5 = load(device=torch.device(devices[0] if count == 1 else "cpu"))
 
     def work(jobs, title):
         todo = {job.path: job for job in jobs if not job.path.is_file()}.values()
@@ -100,7 +104,7 @@ def workers(t5, load, devices, count):
         if count > 1:
             begun = spawn.Value("q", 0)
             pool = ProcessPoolExecutor(count, spawn, begin_worker, (load, devices, begun))
-        yield work
+        yield t5, work
     except BrokenProcessPool:
         raise InputError("a process ended before its work was done, for lack of memory? Try fewer "
                          f"--jobs than {count}; what is finished is kept") from None
@@ -110,10 +114,3 @@ def workers(t5, load, devices, count):
             for child in multiprocessing.active_children():
                 child.terminate()
             pool.shutdown(cancel_futures=True)
-
-
-def find_devices(name):
-    """--device -> names of devices to work on: for auto all GPUs."""
-    device = str(pick_device(name))
-    gpus = range(torch.cuda.device_count()) if name == "auto" else ()
-    return [f"cuda:{i}" for i in gpus] or [device]

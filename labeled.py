@@ -10,11 +10,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import SOLO, InputError, fingerprint, rng
+from common import InputError, fingerprint, rng
 from corpus import Document, build_from, hash_share
 from data import Examples, Task, balanced, check_clusters, shuffled
+from ranks import SOLO
 from templates import MAX_TOKENS, compile_template, decoder_targets, fill_template
 from tasks import LabeledTask, OwnTable, own_task, read_rows, task_lines
+
+
+def find_sets(folder):
+    """The labeled files of a folder. Raises InputError if there are none."""
+    kinds = ".csv", ".tsv", ".jsonl", ".json"
+    found = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in kinds)
+    if not found:
+        raise InputError(f"--labeled {folder}: no folder with .csv, .tsv or .jsonl")
+    return found
 
 
 def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, table=OwnTable(),

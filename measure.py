@@ -30,9 +30,14 @@ def measure(scores, labels):
 
 
 def validate_task(t5, theta, phi, task, method):
-    """measure() the query set before and after an inner step; step_size: |a1 psi(g)| / |theta|."""
+    """measure() the query set before and after an inner step -> {"loss_before": ...}, "correct" as
+    a share; step_size: |a1 psi(g)| / |theta|; ways: how many label words there are."""
     g, pooled, _ = prompt_gradient(t5, theta, task.support, method)
     adapted = inner_step(theta, phi, g, pooled, method)
-    return {"before": measure(score(t5, theta, task.query, method), task.query.labels),
-            "after": measure(score(t5, adapted, task.query, method), task.query.labels),
-            "step_size": float((adapted - theta).norm() / theta.norm())}
+    figures = {"step_size": float((adapted - theta).norm() / theta.norm()),
+               "ways": len(task.query.words)}
+    for when, prompt in (("before", theta), ("after", adapted)):
+        found = measure(score(t5, prompt, task.query, method), task.query.labels)
+        found["correct"] /= len(task.query.ids)
+        figures |= {f"{name}_{when}": value for name, value in found.items()}
+    return figures

@@ -8,49 +8,18 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
 
 import hub
 from common import InputError, read_json, reading, whole_file
 from estimate import model_shape
-from download import RELEASED
-from supmer import REGULARIZERS, Regularizer
+from released import RELEASED, read_released
+from supmer import REGULARIZERS
+from t5 import model_fingerprint
 
 LONGEST = 10_000        # vectors of a prompt: a file may claim any number without holding them
 
-
-# ------------------------------------------------------ the authors' released regularizer
-
-def init_released(P, d):
-    """phi of the authors' released regularizer: names and shapes of their file, all 0."""
-    r = min(1920, d)
-    shapes = {"layers.0.u": (d, r), "layers.0.v": (r, d), "layers.0.bias": (d,),
-              "layers.1.u": (d, r), "layers.1.v": (r, d), "layers.1.bias": (d,),
-              "linear_1.weight": (24, d), "linear_1.bias": (24,),
-              "linear_2.weight": (1, 24), "linear_2.bias": (1,)}
-    return {f"mlp.{name}": torch.zeros(shape) for name, shape in shapes.items()}
-
-
-def regularize_released(phi, g, pooled):
-    """psi as released: (1 - z) h(g) + z g, ONE gate z for all, h of two factored ReLU layers, whose
-    rows get the length of g's. Their mean state counts padding, ours does not: an approximation."""
-    hidden = F.relu(phi["mlp.linear_1.weight"] @ pooled + phi["mlp.linear_1.bias"])          # (24,)
-    z = torch.sigmoid(phi["mlp.linear_2.weight"] @ hidden + phi["mlp.linear_2.bias"])   # (1,)
-    h = g
-    for i in (0, 1):
-        u, v, bias = (phi[f"mlp.layers.{i}.{name}"] for name in ("u", "v", "bias"))
-        h = F.relu(h @ v.T @ u.T + bias)                                                # (P, d)
-    of_g, of_h = (x.norm(dim=-1, keepdim=True) + 1e-8 for x in (g, h))                  # (P, 1)
-    return (1 - z) * h / of_h * of_g + z * g
-
-
-REGULARIZERS["released"] = Regularizer(init_released, regularize_released)
-
-
-# ------------------------------------------------------------ theta and phi on the disk
 
 def save_prompt(path, theta, phi, metadata):
     """Write theta, phi if there is one, and metadata {str: str} as safetensors, whole or not at
@@ -69,12 +38,12 @@ def load_prompt(path, d=None):
     Raises InputError for anything else, another width or form, values that are not finite.
     """
     path = Path(path)
-    with reading(path, f"a prompt for a T5 of width {d}", AssertionError, remedy="give a run on "
+    with reading(path, f"a prompt for a T5 of width {d}", "give a run on "
                  "this model, a prompt's safetensors, or a folder of PEFT's or the authors'"):
         if (path / "adapter_config.json").is_file():
             tensors, metadata = _read_peft(path)
         elif any(path.glob("prompt_*.pt")):
-            tensors, metadata = _read_released(path, d)
+            tensors, metadata = read_released(path, d)
         else:
             tensors, metadata = _read_ours(path)
         _check(tensors, metadata, d or tensors["theta"].shape[1])
@@ -87,11 +56,10 @@ def _check(tensors, metadata, d):
     """Raise ValueError unless the tensors are theta (P, d) and phi of the form that the metadata
     names, and finite."""
     length, form = len(tensors["theta"]), metadata["regularizer"]
-    if not 0 < length <= LONGEST:
-        raise ValueError(f"it has {length:,} vectors")
-    if form not in REGULARIZERS or not "".join(metadata.values()).isprintable():
-        raise ValueError(f"its regularizer is {form!r}, not one of {', '.join(REGULARIZERS)}, or "
-                         "it has line breaks in its metadata")
+    plain = "".join(metadata.values()).isprintable()
+    if not 0 < length <= LONGEST or form not in REGULARIZERS or not plain:
+        raise ValueError(f"it has {length:,} vectors, or line breaks in its metadata, or its "
+                         f"regularizer is {form!r}, not one of {', '.join(REGULARIZERS)}")
     wanted = {f"phi.{name}": x for name, x in REGULARIZERS[form].init(length, d).items()}
     shapes = {name: tuple(x.shape) for name, x in wanted.items()} | {"theta": (length, d)}
     found = {name: tuple(x.shape) for name, x in tensors.items()}
@@ -120,19 +88,13 @@ def _read_ours(path):
     return tensors, metadata | {"regularizer": form}
 
 
-def _read_released(folder, d):
-    """The authors' prompt_*.pt and gradient_edit_*.pt for a T5 of width d."""
-    name = {width: name for (width, _), name in RELEASED.items()}.get(d)
-    if not name:
-        raise ValueError("the authors released prompts of widths 768 and 2048")
-    read = []
-    for file in (f"prompt_{name}.pt", f"gradient_edit_{name}.pt"):
-        with reading(folder / file, "a file of github.com/beepkh/SUPMER", AssertionError):
-            read.append(torch.load(folder / file, map_location="cpu", weights_only=True))
-    theta, phi = read
-    unused = ("grad_mean", "grad_std", "grad_s", "k")       # buffers: psi never uses them
-    tensors = {f"phi.{key}": x for key, x in phi.items() if key not in unused}
-    return {"theta": theta, **tensors}, {"model": name, "regularizer": "released"}
+def is_of_model(about, model, config):
+    """Whether a prompt's metadata name this model, whose T5Config is given."""
+    if about["regularizer"] == "released":
+        return about["model"] == RELEASED.get((config.d_model, config.d_ff))
+    if about["regularizer"] == "none" and "model_sha256" not in about:      # PEFT's
+        return about["model"] == "" or hub.last_name(about["model"]) == hub.last_name(model)
+    return about.get("model_sha256") == model_fingerprint(hub.model_folder(model))
 
 
 # --------------------------------------------------------------------- Hugging Face PEFT

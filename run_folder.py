@@ -12,7 +12,7 @@ import json
 import math
 import platform
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,9 +20,11 @@ import torch
 
 from baselines import name_of
 from common import InputError, fingerprint, read_json, reading, whole_file
+from settings import from_settings
 
+# run.json has their hash.
 METHOD_FILES = ("supmer.py", "t5.py", "onednn.py", "data.py", "templates.py", "baselines.py",
-                "prompts.py", "common.py")         # run.json has their hash
+                "released.py", "ranks.py", "common.py")
 
 
 def check_free(folder):
@@ -60,6 +62,18 @@ def write_run(folder, values):
 def method_hash():
     """The fingerprint of the files that define a step's result."""
     return fingerprint([Path(__file__).with_name(name) for name in METHOD_FILES])
+
+
+def own_settings(folder, *classes):
+    """An unfinished run's settings, of each class. Raises InputError for another version's run."""
+    path = folder / "run.json"
+    run = read_json(path)
+    with reading(path, "a run of this version of train.py", "start a new run"):
+        if run["finished"]:
+            raise InputError(f"{folder} is finished: start a new run")
+        values = run["training"] | run["method"]        # KeyError if one is missing
+        return [from_settings(cls, {x.name: values[x.name] for x in fields(cls)})
+                for cls in classes]
 
 
 def check_origin(folder, made_of):

@@ -4,7 +4,6 @@ Sentence i has the tokens tokens[offsets[i]:offsets[i + 1]]. corpus.py makes a s
 """
 
 from pathlib import Path
-from tokenize import TokenError
 from typing import NamedTuple
 
 import numpy as np
@@ -48,8 +47,7 @@ def column(folder, name):
 def open_store(folder, made_of=None):
     """Open a store. Raises InputError if it is damaged or was made of other things than made_of."""
     folder = Path(folder)
-    # Of a damaged .npy's header numpy raises the last two.
-    with reading(folder, "a whole store", SyntaxError, TokenError, remedy="delete it"):
+    with reading(folder, "a whole store", "delete it"):
         meta = read_json(folder / "meta.json", remedy="delete the store")
         if any((folder / name).stat().st_size != size for name, size in meta["files"].items()):
             raise ValueError("its files do not fit together")

@@ -41,8 +41,10 @@ import torch
 import torch.nn.functional as F
 from torch.func import grad_and_value, vjp
 
-from common import InputError, SOLO, knob, rng
+from common import InputError, rng
 from data import collate
+from ranks import SOLO
+from settings import knob
 from t5 import PAD, decode, embed_tokens, encode, next_token_logits
 
 REGULARIZERS = {}       # {name: Regularizer}, filled below, and by prompts.py with the authors'

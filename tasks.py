@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import torch
 
-from common import TINY, InputError, knob, text_sha256
+from common import TINY, InputError, text_sha256
 from data import Examples
 from templates import (compile_template, decoder_targets, examples_as_text, fill_template,
                        template_fields, tokenize)
 from download import locate
+from settings import knob
 from tables import check_header, read_table
 
 
@@ -350,6 +351,13 @@ def few_shot(rows, shots, seed, classes=2, names=()):
     return train, validation
 
 
+def first_rows(rows, number):
+    """The first rows by sha256 of their texts, whatever their order in the file."""
+    def key(row):
+        return text_sha256("\t".join(row.fields.values())).digest()
+    return sorted(rows, key=key)[:number] if number < len(rows) else rows
+
+
 def task_examples(tokenizer, task, rows):
     """Labeled rows as Examples; long texts are cut, never the template or the mask.
     Row(1, {"text": "A fine film."}) -> `A fine film. It was <extra_id_0> ?</s>`, target `great`"""
@@ -361,10 +369,12 @@ def task_examples(tokenizer, task, rows):
         [row.label for row in rows]), decoder_targets(tokenizer, task.words))
 
 
-def count_cut(tokenizer, task, rows):
-    """How many rows' texts task_examples() cuts."""
+def print_cut(tokenizer, name, task, rows):
+    """Print how many rows' texts task_examples() cuts, if any."""
     whole = task_examples(tokenizer, task._replace(max_tokens=10 ** 9), rows)
-    return sum(len(ids) > task.max_tokens for ids in whole.ids)
+    cut = sum(len(ids) > task.max_tokens for ids in whole.ids)
+    if cut:
+        print(f"{name}: of {len(rows)} texts {cut} are cut to {task.max_tokens} tokens")
 
 
 def task_lines(tokenizer, task, rows):

@@ -25,9 +25,8 @@ def load_tokenizer(path, config):
     """A tokenizer.json, or that of a model folder. Raises InputError if its vocabulary is not that
     of the T5Config."""
     path = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
-    # BaseException: the tokenizers package raises Exception itself, or panics.
-    with reading(path, "the tokenizer of this T5", BaseException,
-                 remedy="take the tokenizer.json and the weights of one model"):
+    with reading(path, "the tokenizer of this T5", "take the tokenizer.json and the weights of one "
+                 "model", damage=BaseException):         # the tokenizers package may panic
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         tokenizer.encode("\ue000")          # fails without <unk>
         vocabulary, rows = tokenizer.get_vocab(), config.vocab_size

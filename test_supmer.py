@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 
 import baselines
-import common
 import corpus
 import data
 import templates
@@ -36,11 +35,13 @@ import eval as evaluation
 import jobs
 import kmeans as km
 import onednn
+import report
 import supmer
 import measure
 import t5 as T
 import tasks
 import train
+from candidates import Plan, open_candidate
 from common import InputError
 from conftest import (
     BOTH, SENTINEL, SMALL, SUPMER_DATA, V10, V11, WORDS, accuracies, affine_start, ended,
@@ -51,7 +52,7 @@ from conftest import (
 from data import TaskIndex, VARIANTS, meta_task
 from templates import MASK, fill_template
 from documents import documents
-from eval import Plan, open_candidate
+from ranks import SOLO, Ranks
 from sentences import split_sentences
 from supmer import Method
 from tasks import TASKS, load_test
@@ -990,14 +991,14 @@ def test_ranks_share_tasks_and_change_no_bit(advance, monkeypatch):
         held_out = [task for task, _ in pairs]
         return learned.tolist(), log, train.validate(t5, state, held_out, method, ranks)
 
-    alone = step(common.SOLO)
+    alone = step(SOLO)
     for n in (2, 3):
         computed.clear()
         assert on_ranks(monkeypatch, n, step) == [alone] * n
         assert len(computed) == 3 * (advance is supmer.meta_step)
     if advance is supmer.meta_step:
         with pytest.raises(InputError, match="4 processes.* --tasks 4"):
-            step(common.Ranks(0, 4))
+            step(Ranks(0, 4))
 
 
 def test_ablations_leave_out_what_they_name():
@@ -1048,8 +1049,8 @@ def test_meta_training_lowers_the_loss_after_adaptation():
     for _ in range(20):
         supmer.meta_step(t5, state, [(task, task)], method, 0)
     after = measure.validate_task(t5, state.theta, state.phi, task, method)
-    assert after["after"]["loss"] < before["after"]["loss"] - 1
-    assert after["after"]["loss"] < after["before"]["loss"]
+    assert after["loss_after"] < before["loss_after"] - 1
+    assert after["loss_after"] < after["loss_before"]
     assert after["step_size"] == pytest.approx(0.05, rel=1e-3)
 
 
@@ -1689,8 +1690,8 @@ def test_validation_loss_by_hand():
 
 def test_standard_deviation_is_the_samples():
     """Accuracies of 60, 70, 80 % have mean 70 and standard deviation 10 (n - 1), not 8.16."""
-    assert evaluation.figure([60.0, 70.0, 80.0]) == "70.0 ± 10.0"
-    assert evaluation.figure([60.0]) == "60.0"
+    assert report.figure([60.0, 70.0, 80.0]) == "70.0 ± 10.0"
+    assert report.figure([60.0]) == "60.0"
 
 
 # ------------------------------------------------------- the protocol: properties, determinism
@@ -1769,9 +1770,9 @@ def test_learns_a_planted_task():
 def context(t5, choices):
     """A Context in this process, with no results from before."""
     shutil.rmtree(jobs.TUNED, ignore_errors=True)
-    with jobs.workers(t5, None, ["cpu"], 1) as work:
-        yield evaluation.Context(choices, templates.load_tokenizer("small", t5.config), work,
-                                 {"model": "this"}, 1.0)
+    with jobs.workers(lambda device: t5, "cpu", 1) as (_, work):
+        tokenizer = templates.load_tokenizer("small", t5.config)
+        yield evaluation.Context(choices, t5.config, tokenizer, work, {"model": "this"}, 1.0)
 
 
 def test_tuning_needs_no_test_file(place):

@@ -21,10 +21,11 @@ import data
 import templates
 import supmer
 import measure
-from common import InputError, Parser, TINY, bar, run_script
+from common import InputError, TINY, bar, run_script
 from pictures import import_pyplot, save_picture
 from prompts import load_prompt
 from run_folder import read_log
+from settings import Parser
 from t5 import load_t5
 
 FOLDER = Path(__file__).resolve().parent / "figures" / "tour"

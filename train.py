@@ -18,7 +18,8 @@ import signal
 import time
 from collections import defaultdict
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,18 +31,21 @@ import templates
 import hub
 import labeled
 import tasks
-from baselines import (ABLATIONS, METHODS, PLAIN, UNIFIED, examples_per_step, mixes, name_of,
-                       ppt_step)
-from common import (InputError, SOLO, bar, from_settings, join_ranks, knob, number, one_process,
-                    pick_device, read_json, reading, remove_torn, rng, run_script, settings_parser)
+from baselines import (ABLATIONS, METHODS, PLAIN, UNIFIED, as_many_examples, examples_per_step,
+                       mixes, name_of, ppt_step)
+from common import (InputError, bar, interrupt_after, one_process, pick_device, read_json,
+                    remove_torn, rng, run_script)
 from documents import KINDS, SHAPES
 from estimate import prepare
+from measure import validate_task
 from pictures import plot
 from prompts import export_peft, save_prompt
+from ranks import SOLO, join_ranks
+from report import outcome
 from run_folder import (check_free, check_origin, load_state, new_run, next_free, open_log,
-                        read_log, save_state, write_run)
+                        own_settings, save_state, write_run)
+from settings import from_settings, knob, number, settings_parser, show_settings
 from supmer import Method, init_prompt, init_state, meta_step
-from measure import validate_task
 from t5 import load_t5
 
 
@@ -58,14 +62,13 @@ class Training(tasks.OwnTable):
     clusters: int = knob(250, "K-means clusters of each format (Table 6)")
     one_per_format: bool = knob(False, "a clustering for each format, not one for all")
     labeled: str = knob("", "folder of labeled sets (label, text; .csv, .tsv, .jsonl) (Table 3)")
-    labeled_share: float = knob(1 / 3, "share of labeled tasks (Table 3); 1: no corpus", most=1)
+    labeled_share: float = knob(1 / 3, "share of labeled tasks (Table 3); 1: no corpus")
     labeled_clusters: int = knob(10, "K-means clusters of each labeled set (MetaPT's)")
-    prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)", most=10 ** 4)
-    max_tokens: int = knob(412, "text tokens of an example (Table 6: 512 with P)", most=10 ** 5)
+    prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)")
+    max_tokens: int = knob(412, "text tokens of an example (Table 6: 512 with P)")
     method: str = knob("supmer", "SUPMER or a baseline", choices=tuple(METHODS), first=True)
     variants: tuple = knob(data.PAPER_VARIANTS, "kinds of meta task; hidden is ours",
                            choices=tuple(data.VARIANTS))
-    only: str = knob("", "only tasks of this format (Table 4)", choices=("", *data.FORMATS))
     tasks: int = knob(4, "n, tasks in a batch (Table 6)")
     support: int = knob(32, "examples of a support set (Table 6)")
     query: int = knob(32, "examples of a query set (Table 6)")
@@ -159,7 +162,8 @@ class Run:
         """Step until finished or until a rank has `caught` a signal, a list of their numbers; save.
         -> the signal, or None."""
         last, saved, signals = self.method.steps, time.monotonic(), []
-        with bar(None, self.ranks, total=last, initial=self.state.step, unit="step") as shown:
+        with bar(None, self.ranks.rank > 0, total=last, initial=self.state.step,
+                 unit="step") as shown:
             while not (signals or self.finished()):
                 entry = self.step()
                 shown.set_postfix(loss=f"{entry['query_loss']:.2f}", b=f"{entry.get('b', 0):.2f}",
@@ -186,13 +190,12 @@ class Run:
             raise InputError(f"step {step}: the validation loss is {after}; try a smaller "
                              "inner_rate, relative_step or prompt_rate")
         self.write({"step": step, "validation": result})
-        if not (plain or self.ranks.rank) and before - after < 1e-4 * before:
-            worse = after - before > 1e-4 * before
-            does = f"raises the held-out loss by {100 * (after / before - 1):.2g} %" if worse else (
-                "lowers the held-out loss by less than 0.01 %")
-            tqdm.write(f"step {step}: the inner step {does}; it moves the prompt by "
-                       f"{result['step_size']:.1e} of its length. Try a "
-                       f"{'smaller' if worse else 'larger'} --relative-step or --inner-rate.")
+        change = after / before - 1
+        if not (plain or self.ranks.rank) and change > -1e-4:
+            advice = "smaller" if change > 1e-4 else "larger"
+            tqdm.write(f"step {step}: the inner step changes the held-out loss by "
+                       f"{100 * change:+.2g} %; it moves the prompt by {result['step_size']:.1e} "
+                       f"of its length. Try a {advice} --relative-step or --inner-rate.")
         loss = before if plain else after           # PPT is not learned for an inner step
         if loss < self.best:
             self.best, self.kept = loss, step
@@ -224,83 +227,69 @@ class Run:
 
 
 def validate(t5, state, tasks, method, ranks=SOLO):
-    """Measure each held-out task's query set before and after an inner step -> dict of means.
-    "loss" is the one after it, "correct" a share, "ways" the number of label words; "variants" has
-    each variant's own means. The ranks share the tasks."""
-    queries, by_variant = len(tasks[0].query.ids), defaultdict(list)
-
+    """validate_task() of each held-out task -> dict of means: "loss" is the one after the inner
+    step; "variants" has each variant's own means. The ranks share the tasks."""
     def measured(task):
-        result = validate_task(t5, state.theta, state.phi, task, method)
-        figures = {"step_size": result["step_size"], "ways": len(task.query.words)}
-        for when in ("before", "after"):
-            for name, value in result[when].items():
-                figures[f"{name}_{when}"] = value / queries if name == "correct" else value
-        return figures
+        return validate_task(t5, state.theta, state.phi, task, method)
 
     def means(results):
         return {name: sum(x[name] for x in results) / len(results) for name in results[0]}
-    results = ranks.map(measured, bar(tasks, ranks, desc="validation", unit="task"))
+    results = ranks.map(measured, bar(tasks, ranks.rank > 0, desc="validation", unit="task"))
+    by_variant = defaultdict(list)
     for task, figures in zip(tasks, results):
         by_variant[task.variant].append(figures)
-    everything = means(results)
-    return {"loss": everything["loss_after"], "loss_before": everything["loss_before"],
-            "step_size": everything["step_size"], "queries": queries * len(tasks),
+    whole = means(results)
+    return {"loss": whole["loss_after"], "loss_before": whole["loss_before"],
+            "step_size": whole["step_size"], "queries": sum(len(x.query.ids) for x in tasks),
             "variants": {variant: means(found) for variant, found in by_variant.items()}}
 
 
 # ---------------------------------------------------------------------------- what it learns from
 
-def make_store(what, ranks, build, *arguments, **options):
-    """build(*arguments, ...) -> a Store. Shows a bar for each stage, then what the store holds."""
-    began, stages = time.perf_counter(), []
-    with bar(None, ranks) as shown:
-        def progress(stage, done, total):
-            if stage not in stages:
-                stages.append(stage)
-                print(f"{what}: {stage} ...")
-            shown.n, shown.total = done, total
-            shown.set_description(stage)
-        store = build(*arguments, progress=progress, ranks=ranks, **options)
-    counts = [f"{count:,} {name}" for name, count in store.meta["counts"].items() if count]
-    seconds = f" (made in {time.perf_counter() - began:.1f} s)" if stages else ""
-    print(f"{what}: {', '.join(counts)}{seconds}")
-    return store
-
-
 def open_sources(training, method, model_folder, tokenizer, t5, ranks=SOLO):
     """What tasks are drawn from: the corpus, then the labeled sets, if they are asked for.
     -> [(meta_task or labeled_task, its index)], {name: fingerprint} of what they are made of."""
     def store_of(what, build, source, clusters, **options):
-        return make_store(what, ranks, build, Path("cache"), source, tokenizer, t5, clusters,
-                          training.seed, model=model_folder, **options)
+        began, stages = time.perf_counter(), set()
+        with bar(None, ranks.rank > 0) as shown:
+            store = build(Path("cache"), source, tokenizer, t5, clusters, training.seed,
+                          model=model_folder, ranks=ranks,
+                          progress=partial(show_stage, shown, what, stages), **options)
+        counts = [f"{count:,} {name}" for name, count in store.meta["counts"].items() if count]
+        seconds = f" (made in {time.perf_counter() - began:.1f} s)" if stages else ""
+        print(f"{what}: {', '.join(counts)}{seconds}")
+        return store
     sources, made_of = [], {}
     sizes = {"support": training.support, "query": training.query,
              "max_tokens": training.max_tokens, "mixing": mixes(training, method)}
     if training.corpus:
-        variants = [name for name in training.variants
-                    if training.only in ("", data.VARIANTS[name].format)]
-        followed = any(data.VARIANTS[name].followed for name in variants)
+        followed = any(data.VARIANTS[name].followed for name in training.variants)
         store = store_of("corpus", corpus.build_store, hub.corpus_paths(training),
                          training.clusters, max_bytes=training.bytes, shape=training.documents,
                          field=training.field, one_per_format=training.one_per_format,
                          followed=followed * (training.support + training.query))
-        sources.append((data.meta_task, data.TaskIndex(
-            store, tokenizer, **sizes, variants=variants,
-            recast=UNIFIED if training.method == "unified-ppt" else {})))
+        recast = UNIFIED if training.method == "unified-ppt" else {}
+        index = data.TaskIndex(store, tokenizer, variants=training.variants, recast=recast, **sizes)
+        sources.append((data.meta_task, index))
         made_of |= store.meta["made_of"]
     if training.labeled:
-        stores = {}
-        for path in sorted(Path(training.labeled).glob("*")):
-            if path.suffix.lower() in (".csv", ".tsv", ".jsonl", ".json"):
-                store = store_of(path.name, labeled.build_labeled, path, training.labeled_clusters,
-                                 table=training)
-                stores[path.name] = store
-                made_of = store.meta["made_of"] | made_of
-                made_of[f"labeled {path.name}"] = store.folder.name
-        if not stores:
-            raise InputError(f"--labeled {training.labeled}: no folder with .csv, .tsv or .jsonl")
-        sources.append((labeled.labeled_task, labeled.LabeledIndex(stores, tokenizer, **sizes)))
+        stores = {path.name: store_of(path.name, labeled.build_labeled, path,
+                                      training.labeled_clusters, table=training)
+                  for path in labeled.find_sets(training.labeled)}
+        index = labeled.LabeledIndex(stores, tokenizer, **sizes)
+        sources.append((labeled.labeled_task, index))
+        for name, store in stores.items():
+            made_of = store.meta["made_of"] | made_of | {f"labeled {name}": store.folder.name}
     return sources, made_of
+
+
+def show_stage(shown, what, begun, stage, done, total):
+    """Show a stage of a store's making in a bar; say when it begins."""
+    if stage not in begun:
+        print(f"{what}: {stage} ...")
+    begun.add(stage)
+    shown.n, shown.total = done, total
+    shown.set_description(stage)
 
 
 # ------------------------------------------------------------------------------------ the settings
@@ -313,10 +302,10 @@ def command_line():
     add("--resume", type=Path, metavar="RUN", help="continue this run")
     add("--dry-run", action="store_true",
         help="only print all settings, memory, time and downloads")
-    add("--max-minutes", type=number(float, False, 1e7), default=1e7, metavar="N",
-        help="stop after N minutes as Ctrl-C does, with status 0")
+    add("--max-minutes", type=number(float, zero=True), default=0, metavar="N",
+        help="stop after N minutes as Ctrl-C does, with status 0 [0: never]")
     add("--yes", action="store_true", help="start a long run without a GPU, too")
-    add("--examples", type=number(int, False, 1e15), metavar="N",
+    add("--examples", type=number(int), metavar="N",
         help="instead of --steps: as many as draw N examples [as SUPMER in its steps]")
     add("--ablation", choices=ABLATIONS, help="SUPMER without a part (Table 4; first-order: ours)")
     add("--plot", type=Path, metavar="RUN", help="only draw RUN's log as RUN/log.png")
@@ -333,14 +322,12 @@ def parse(argv):
         if given or options.run or options.examples or options.ablation:
             raise InputError("--resume takes the run's own settings: add nothing but --yes, "
                              "--dry-run or --max-minutes")
-        return *own_settings(options.resume), {}, options
+        return *own_settings(options.resume, Training, Method), {}, options
     tiny = TINY_VALUES if given.get("model", "tiny") == "tiny" else {}
-    preset = METHODS[given.get("method", "supmer")] | ABLATIONS.get(options.ablation, {})
-    if options.ablation and given.keys() & (preset.keys() | {"method"}):
-        raise InputError(f"--ablation {options.ablation} is SUPMER with {preset}: leave those "
-                         "options away")
-    chosen = {name: value for name, (value, _) in tiny.items()} | preset | given
-    training, method = from_settings(Training, chosen), from_settings(Method, chosen)
+    usual = METHODS[given.get("method", "supmer")]
+    ablated = ABLATIONS.get(options.ablation, {})       # above what is given: it always holds
+    values = {name: value for name, (value, _) in tiny.items()} | usual | given | ablated
+    training, method = from_settings(Training, values), from_settings(Method, values)
     if not training.labeled:
         tasks.refuse_unread(training)
     if training.method == "metapt" and not training.labeled:
@@ -349,60 +336,12 @@ def parse(argv):
         raise InputError("--method unified-ppt does not recast labeled sets: leave --labeled away")
     if training.labeled and training.labeled_share == 1:
         training = replace(training, corpus=())
-    formats = {data.VARIANTS[name].format for name in training.variants}
-    if training.corpus and training.only not in ("", *formats):
-        raise InputError(f"--only {training.only}: --variants has none of this format")
     whys = {name: why for name, (_, why) in tiny.items()}
-    whys |= dict.fromkeys(preset, f"of {options.ablation or training.method}")
-    whys |= dict.fromkeys(given, "given")
-    if "steps" not in given:
+    whys |= dict.fromkeys(usual, f"of {training.method}") | dict.fromkeys(given, "given")
+    whys |= dict.fromkeys(ablated, f"of {options.ablation}")
+    if options.examples or "steps" not in given:
         method = as_many_examples(training, method, options.examples)
-    elif options.examples:
-        raise InputError(f"--examples {options.examples}: leave --steps away")
     return training, method, whys, options
-
-
-def own_settings(folder):
-    """An unfinished run's Training and Method. Raises InputError for one of another version."""
-    path = folder / "run.json"
-    run = read_json(path)
-    with reading(path, "a run of this version of train.py", remedy="start a new run"):
-        values = run["training"] | run["method"]
-        if values.keys() != KNOBS.keys():
-            raise ValueError("it has other settings")
-        if run["finished"]:
-            raise InputError(f"{folder} is finished: start a new run")
-        argv = []                               # each value is checked as if it were given
-        for name, value in values.items():
-            option = "--" + name.replace("_", "-")
-            if isinstance(value, bool):
-                argv.append(option if value else option.replace("--", "--no-"))
-            elif not isinstance(value, list):
-                argv.append(f"{option}={value}")
-            elif (name, value) != ("corpus", []):
-                argv += [option, *map(str, value)]
-        values |= vars(command_line().parse_args(argv))
-        return from_settings(Training, values), from_settings(Method, values)
-
-
-def as_many_examples(training, method, examples=None):
-    """The Method with the steps that draw so many examples, by default as many as SUPMER would
-    draw in the steps that it has."""
-    whole = replace(training, method="supmer"), replace(method, augmentation=True)
-    examples = examples or method.steps * examples_per_step(*whole)
-    return replace(method, steps=math.ceil(examples / examples_per_step(training, method)))
-
-
-def show_settings(training, method, whys, everything):
-    """Print every setting with its meaning, or those that differ from the paper's, by reason."""
-    reasons = defaultdict(list)
-    for name, value in (asdict(training) | asdict(method)).items():
-        if everything:
-            print(f"  {name:17} {value!s:12} {whys.get(name, KNOBS[name].metadata['help'])}")
-        elif name in whys:
-            reasons[whys[name]].append(f"{name} {value}")
-    for why, changed in reasons.items():
-        print(f"  {', '.join(changed)}: {why}")
 
 
 # ------------------------------------------------------------------------------------- the script
@@ -415,12 +354,10 @@ def main(argv):
         return 0
     if options.run:
         check_free(options.run)                             # now, not after the corpus is read
-    # --max-minutes is a later Ctrl-C: before the first step it stops at once, then after a step.
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, 60 * options.max_minutes)
+    interrupt_after(options.max_minutes)    # before the first step it stops at once, then after one
     device = pick_device(training.device)
     ranks = join_ranks(device)
-    show_settings(training, method, whys, options.dry_run)
+    show_settings([training, method], whys, options.dry_run)
     if options.dry_run or training.model != "tiny" and not (options.resume or ranks.rank):
         method = prepare(training, method, device, options)
     method = ranks.gather(method)[0]
@@ -461,33 +398,8 @@ def finish(run, caught):
     if not run.ranks.rank:
         values = read_json(run.folder / "run.json")
         write_run(run.folder, values | {"finished": True, "ended": time.time()})
-        print(outcome(run))
+        print(outcome(run.folder, run.training.model, run.best))
     return 0
-
-
-def outcome(run):
-    """The validations of step 0 and of the end, a row for each variant, and what to do next."""
-    validations = [entry["validation"] for entry in read_log(run.folder) if "validation" in entry]
-    ends = validations[0], validations[-1]
-    lines = [f"{validations[0]['queries']} held-out queries: accuracy in %, loss over label words",
-             f"{'':17}step 0, unadapted -> adapted    step {run.state.step}, unadapted -> adapted"]
-    for variant, first in ends[0]["variants"].items():
-        chance = f"(chance {100 / first['ways']:.0f})"
-        line = f"{variant:11}{chance:>12}"
-        for x in (end["variants"][variant] for end in ends):
-            before, after = (f"{100 * x[f'correct_{when}']:5.1f} {x[f'word_loss_{when}']:6.3f}"
-                             for when in ("before", "after"))
-            line += f"  {before} -> {after}  "
-        lines.append(line)
-    gains = (sum(x["word_loss_before"] - x["word_loss_after"] for x in end["variants"].values())
-             / len(end["variants"]) for end in ends)
-    lines.append("one inner step lowers the loss by {:.3f} at the start, by {:.3f} at the end"
-                 .format(*gains))
-    if run.training.model == "tiny":
-        lines.append("A demonstration: the embedded T5 knew such tasks before, see tiny/README.md.")
-    lines += [f"lowest validation loss {run.best:.4f}: {run.folder}/prompt.safetensors",
-              f"tune it on a task: python eval.py --prompt {run.folder}"]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ import torch
 from torch.func import vmap
 
 from baselines import normal_prompt, ppt_step
-from common import (bar, from_settings, knob, read_json, rng, run_script, settings_parser,
-                    whole_file)
+from common import bar, read_json, rng, run_script, whole_file
 from data import Batch, Examples, Task, collate
+from report import standard_error
+from settings import from_settings, knob, settings_parser
 from supmer import (Method, encode_with_prompt, init_prompt, init_state,
                     loss_share, meta_step, regularize, word_log_probs)
 from t5 import EOS, T5, T5Config, embed_tokens, encode, expected_shapes
@@ -48,7 +49,7 @@ class Settings:
     seeds: tuple = knob((0,), "each makes a world, prompts and tasks anew", zero=True, first=True)
     only: tuple = knob(("",), "only rows that begin so, such as 'shortcut: PPT'", first=True)
     plot: str = knob("", "draw accuracy over steps into this PNG file", first=True)
-    drift: float = knob(0.5, "share of query and test rows whose style is wrong", zero=True, most=1)
+    drift: float = knob(0.5, "share of query and test rows whose style is wrong", zero=True)
 
 
 WORLD = {name: (value, "") for name, value in {     # Method's values here, in --help as tiny's
@@ -231,7 +232,7 @@ def points(results, key):
     """Mean accuracy after each of STEPS, standard errors over seeds (of one: over its tasks)."""
     curves = np.array([found[key]["accuracy"] for found in results])            # (seeds, STEPS, m)
     curves = curves.mean(2) if len(curves) > 1 else curves[0].T
-    return curves.mean(0), curves.std(0, ddof=1) / len(curves) ** 0.5
+    return curves.mean(0), standard_error(curves)
 
 
 def print_table(results):

@@ -16,6 +16,7 @@ import estimate
 import eval as evaluation
 import jobs
 import prompts
+import report
 import supmer
 import measure
 import t5 as T
@@ -205,8 +206,9 @@ RECIPES = (     # options; the run's name, steps, examples a step; other setting
     ("--method metapt --labeled sets", "metapt", 150_000, 256, {
         "labeled": "sets", "labeled_share": 1.0, "corpus": (), "inner_rate": 0.08,
         "prompt_rate": 0.025, "patience": 6, "augmentation": False, **NO_PSI}),
-    *((f"--ablation only-{kind}", f"only-{kind}", 100_000, 384, {"only": kind})
-      for kind in ("sp", "mc", "ss")),
+    *((f"{option} {name}", "only-mc", 100_000, 384, {"variants": ("mc-next", "mc-cluster")})
+      for option, name in (("--ablation", "only-mc"), ("--variants", "mc-next mc-cluster"))),
+    ("--ablation no-mgr --regularizer affine", "no-mgr", 100_000, 384, NO_PSI),
     ("--ablation no-ta", "no-ta", 150_000, 256, {"augmentation": False}),
     ("--ablation no-curriculum", "no-curriculum", 100_000, 384, {"curriculum": False}),
     ("--ablation no-mgr", "no-mgr", 100_000, 384, NO_PSI),
@@ -256,7 +258,7 @@ def test_every_method_in_one_table(place, monkeypatch, capsys):
     evaluation.main([*SMALL, "--prompt", *EVERY, "--predictions"])
     path, printed = "runs/eval/small-planted.json", capsys.readouterr().out
     for name in EVERY:
-        assert f"| {name} | {evaluation.figure(accuracies(path, prompt=name))} |" in printed
+        assert f"| {name} | {report.figure(accuracies(path, prompt=name))} |" in printed
     assert {row["prompt"] for row in rows_of(path, split="validation")} == set(EVERY[2:])
     assert {row["prompt"] for row in rows_of(path, split="test", kind="untuned")} == {
         "vocab", "no prompt", "most frequent label"}

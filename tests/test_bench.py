@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import bench
+import contenders
 import supmer
 from common import InputError
 from conftest import Dies, affine_start, needs_sklearn, needs_transformers, relative
@@ -19,15 +20,15 @@ def test_benchs_transformers_compute_the_same_gradient(first_order):
     """Autograd with create_graph through transformers' T5 gives our meta-gradient to 1e-5 (its
     norms are float32), padded or not, so that what bench.py times is the same; the other order's
     differs a hundred times as much."""
-    s = bench.Sizes(**bench.WARM, dtype="float64")
-    t5, (pair,) = bench.random_t5(s), bench.random_pairs(s)
+    s = contenders.Sizes(**contenders.WARM, dtype="float64")
+    t5, (pair,) = contenders.random_t5(s), contenders.random_pairs(s)
     theta, phi = supmer.init_prompt(t5, 2, 0).double(), affine_start(64, torch.float64)
     method = Method(inner_rate=1000.0, micro_tokens=40, gate_weight=0.0, first_order=first_order)
     ours, other = (supmer.meta_gradient(t5, theta, phi, *pair, 0.3, 0.5, one) for one in (
         method, replace(method, first_order=not first_order)))
     for padded in (0, 40):
-        d_theta, d_phi = bench.hf_meta_gradient(bench.hf_model(t5), theta, phi, *pair, 0.3, method,
-                                                padded)
+        model = contenders.hf_model(t5)
+        d_theta, d_phi = contenders.hf_meta_gradient(model, theta, phi, *pair, 0.3, method, padded)
         assert relative(ours.d_theta, d_theta) < 1e-5
         assert relative(ours.d_phi["A"], d_phi["A"]) < 1e-5
         assert relative(other.d_theta, d_theta) > 1e-3
@@ -49,18 +50,18 @@ def test_each_contender_runs():
     """At the smallest sizes; PEFT and transformers are there where CI compares with them. Every
     ratio is of two that run."""
     pytest.importorskip("peft", reason="peft is not installed")
-    contenders = {name: one for group in bench.groups(bench.QUICK) for name, one in group.items()}
-    assert all({row[0], row[1]} <= contenders.keys() for row in bench.RATIOS)
-    for contender, s in contenders.values():
-        contender(replace(s, **bench.WARM))()
+    every = {name: one for group in bench.groups(contenders.QUICK) for name, one in group.items()}
+    assert all({row[0], row[1]} <= every.keys() for row in bench.RATIOS)
+    for contender, s in every.values():
+        contender(replace(s, **contenders.WARM))()
 
 
 def test_a_contender_that_dies_loses_no_others_figures(monkeypatch):
     """It is not run, with the reason; its neighbour's run is there."""
     fork = multiprocessing.get_context("fork")          # which need not import torch anew
     monkeypatch.setattr(bench, "get_context", lambda _: fork)
-    s = replace(bench.QUICK, points=100)
-    group = {"dies": (Dies(), s), "k-means": (bench.clustering, s)}
+    s = replace(contenders.QUICK, points=100)
+    group = {"dies": (Dies(), s), "k-means": (contenders.clustering, s)}
     found, failed = bench.measure_group(group, 1, 1)
     assert found["dies"] == [] and list(failed) == ["dies"]
     assert failed["dies"].startswith("A process in the process pool was")
@@ -72,7 +73,7 @@ def test_a_contender_that_dies_loses_no_others_figures(monkeypatch):
 def test_operations_hold_on_any_machine():
     """Counted without computing: an exact step takes more than a first-order one, and most if the
     graphs are made again; with kept graphs it takes less than transformers."""
-    counts = bench.operations(replace(bench.QUICK, layers=1, support=2, query=2))
+    counts = bench.operations(replace(contenders.QUICK, layers=1, support=2, query=2))
     first, kept, exact, theirs = (counts[name] for name in (
         "first order", bench.KEPT, bench.EXACT, bench.HF))
     assert 1.2 * first < kept < exact < 1.9 * first and kept < theirs

@@ -17,6 +17,7 @@ from common import InputError
 from conftest import (by_topic, contents, held_out_documents, on_ranks, planted_paths, random_t5,
                       sentence, write_model)
 from documents import documents
+from ranks import SOLO
 
 
 # -------------------------------------------------------------------------------------- the store
@@ -267,7 +268,7 @@ def test_ranks_make_one_store(planted, tmp_path, monkeypatch):
         return build(planted, tmp_path, cache, embed=count, ranks=ranks)
     for chunk in (64, 500):                 # many for three ranks, fewer than ranks
         monkeypatch.setattr(corpus, "CHUNK", chunk)
-        alone = work(common.SOLO, f"alone{chunk}")
+        alone = work(SOLO, f"alone{chunk}")
         embedded.clear()
         stores = on_ranks(monkeypatch, 3, partial(work, cache=f"together{chunk}"))
         assert contents(alone.folder) == contents(stores[2].folder)

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save, save_file
 
 import prompts
+import released
 import run_folder
 import t5 as T
 import train
@@ -59,7 +60,7 @@ READ = {
     **{TASKS[name].train: partial(read_rows, task=TASKS[name]) for name in TABLES},
     "run/state.pt": lambda path: run_folder.load_state(path.parent, init_state(THETA, Method())),
     "run/run.json": lambda path: (run_folder.check_origin(path.parent, {"absent": None}),
-                                  train.own_settings(path.parent)),
+                                  run_folder.own_settings(path.parent, train.Training, Method)),
     "run/log.jsonl": lambda path: run_folder.read_log(path.parent),
     "store/[mbcft]*": lambda path: open_store(path.parent),
     "a.tuned": lambda path: predict(Settings(
@@ -110,7 +111,7 @@ def valid(tmp_path_factory, small_world):
     save_file({"theta": THETA}, x / "a.tuned", {"result": json.dumps(about)})
     (x / "new.txt").write_text("a")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompts, "RELEASED", {(8, 16): "ours"})
+        patch.setattr(released, "RELEASED", {(8, 16): "ours"})
         yield readers(x)
 
 

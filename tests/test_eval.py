@@ -1,6 +1,7 @@
 """Tests of eval.py, jobs.py, predict.py and studies.py on a small world."""
 
 import baselines
+import candidates
 import csv
 import data
 import templates
@@ -10,6 +11,7 @@ import json
 import predict
 import pytest
 import re
+import report
 import shutil
 import signal
 import studies
@@ -36,16 +38,16 @@ def test_prompts_by_default(place):
     assert evaluation.parse([])[0].prompt == ("shipped", "random")
     assert evaluation.parse(["--model", "t5-base"])[0].prompt == ("released", "random")
     write_run("runs/tiny-1", model="tiny")
-    quick, why = evaluation.parse(["--quick", "--epochs", "9", "--shots", "4", "4"])
+    quick, why = evaluation.parse(["--quick", "--epochs", "9", "--shots", "4"])
     assert quick.prompt == ("shipped", "shipped-ppt", "vocab", "random")
     assert (quick.task, quick.shots, quick.rates, quick.epochs) == (("source",), (4,), (0.1,), 9)
-    assert any("prompt_length 20: 100 vectors" in line for line in why) and len(why) <= 12
+    assert why["prompt_length"].startswith("100 vectors") and why["epochs"] == "given"
     for name, ended, more in (("b", 20.0, {}), ("a", 30.0, {}), ("z", 10.0, {}),
                               ("y", 99.0, {"model": "other"}), ("w", 99.0, {"name": "no-mgr"}),
                               ("x", 0.0, {"finished": False})):
         write_run(f"runs/{name}", ended=ended, **more)
-    assert studies.newest_run("small") == "runs/a"
-    assert studies.newest_run("elsewhere/other") == "runs/y"
+    assert candidates.newest_run("small") == "runs/a"
+    assert candidates.newest_run("elsewhere/other") == "runs/y"
 
 
 def test_rows_are_complete(place, capsys):
@@ -68,7 +70,7 @@ def test_rows_are_complete(place, capsys):
             assert choice == min(ours, key=evaluation.preference)
             assert all(test[key] == choice[key] for key in ("seed", "rate", "step"))
             assert (test["rows"], test["of"], choice["examples"]) == (40, 40, 8)
-        assert f"| {name} | {studies.figure([row['accuracy'] for row in tested])} |" in printed
+        assert f"| {name} | {report.figure([row['accuracy'] for row in tested])} |" in printed
         untuned = rows_of(path, prompt=name, split="test", kind="untuned")
         assert [row["seed"] for row in untuned] == ([None] if name != "random" else [10, 20])
     assert "| most frequent label | 50.0 |" in printed and "| no prompt | " in printed
@@ -95,7 +97,7 @@ def shown(rows, model="t5-base", config=None, not_run=()):
     rows = [{"task": task, "target": task, "shots": shots, "prompt": prompt, "split": "test",
              "kind": "untuned" if prompt == "no prompt" else "tuned", "accuracy": accuracy}
             for task, prompt, shots, accuracy in rows]
-    text = studies.table({"rows": rows, "not_run": dict.fromkeys(not_run, "why")},
+    text = report.table({"rows": rows, "not_run": dict.fromkeys(not_run, "why")},
                          eval_settings(model=model, prompt=("random",)),
                          config or small_config(d_model=768, num_layers=12, gated=False))
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
@@ -134,7 +136,7 @@ def test_number_of_processes_changes_nothing(place, monkeypatch):
     shutil.rmtree(jobs.TUNED)
     load = partial(load_t5, "small", torch.float32)
     with pytest.raises(InputError, match="a process ended .* Try fewer --jobs than 2"):
-        with jobs.workers(None, load, ["cpu"], 2) as work:
+        with jobs.workers(load, "cpu", 2) as (_, work):
             work(made, "")
             assert [job.path.read_bytes() for job in made] == alone and len(made) == 5
             work([jobs.Job(Path("x"), Dies(), {})], "")
@@ -206,8 +208,8 @@ def test_a_result_depends_on_all_that_made_it():
 # ---------------------------------------------------------- groups, own tasks, labels, studies
 
 def test_what_a_group_lacks_is_not_run(place, monkeypatch, capsys):
-    """`all`: absent tasks are named, with where to put them, and stand in the table as not run; one
-    that is asked for by its name is an error."""
+    """`all`: absent tasks are named, with where to put them, and stand in the table as not run;
+    where nothing is left, it is an error."""
     small_group(monkeypatch, "sst2", "mr")
     evaluation.main([*SHORT, "--task", "all", "--out", "all.json"])
     not_run, printed = json.loads(Path("all.json").read_text())["not_run"], capsys.readouterr().out
@@ -217,8 +219,8 @@ def test_what_a_group_lacks_is_not_run(place, monkeypatch, capsys):
     row = next(line for line in printed.splitlines() if line.startswith("| vocab |"))
     assert row.count("not run") == 10 and "mean of 2" in printed
     Path("empty").mkdir()
-    for argv, said in ((["trec"], "is not in data.*give --data FOLDER"),
-                       (["all", "--data", "empty"], "none of these tasks can be run")):
+    for argv, said in ((["trec"], "trec: .*is not in data.*give --data FOLDER"),
+                       (["all", "--data", "empty"], "no task can be run; sst2: planted")):
         with pytest.raises(InputError, match=said):
             evaluation.main([*SHORT, "--task", *argv])
 
@@ -382,7 +384,7 @@ def test_a_study_makes_the_runs_that_are_missing(place, monkeypatch, capsys):
     whatever other runs there are; what train.py refuses is "not run"; where one is stopped, the
     others are tested. eval.py itself never imports train.py."""
     Path("train.py").write_text(FAKE_TRAIN)
-    monkeypatch.setattr(studies, "TRAIN", Path("train.py"))
+    monkeypatch.setattr(candidates, "TRAIN", Path("train.py"))
     write_run("made", name="ppt")
     write_run("runs/compared/small-ppt", name="ppt", finished=False)
     study = [*SHORT, "--study", "comparison", "--prompt"]

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-import download as downloads
 import eval as evaluation
 import jobs
 import prompts
+import released
 import supmer
 import t5 as T
 import train
-from eval import open_candidate
+from candidates import open_candidate
 from common import InputError
 from conftest import (SMALL, V11, Evil, affine_start, logits, peft, relative, released_files,
                       rows_of, save_model, small_config, small_t5, transformers, write_run)
@@ -63,7 +63,7 @@ def test_ours_are_read_and_others_refused(tmp_path):
 def test_released_regularizer_by_hand():
     """Width 2, rank 2: gate sigmoid(1 * relu(24 * (1 + 3) / 4) - 24) = 1/2; h is relu(relu(g)
     swapped - (0, 1)), rescaled to |g|; psi is their mean."""
-    phi = prompts.init_released(3, 2)
+    phi = released.init_released(3, 2)
     for i in (0, 1):
         phi[f"mlp.layers.{i}.u"] = torch.eye(2)
         phi[f"mlp.layers.{i}.v"] = torch.eye(2)
@@ -76,10 +76,10 @@ def test_released_regularizer_by_hand():
     # relu(g): (3, 4), (0, 4), (0, 0), (0, 0); swapped, - 1: (4, 2), (4, 0), (0, 0), (0, 0)
     h = torch.tensor([[4., 2.], [5., 0.], [0., 0.], [0., 0.]])
     h[0] *= 5 / 20 ** 0.5
-    psi = prompts.regularize_released(phi, g, torch.tensor([1., 3.]))
+    psi = released.regularize_released(phi, g, torch.tensor([1., 3.]))
     assert torch.allclose(psi, (g + h) / 2, rtol=1e-6)
     closed = phi | {"mlp.linear_2.bias": torch.tensor([100.])}
-    assert torch.allclose(prompts.regularize_released(closed, g, torch.tensor([1., 3.])), g)
+    assert torch.allclose(released.regularize_released(closed, g, torch.tensor([1., 3.])), g)
 
 
 def test_released_prompts_are_read(tmp_path):
@@ -116,16 +116,16 @@ def test_the_authors_files_are_fetched_once(place, monkeypatch):
     """`eval.py --prompt released` fetches both and starts from their theta, through their psi; no
     other model's shape gets them."""
     theta, phi = released_files(place / "theirs", "t5base", 16)
-    monkeypatch.setitem(downloads.RELEASED, (16, 32), "t5base")
-    monkeypatch.setattr(downloads, "RELEASED_URL", (place / "theirs").as_uri() + "/")
+    monkeypatch.setitem(released.RELEASED, (16, 32), "t5base")
+    monkeypatch.setattr(released, "RELEASED_URL", (place / "theirs").as_uri() + "/")
     settings, _ = evaluation.parse([*SMALL, "--prompt-length", "100", "--prompt", "released"])
     for _ in range(2):
         prompt = open_candidate("released", small_config(), settings)
         assert torch.equal(prompt.starts[0](small_t5())["theta"], theta)
         g, pooled = theta.flip(0) / 1e4, theta[0]
-        assert torch.equal(prompt.psi(g, pooled), prompts.regularize_released(phi, g, pooled))
-        monkeypatch.setattr(downloads, "RELEASED_URL", "file:///nowhere/")    # they are there
-    monkeypatch.delitem(downloads.RELEASED, (16, 32))
+        assert torch.equal(prompt.psi(g, pooled), released.regularize_released(phi, g, pooled))
+        monkeypatch.setattr(released, "RELEASED_URL", "file:///nowhere/")    # they are there
+    monkeypatch.delitem(released.RELEASED, (16, 32))
     with pytest.raises(InputError, match="for t5-base and flan-t5-xl only"):
         open_candidate("released", small_config(), settings)
 

@@ -14,8 +14,9 @@ import data
 import templates
 import labeled
 import tasks
-from common import InputError, settings_parser
+from common import InputError
 from conftest import FORMATS, SUPMER_DATA, by_topic, needs_data, write_model, write_task
+from settings import settings_parser
 from templates import MASK
 from tasks import TASKS, LabeledTask, OwnTable, Row, load_test, load_train
 
@@ -205,15 +206,16 @@ def test_a_template_names_columns(tmp_path):
             own(tmp_path, content, template, test=test)
 
 
-def test_each_label_is_shown_with_a_source(tokenizer):
+def test_each_label_is_shown_with_a_source(tokenizer, capsys):
     """As T5 reads it, with its rows and its target; a text is counted that is cut."""
     task = LabeledTask("", "", max_tokens=9, labels=("0.0", "1.0"))
     rows = [Row(1, {"text": "A fine film."}), Row(0, {"text": "bad " * 99}), Row(1, {"text": "b"})]
     assert list(tasks.task_lines(tokenizer, task, rows)) == [
         "  1 rows of label 0.0: bad bad bad bad It was <extra_id_0> ?</s> -> terrible",
         "  2 rows of label 1.0: A fine film . It was <extra_id_0> ?</s> -> great"]
-    assert tasks.count_cut(tokenizer, task, rows) == 1
-    assert tasks.count_cut(tokenizer, task._replace(max_tokens=999), rows) == 0
+    for most in (9, 999):
+        tasks.print_cut(tokenizer, "t", task._replace(max_tokens=most), rows)
+    assert capsys.readouterr().out == "t: of 3 texts 1 are cut to 9 tokens\n"
 
 
 def test_label_words_that_cannot_win_are_refused(tokenizer):

@@ -14,10 +14,11 @@ import corpus as corpus_module
 import supmer
 import measure
 import train
-from common import InputError, from_settings
+from common import InputError
 from conftest import TINY, logits, needs_transformers
 from corpus import build_store, hash_share
 from data import TaskIndex, meta_task
+from settings import from_settings
 from templates import MASK
 from t5 import EOS, PAD, embed_tokens, load_t5
 from tasks import TASKS, load_test, task_examples

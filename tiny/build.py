@@ -32,13 +32,14 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import TINY, InputError, Parser, fingerprint, reading, run_script, whole_file
+from common import TINY, InputError, fingerprint, reading, run_script, whole_file
 from corpus import build_store, embed_sentences
 from data import PAPER_VARIANTS, VARIANTS, TaskIndex, meta_task, padded
 from templates import compile_template, fill_template, load_tokenizer
 from kmeans import kmeans
-from supmer import Method
 from measure import measure, score
+from settings import Parser
+from supmer import Method
 from t5 import (EOS, T5, decode, embed_tokens, encode, expected_shapes, load_t5, next_token_logits,
                 read_config)
 from tasks import SENTIMENT, TASKS, read_rows, task_examples
