@@ -67,17 +67,17 @@ def test_mistakes_end_with_status_2_and_one_line(small_world, monkeypatch, scrip
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("script, classes", [(train, (train.Training, Method)),
-                                             (evaluation, (evaluation.Settings,))])
-def test_help_names_defaults(script, classes, capsys):
+@pytest.mark.parametrize("script, settings", [
+    (train, [*fields(train.Training), *fields(Method)]), (evaluation, fields(evaluation.Settings))])
+def test_help_names_defaults(script, settings, capsys):
     """--help has each setting with its default in brackets."""
     with pytest.raises(SystemExit):
         script.parse(["--help"])
     text = "".join(capsys.readouterr().out.split())         # it breaks lines at hyphens, too
-    for entry in (entry for cls in classes for entry in fields(cls)):
+    for entry in settings:
         values = entry.default if isinstance(entry.default, tuple) else [entry.default]
-        about = "".join(entry.metadata["help"].split()) + "[" + "".join(map(str, values))
-        assert about in text, entry.name
+        shown = "".join(f"{entry.metadata['help']}[{''.join(map(str, values))}".split())
+        assert shown in text, entry.name
 
 
 def test_a_gpu_that_is_named_is_the_current_one(monkeypatch):

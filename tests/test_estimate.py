@@ -141,24 +141,22 @@ def test_flan_t5_xl_fits_24_gigabytes():
     assert whole["micro-batch"] > 5e9 and sum(whole.values()) < 24e9
 
 
-def test_missing_memory_is_refused_with_what_would_fit(monkeypatch):
+@pytest.mark.parametrize("gib, advice", [(21, ""), (16, "--micro-tokens 1792"), (
+    11, "--micro-tokens 512"), (10, "--dtype bfloat16 or a smaller model")])
+def test_missing_memory_is_refused_with_what_would_fit(monkeypatch, gib, advice):
     """Before anything is fetched or allocated: the micro-batch that would fit, or other advice."""
     training, method = train.Training(model="m"), Method(micro_tokens=3072)
     parts = {"weights": 8 << 30, "micro-batch": 12 << 30, "program": 1 << 30}
-    pages = {"SC_PAGE_SIZE": MiB}
+    pages = {"SC_PAGE_SIZE": MiB, "SC_PHYS_PAGES": gib << 10}
     monkeypatch.setattr(estimate, "memory_needed", lambda *_: parts)
     monkeypatch.setattr(estimate, "model_shape", lambda _: None)
     monkeypatch.setattr(hubs, "fetch_list", None)
     monkeypatch.setattr(os, "sysconf", pages.get)
-    for there, advice in ((16, "--micro-tokens 1792"), (11, "--micro-tokens 512"),
-                          (10, "--dtype bfloat16 or a smaller model")):
-        pages["SC_PHYS_PAGES"] = there << 10
-        with pytest.raises(InputError) as caught:
-            estimate.prepare(training, method, torch.device("cpu"), SimpleNamespace(dry_run=False))
-        assert str(caught.value) == ("m needs 21.0 GiB with micro-batches of 3072 positions, "
-                                     f"cpu has {there}.0: try {advice}")
-    pages["SC_PHYS_PAGES"] = 21 << 10
-    assert estimate.memory_line(None, training, method, torch.device("cpu"))[1] == ""
+    says = advice and ("m needs 21.0 GiB with micro-batches of 3072 positions, "
+                       f"cpu has {gib}.0: try {advice}")
+    assert estimate.memory_line(None, training, method, torch.device("cpu"))[1] == says
+    with pytest.raises(InputError if says else TypeError, match=says):
+        estimate.prepare(training, method, torch.device("cpu"), SimpleNamespace(dry_run=False))
 
 
 def test_the_time_is_that_of_the_methods_own_step(monkeypatch, small_world):
@@ -194,7 +192,7 @@ def test_a_long_run_needs_a_gpu_or_yes(monkeypatch, capsys):
         prepare(corpus=("my.txt",))
     control.yes = True
     prepare(corpus=("my.txt",))
-    control.dry_run = True
+    control.yes, control.dry_run = False, True
     monkeypatch.setattr(os, "sysconf", pages.get)
     for pages["SC_PHYS_PAGES"], time in ((1 << 20, "some time"), (16, "time:     cannot be")):
         prepare()

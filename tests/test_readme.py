@@ -20,8 +20,6 @@ PAGES = [HERE / "README.md", *sorted(HERE.glob("docs/*.md")), HERE / "tiny/READM
 CODE = [HERE / f"{name}.py" for name in MODULES] + [*HERE.glob("tiny/*.py")]
 FOREIGN = {"nproc_per_node", "nnodes"}                # torchrun's
 
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(HERE)))
-
 
 def options():
     """The options of all scripts: knobs of their dataclasses, and literal ones."""
@@ -33,21 +31,15 @@ def options():
     return found | {"help"}
 
 
-@pages
-def test_scripts_and_options_exist(page):
-    """Each `python FILE` is a file, and each --option is one of the scripts' or torchrun's."""
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(HERE)))
+def test_what_a_page_names_exists(page):
+    """Each `python FILE` is a file, each --option one of the scripts' or torchrun's; each
+    `path/file.py`, and each `module.name` of ours, in backticks exists; each relative link is a
+    file, each anchor a heading of it."""
     text = page.read_text()
     for script in re.findall(r"python (?:-m )?([\w/]+\.py)", text):
         assert (HERE / script).is_file(), script
-    written = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
-    assert written - FOREIGN <= options()
-
-
-@pages
-def test_files_names_and_links_lead_somewhere(page):
-    """Each `path/file.py`, and each `module.name` of ours, in backticks exists; each relative link
-    is a file, each anchor a heading of it."""
-    text = page.read_text()
+    assert set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)) - FOREIGN <= options()
     for name in re.findall(r"`([^`\n]+)`", text):
         if re.fullmatch(r"[\w/]+\.(py|md|svg|json)", name):
             inside = name.startswith(("runs", "cache", "tiny", "out"))
