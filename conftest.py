@@ -18,7 +18,7 @@ import tarfile
 import threading
 import traceback
 import urllib.parse
-import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -401,8 +401,7 @@ def ended(pid):
 def on_ranks(monkeypatch, world, work):
     """work(ranks) on each of `world` ranks, threads here -> what each returns or raises. What
     torch.distributed does between processes is done between the threads."""
-    slots, barrier, found = [None] * world, threading.Barrier(world), [None] * world
-    mine = threading.local()
+    slots, barrier, mine = [None] * world, threading.Barrier(world), threading.local()
 
     def gather(values, value):
         slots[mine.rank] = pickle.dumps(value)
@@ -413,17 +412,12 @@ def on_ranks(monkeypatch, world, work):
     def run(rank):
         mine.rank = rank
         try:
-            found[rank] = work(Ranks(rank, world))
+            return work(Ranks(rank, world))
         except InputError as error:
-            found[rank] = error
-    monkeypatch.setattr(ranks_module, "distributed", SimpleNamespace(
-        all_gather_object=gather, barrier=lambda group: barrier.wait(20)))
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+            return error
+    monkeypatch.setattr(ranks_module, "distributed", SimpleNamespace(all_gather_object=gather))
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(run, range(world)))
 
 
 def contents(folder, *ends):
@@ -433,9 +427,8 @@ def contents(folder, *ends):
 
 
 def log_without_times(run):
-    lines = (run / "log.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "time"}
-            for line in lines]
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
 
 
 def exact(value):
@@ -513,13 +506,6 @@ def accuracies(path, **wanted):
     return [row["accuracy"] for row in rows_of(path, **wanted)]
 
 
-def small_group(monkeypatch, *names):
-    """Let planted's files stand for these tasks of the real names; the others cannot be had."""
-    for name, task in TASKS.items():
-        stands_in = TASKS["planted"] if name in names else task._replace(urls=(), hub=())
-        monkeypatch.setitem(TASKS, name, stands_in)
-
-
 # ------------------------------------------------------------- files of others, and their servers
 
 # A file of each format, by its task: what is written, what is read.
@@ -580,15 +566,6 @@ def tar_of(members):
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
-    return out.getvalue()
-
-
-def zip_of(members):
-    """A zip {name: bytes}, as bytes."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
     return out.getvalue()
 
 
