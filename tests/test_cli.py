@@ -22,7 +22,6 @@ OWN = ["--model", "small", "--prompt-length", "3", "--prompt", "vocab", "--templ
 @pytest.mark.parametrize("script, argv, says", [
     (train, "--tasks 0", "0 must be above 0"),
     (train, "--device nonsense", "--device nonsense is not available"),
-    (train, "--device cuda:99", "--device cuda:99 is not available"),
     (train, "--method metapt", "give --labeled FOLDER"),
     (train, "--method unified-ppt --labeled sets", "leave --labeled away"),
     (train, "--resume nowhere", "nowhere/run.json is missing"),

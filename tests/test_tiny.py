@@ -176,10 +176,8 @@ def test_what_may_be_learned_from(tmp_path):
     (tmp_path / "original/sst").mkdir(parents=True)
     (tmp_path / "original/sst/test.csv").write_text("1,ONE, two three four five six seven: eight!")
     found, dropped = gather([path], forbidden_grams({}, tmp_path))
-    assert dropped == {"mine": 1}
-    assert {tuple(document.sentences) for document in found} == {
+    assert dropped == {"mine": 1} and {tuple(document.sentences) for document in found} == {
         ("It is fine.", "You should buy it."), ("Who is he?",), ("It rained all day.",)}
-    for line in (b'["no record"]', b'{"text": "f\xfcr"}', b'{"paragraphs": [1]}', b"[" * 10 ** 5):
-        path.write_bytes(gzip.compress(b'{"text": "Fine."}\n' + line + b"\n"))
-        with pytest.raises(InputError, match="mine.jsonl.gz, line 2 is not a record"):
-            list(read_records(path))
+    path.write_bytes(gzip.compress(b'{"text": "Fine."}\n{"paragraphs": [1]}\n'))
+    with pytest.raises(InputError, match="mine.jsonl.gz, line 2 is not a record"):
+        list(read_records(path))
