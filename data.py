@@ -48,8 +48,10 @@ class Variant(NamedTuple):
         return max((relations.count("other") for relations in self.beside), default=0)
 
 
-PAIR, YES_NO = "{0} <X> . {1}", ("yes", "no")
-CHOICE, LETTERS = "{0} ? A. {1} B. {2} C. {3} D. {4} . Answer: <X>", ("A", "B", "C", "D")
+PAIR = "{0} <X> . {1}"
+YES_NO = ("yes", "no")
+CHOICE = "{0} ? A. {1} B. {2} C. {3} D. {4} . Answer: <X>"
+LETTERS = ("A", "B", "C", "D")
 VARIANTS = {        # the five of section 3.2 and A.2; an anchor is of the task's cluster
     "sp-next": Variant("sp", PAIR, (*YES_NO, "maybe"), (("next",), ("far",), ("near",))),
     "sp-cluster": Variant("sp", PAIR, YES_NO, (("same",), ("other",))),
@@ -89,8 +91,10 @@ def collate(examples, rows, device="cpu"):
     rows = list(rows)
     ids, mask = padded([examples.ids[r] for r in rows])                             # (B, T)
     slots = torch.tensor([examples.slots[r] for r in rows], dtype=torch.long)       # (B, V)
-    targets = torch.eye(len(examples.words))[examples.labels[rows]]                 # (B, K)
-    return Batch(*(x.to(device) for x in (ids, mask, slots, examples.vectors[rows], targets)))
+    one_hot = torch.eye(len(examples.words))
+    targets = one_hot[examples.labels[rows]]                                        # (B, K)
+    batch = Batch(ids, mask, slots, examples.vectors[rows], targets)
+    return Batch(*(x.to(device) for x in batch))
 
 
 def padded(sentences):
@@ -133,32 +137,39 @@ class TaskIndex:
 
     def __init__(self, store, tokenizer, *, support=32, query=32, variants=PAPER_VARIANTS,
                  max_tokens=MAX_TOKENS, recast={}, mixing=False):
-        self.store, self.sizes, self.max_tokens = store, (support, query), max_tokens
+        self.store = store
+        self.sizes = (support, query)
+        self.max_tokens = max_tokens
         self.variants = tuple(variants)
-        self.table = {name: (VARIANTS | recast)[name] for name in variants}
+        entries = VARIANTS | recast
+        self.table = {name: entries[name] for name in variants}
         self.parts = {name: compile_template(tokenizer, entry.template)
                       for name, entry in self.table.items()}
         self.words = {name: decoder_targets(tokenizer, entry.words)
                       for name, entry in self.table.items()}
         self.first = np.append(store.first, len(store.anchor))          # (documents + 1,)
         held_out = store.held_out[store.first]
+        half = 2 * store.centroids.shape[1]                 # of the groups; training's come first
         self.documents, self.pools, self.usable, counts = {}, {}, {}, {}
-        for split, chosen in (("train", ~held_out), ("validation", held_out)):
+        for split, chosen, groups in (("train", ~held_out, slice(half + 1)),
+                                      ("validation", held_out, slice(half, None))):
             rows = np.flatnonzero(chosen)
             lengths = np.diff(self.first)[rows]
             self.documents[split] = rows, np.append(0, np.cumsum(lengths))
             for form, order, bounds in zip(FORMATS, store.order, store.bounds):
-                half = len(bounds) // 2     # the training groups come first
-                part = bounds[half:] if split == "validation" else bounds[:half + 1]
-                self.pools[split, form] = Pool(order[part[0]:part[-1]], part[::2] - part[0],
-                                               np.diff(part)[::2])
+                ends = bounds[groups]
+                begin = ends[0]
+                sizes = np.diff(ends)
+                self.pools[split, form] = Pool(order[begin:ends[-1]], ends[::2] - begin, sizes[::2])
             for name, entry in self.table.items():
                 found = self.pools[split, entry.format].counts(entry)
                 self.usable[split, name] = np.flatnonzero(found >= support + query)
                 ways = max(entry.ways, 1 + (mixing and split == "train"))
                 counts[f"{name}: {split} sentences"] = found, ways
-        most = max(1 + mixing, *(max(x.ways, 1 + (x.others > 0)) for x in self.table.values()))
-        check_clusters("--clusters", support + query, most, counts)
+        least = [1 + mixing]
+        for entry in self.table.values():
+            least += [entry.ways, 1 + (entry.others > 0)]
+        check_clusters("--clusters", support + query, max(least), counts)
 
 
 def check_clusters(option, wanted, least, found):
@@ -195,12 +206,14 @@ def meta_task(index, seed, step, i, *, variant=None, split="train", stream="task
     rng = common.rng(seed, step, i, stream)
     drawn = index.variants[rng.integers(len(index.variants))]       # also if it is given
     name = variant or drawn
-    ways, usable, clusters = index.table[name].ways, index.usable[split, name], tuple(avoid)
-    assert ways > 1 or usable.tolist() != list(avoid), "avoid needs an index for mixing"
-    while clusters == tuple(avoid):
+    ways = index.table[name].ways
+    usable = index.usable[split, name]
+    clusters = tuple(avoid)
+    while clusters == tuple(avoid):         # () without a task to avoid
         clusters = tuple(rng.choice(usable, ways, replace=False).tolist())
     draw = Draw(index, rng, name, split, clusters)
-    return Task(name, clusters, *[draw.examples(n) for n in index.sizes])
+    support, query = (draw.examples(n) for n in index.sizes)
+    return Task(name, clusters, support, query)
 
 
 def shuffled(rng, items):
@@ -230,30 +243,38 @@ class Draw:
 
     def __init__(self, index, rng, name, split, clusters):
         self.index, self.rng, self.name, self.split = index, rng, name, split
-        self.entry, self.clusters = index.table[name], clusters
+        self.entry = index.table[name]
+        self.clusters = clusters
         self.pool = index.pools[split, self.entry.format]
-        start, counts = self.pool.start, self.pool.counts(self.entry)
-        self.anchors = [shuffled(rng, self.pool.order[start[c]:][:counts[c]]) for c in clusters]
+        counts = self.pool.counts(self.entry)
+        self.anchors = []               # of each cluster those that can serve
+        for c in clusters:
+            begin = self.pool.start[c]
+            self.anchors.append(shuffled(rng, self.pool.order[begin:begin + counts[c]]))
 
     def examples(self, n):
         """One set of the task: n Examples with balanced labels."""
         index, entry = self.index, self.entry
-        labels, filled = balanced(self.rng, len(entry.words), n), []
+        labels = balanced(self.rng, len(entry.words), n)
         shown = list(self.clusters) if entry.centroids else []
         centroids = index.store.centroids[FORMATS.index(entry.format)][shown]           # (V, d)
         places = sorted(template_fields(entry.template))        # {0}, {1}, ...
+        ids, slots = [], []
         for label in labels:
             texts = [index.store.sentence(s).tolist() for s in self.sentences(label)]
             texts += [None] * len(shown)                # where vectors will stand
             fields = dict(zip_longest(places, texts, fillvalue=[]))
-            filled.append(fill_template(index.parts[self.name], fields, index.max_tokens))
-        ids, slots = map(list, zip(*filled))
+            source, places_of_vectors = fill_template(
+                index.parts[self.name], fields, index.max_tokens)
+            ids.append(source)
+            slots.append(places_of_vectors)
         vectors = torch.from_numpy(centroids).expand(n, *centroids.shape)               # (n, V, d)
         return Examples(ids, slots, vectors, torch.from_numpy(labels), index.words[self.name])
 
     def sentences(self, label):
         """An example's sentences. An anchor that cannot serve this label waits for another one."""
-        which, waiting = label if self.entry.ways > 1 else 0, []
+        which = label if self.entry.ways > 1 else 0
+        waiting = []
         for anchor in self.anchors[which]:
             if found := self.beside(self.clusters[which], anchor, label):
                 if waiting:
@@ -268,15 +289,20 @@ class Draw:
         sentence = self.index.store.sentence
         chosen, texts = [anchor], {sentence(anchor).tobytes()}
         for relation in self.entry.beside[label] if self.entry.beside else ():
-            tries = (self.related(cluster, anchor, relation) for _ in range(20))
-            new = next((s for s in tries if sentence(s).tobytes() not in texts), None)
-            if new is None:         # rare: all that can stand beside the anchor reads like it
+            for _ in range(20):
+                new = self.related(cluster, anchor, relation)
+                text = sentence(new).tobytes()
+                if text not in texts:
+                    break
+            else:                   # rare: all that can stand beside the anchor reads like it
                 return None
             chosen.append(new)
-            texts.add(sentence(new).tobytes())
+            texts.add(text)
         if self.entry.choice:       # the right one to its place among the wrong ones
-            wrong = self.rng.permutation(chosen[2:]).tolist()
-            chosen = [anchor, *wrong[:label], chosen[1], *wrong[label:]]
+            right, *others = chosen[1:]
+            places = self.rng.permutation(others).tolist()
+            places.insert(label, right)
+            chosen = [anchor, *places]
         return chosen
 
     def related(self, cluster, anchor, relation):
