@@ -29,10 +29,10 @@ import torch
 from common import InputError, rng
 from data import FORMATS, PAPER_VARIANTS, VARIANTS
 from ranks import SOLO
-from templates import MASK, compile_template, fill_template, template_fields, tokenize
 from supmer import descend, first_derivative, init_prompt, loss_shares, prompt_gradient
 from t5 import T5, T5Config, count_weights, expected_shapes, linear, rms_norm
 from tasks import task_examples
+from templates import MASK, compile_template, fill_template, template_fields, tokenize
 
 PREFIX_LENGTH = 20          # of both prefix methods; the paper gives none (ours)
 PREFIX_WIDTH = 512          # m, the reparametrizing MLP's hidden width (Li & Liang, 4.3)

@@ -45,8 +45,8 @@ import tasks
 import train
 from common import InputError
 from ranks import SOLO, Ranks
-from templates import load_tokenizer
 from tasks import TASKS
+from templates import load_tokenizer
 
 try:
     import transformers

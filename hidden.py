@@ -27,14 +27,14 @@ from baselines import as_many_examples, normal_prompt
 from common import TINY, bar, run_script, whole_file
 from corpus import build_store
 from data import Task, TaskIndex, meta_task
-from templates import load_tokenizer
+from measure import measure, score
 from report import standard_error
 from settings import Parser
 from supmer import Method, inner_step, init_prompt, prompt_gradient
-from measure import measure, score
 from supmer import REGULARIZERS
 from t5 import load_t5, model_fingerprint
 from tasks import TASKS, few_shot, first_rows, load_test, load_train, task_examples
+from templates import load_tokenizer
 from train import Run, Training
 
 FOLDER = Path("runs/hidden")

@@ -14,8 +14,8 @@ from common import InputError, fingerprint, rng
 from corpus import Document, build_from, hash_share
 from data import Examples, Task, balanced, check_clusters, shuffled
 from ranks import SOLO
-from templates import MAX_TOKENS, compile_template, decoder_targets, fill_template
 from tasks import LabeledTask, OwnTable, own_task, read_rows, task_lines
+from templates import MAX_TOKENS, compile_template, decoder_targets, fill_template
 
 
 def find_sets(folder):

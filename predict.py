@@ -14,13 +14,13 @@ import torch
 
 from baselines import BASELINES, normal_prompt
 from common import InputError, pick_device, reading, whole_file
-from templates import load_tokenizer, template_fields
 from hub import model_folder, tokenizer_file
 from jobs import TUNED, read_result
-from supmer import Method
 from measure import score
+from supmer import Method
 from t5 import load_t5, model_fingerprint
 from tasks import LabeledTask, load_texts, refuse_unread
+from templates import load_tokenizer, template_fields
 
 
 def predict(settings):

@@ -9,9 +9,9 @@ import torch
 
 import corpus
 import data
-import templates
 import supmer
 import t5 as T
+import templates
 from common import TINY, run_script
 from exercises import toy_world
 

@@ -17,18 +17,13 @@ Generalization", arXiv 2303.12314. The whole method (Alg. 1), and the function t
             d phi_i   =   - a1 (dpsi/dphi)^T v + lambda_reg dL_reg/dphi     meta_gradient    Eq. 20
         Adam steps along the means over the tasks; s = mean of the s_i      meta_step
 
-T5 is frozen: every gradient is with respect to theta or phi only. meta_loss() defines a task's
-loss; meta_gradient() computes its gradient in the memory of one micro-batch. It drops no term
-unless first_order asks for that: the Hessian is only ever multiplied with a vector.
-
-    python supmer.py    # a toy T5's meta-gradient beside its finite difference; seconds
+T5 is frozen. meta_loss() defines a task's loss; meta_gradient() computes its gradient in the memory
+of one micro-batch, without dropping a term. `python supmer.py` compares it with finite differences.
 
 P prompt tokens, d model width, B rows of a micro-batch, T text positions, S = P + T, V inserted
 vectors, K label words, n examples of a set or tasks of a step. H encoder states (B, S, d), pooled
-their mean over a support set (d,), Y the labels, one-hot (B, K). theta (P, d), phi and their
-gradients are float32; float64 passes through untouched, for proofs. From data.py come tuples:
-Examples, a set's token ids, labels and label words; Batch, rows of them as padded tensors: ids,
-mask (B, T), slots (B, V), vectors (B, V, d), targets (B, K); Task, a support and a query set.
+their mean over a support set (d,), Y one-hot labels (B, K). theta (P, d), phi and their gradients
+are float32, or float64 for proofs. Examples, Batch and Task are data.py's.
 """
 
 from dataclasses import dataclass
@@ -55,8 +50,7 @@ class Method:
     """The method's numbers, with the paper's values; train.py's command line is made from them."""
     inner_rate: float = knob(0.1, "a1, inner rate on the raw gradient (Table 6)")
     relative_step: float = knob(
-        0.0, "if > 0, a1 is such that |a1 psi(g)| is this share of |theta| (ours; the paper: 0)",
-        zero=True)
+        0.0, "if > 0, a1 makes |a1 psi(g)| this share of |theta| (ours; the paper: 0)", zero=True)
     prompt_rate: float = knob(0.1, "b1, Adam's rate for theta (Table 6)", zero=True)
     regularizer_rate: float = knob(1e-4, "b2, Adam's rate for phi (Table 6)", zero=True)
     regularizer_eps: float = knob(
@@ -78,18 +72,18 @@ class Method:
     words_only: bool = knob(
         False, "loss over the label words, not the whole vocabulary (LM-BFF, PERFECT)")
     micro_tokens: int = knob(
-        2048, "encoder positions (prompt, text and padding) that are computed together, or one "
-        "example: memory and speed, not the result (ours)")
+        2048, "encoder positions, with padding, that are computed together: memory and speed, not "
+        "the result (ours)")
     keep_graphs: int = knob(
-        0, "micro-batches of a support set whose graphs are kept for the Hessian, not made again: "
-        "memory and speed, not the result (ours)", zero=True)
+        0, "micro-batches whose graphs are kept for the Hessian: memory and speed, not the result "
+        "(ours)", zero=True)
 
 
 def meta_loss(t5, theta, phi, task, partner, lam, b, method):
     """A task's loss. torch.func.grad of it by theta and by phi IS the meta-gradient (Eq. 8, 20).
 
-    task, partner: Tasks with the same label words; lam, b: floats. Two things are constants by
-    choice: the gate's input (as in Eq. 13) and, with first_order, the inner step. -> scalar
+    task, partner: Tasks with the same label words. By choice the gate's input is a constant, as in
+    Eq. 13, and with first_order the inner step.
     """
     start = theta.detach() if method.first_order else theta
     support_loss = partial(set_loss, t5, examples=task.support, method=method)
@@ -150,8 +144,7 @@ def loss_share(t5, theta, batch, other, lam, words, n, method):
     """What a Batch of B rows adds to the mean loss of its set of n examples (Eq. 1).
 
     other: the partner task's Batch to mix() in, or None. -> the rows' sum of -sum_k Y_k log p_k,
-    divided by n; their sum of pool(H), unmixed, divided by n (d,). The latter is detached: psi is
-    differentiated through g and phi only, as in the paper's derivation (Eq. 13).
+    divided by n; their sum of pool(H), unmixed, divided by n (d,), a constant as in Eq. 13.
     """
     H, mask = encode_with_prompt(t5, theta, batch)
     Y = batch.targets.to(H.dtype)
@@ -163,9 +156,8 @@ def loss_share(t5, theta, batch, other, lam, words, n, method):
 
 
 def micro_batches(examples, theta, method, partner=None):
-    """Batches of examples of similar length -> (rows, batch, partner's or None).
-    Each has at most method.micro_tokens positions, theta's (P, d) and padding included, or is one
-    example. Row r of the partner stays with row r of the examples."""
+    """Examples of similar length -> (rows, their Batch, the partner's same rows' or None), of at
+    most method.micro_tokens positions, theta's and padding included, or one example."""
     both = zip(examples.ids, (partner or examples).ids, strict=True)
     lengths = [len(theta) + max(len(ids), len(other)) for ids, other in both]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -189,9 +181,8 @@ def loss_shares(theta, examples, method, partner=None, lam=0.0):
 # ------------------------------------------------------- gradients, one micro-batch at a time
 
 def first_derivative(function, theta):
-    """function: theta -> (scalar, more). -> its gradient, more, the scalar.
-    torch.func.grad_and_value(function, has_aux=True) gives the same, but always records its own
-    backward pass for a next derivative. Where none is taken this needs half the memory."""
+    """function: theta -> (scalar, more). -> its gradient, more, the scalar. As grad_and_value,
+    which records its backward pass for a next derivative, but in half the memory."""
     value, pull_back, more = vjp(function, theta, has_aux=True)
     gradient, = pull_back(torch.ones_like(value), retain_graph=False, create_graph=False)
     return gradient, more, value
@@ -213,22 +204,17 @@ def add_up(parts):
 
 
 def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0):
-    """The gradient of the mean loss over n Examples with respect to theta (P, d).
-
-    With a partner and lambda > 0 its examples are mixed in, pair by pair, and the gradient runs
-    through both; at lambda = 0 the partner is neither encoded nor attended to.
-    -> gradient (P, d), the mean encoder state (d,), unmixed, the loss.
-    """
+    """The gradient of the mean loss over Examples, mixed with a partner's if lambda > 0 (Eq. 1, 4).
+    -> gradient (P, d), the mean encoder state (d,), unmixed, the loss."""
     shares = loss_shares(theta, examples, method, partner, lam)
     return add_up(first_derivative(partial(share, t5), theta) for share in shares)
 
 
 def gradient_and_hessian(t5, theta, examples, method):
-    """As prompt_gradient(), and the second derivative of the same loss -> g, pooled, loss, hessian.
+    """As prompt_gradient(), and a function -> g, pooled, loss, hessian.
 
-    hessian(u) is Hess_theta L u for u (P, d), to be called once. It makes a micro-batch's graph
-    again, so that memory does not grow with n. The first method.keep_graphs ones are kept from
-    here instead, which saves a pass. Both are exact, and equal.
+    hessian(u) is Hess_theta L u for u (P, d), once. It makes a micro-batch's graph again, so that
+    memory does not grow with n, or keeps the first method.keep_graphs ones: a pass less.
     """
     shares = [partial(share, t5) for share in loss_shares(theta, examples, method)]
     kept = 0 if method.first_order else method.keep_graphs
@@ -260,8 +246,7 @@ def mix(H_i, mask_i, Y_i, H_j, mask_j, Y_j, lam):
     """(1 - lambda) i + lambda j of encoder states and labels, example by example (Eq. 4).
 
     H (B, S_i, d) and (B, S_j, d), masks alike, Y (B, K) -> H (B, max S, d), the union of the masks,
-    Y (B, K). Both begin with P prompt positions, so prompt mixes with prompt. States at padding
-    are set to zero first: what the encoder left there is arbitrary.
+    Y (B, K). States at padding are set to zero first: what the encoder left there is arbitrary.
     """
     S = max(H_i.shape[1], H_j.shape[1])
 
@@ -285,11 +270,8 @@ class Regularizer(NamedTuple):
 
 def direction_and_length(x):
     """x (..., d) -> x / |x| and |x| (..., 1) along the last axis; 0, 0 and derivative 0 for zeros.
-
-    A harmless row is put in BEFORE dividing: `where` on the result alone still gives NaN
-    derivatives. Rows are scaled by their largest entry first, a constant to the derivative that
-    cancels, so that tiny gradients do not underflow.
-    """
+    A harmless row is put in BEFORE dividing: `where` on the result alone gives NaN derivatives.
+    Rows are scaled by their largest entry, which cancels: tiny gradients do not underflow."""
     scale = x.detach().abs().amax(-1, keepdim=True)                                # (..., 1)
     alive = scale > 0
     scale = torch.where(alive, scale, 1.0)
@@ -435,12 +417,12 @@ def init_state(theta, method):
 def meta_step(t5, state, pairs, method, seed, ranks=SOLO):
     """One step of Alg. 1 over n pairs (task, partner), Eq. 3 and 7: it alone changes the state.
 
-    The ranks share the tasks. Each adds up all TaskGradients in the tasks' order, and so all take
-    the same step, whatever their number. -> a dict for the log: s, b, the lambdas, and means over
-    the tasks. Raises InputError, with the state as it was, when a loss or a gradient is not finite,
-    and for more ranks than tasks.
+    The ranks share the tasks; each adds up all TaskGradients in the tasks' order. -> a dict for the
+    log: s, b, the lambdas, means over the tasks. Raises InputError, with the state as it was, for
+    a loss or gradient that is not finite, and for more ranks than tasks.
     """
-    b, n = curriculum(state.s, method.curve), len(pairs)
+    n = len(pairs)
+    b = curriculum(state.s, method.curve)
     if ranks.world > n:
         raise InputError(f"{ranks.world} processes share the {n} tasks of a step: start fewer, or "
                          f"give --tasks {ranks.world}")
@@ -464,7 +446,8 @@ def meta_step(t5, state, pairs, method, seed, ranks=SOLO):
     left = 1 - state.step / method.steps                        # linear decay, no warm-up
     descend(state.theta_adam, method.prompt_rate * left, method.clip)
     descend(state.phi_adam, method.regularizer_rate * left, method.clip)
-    state.s, state.step = log["s"], state.step + 1
+    state.s = log["s"]
+    state.step += 1
     return log
 
 

@@ -17,11 +17,11 @@ import torch
 
 from common import TINY, InputError, text_sha256
 from data import Examples
-from templates import (compile_template, decoder_targets, examples_as_text, fill_template,
-                       template_fields, tokenize)
 from download import locate
 from settings import knob
 from tables import check_header, read_table
+from templates import (compile_template, decoder_targets, examples_as_text, fill_template,
+                       template_fields, tokenize)
 
 
 # --------------------------------------------------------------------------- the tasks

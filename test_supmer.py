@@ -30,16 +30,16 @@ import torch.nn.functional as F
 import baselines
 import corpus
 import data
-import templates
 import eval as evaluation
 import jobs
 import kmeans as km
+import measure
 import onednn
 import report
 import supmer
-import measure
 import t5 as T
 import tasks
+import templates
 import train
 from candidates import Plan, open_candidate
 from common import InputError
@@ -50,12 +50,12 @@ from conftest import (
     random_task, relative, rows_of, sklearn, small_examples, small_state, small_t5, start_train,
     transformers, tune, write_model, write_rows)
 from data import TaskIndex, VARIANTS, meta_task
-from templates import MASK, fill_template
 from documents import documents
 from ranks import SOLO, Ranks
 from sentences import split_sentences
 from supmer import Method
 from tasks import TASKS, load_test
+from templates import MASK, fill_template
 
 
 # ------------------------------------------------------------------------ T5: against transformers
@@ -1301,12 +1301,13 @@ def test_each_variant_says_what_the_corpus_says(planted, variant):
     form = re.escape(entry.template.replace("<X>", MASK)) + "</s>"
     for field in templates.template_fields(entry.template):
         vector = entry.centroids and field != "0"
-        form = form.replace(rf"\{{{field}\}}", r"\[vector\]" if vector else r"T\d d\d+ s\d+ end\.")
+        text = r"\[centroid \d+\]" if vector else r"T\d d\d+ s\d+ end\."
+        form = form.replace(rf"\{{{field}\}}", text)
     beside = BESIDE.get(variant, entry.beside)
     for step in range(5):
         task = meta_task(index, 0, step, 0, variant=variant)
         for examples, row in product((task.support, task.query), range(32)):
-            text, answer = templates.examples_as_text(tokenizer, examples, row)
+            text, answer = templates.examples_as_text(tokenizer, examples, row, task.clusters)
             assert re.fullmatch(form.replace(r"\ ", " "), text), (form, text)
             label, (anchor, *others) = entry.words.index(answer), parsed(text)
             assert topic_of[task.clusters[label if entry.ways > 1 else 0]] == anchor[0]

@@ -18,9 +18,9 @@ import torch
 
 import corpus
 import data
-import templates
-import supmer
 import measure
+import supmer
+import templates
 from common import InputError, TINY, bar, run_script
 from pictures import import_pyplot, save_picture
 from prompts import load_prompt

@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 import corpus
 import data
-import templates
 import hub
 import labeled
 import tasks
+import templates
 from baselines import (ABLATIONS, METHODS, PLAIN, UNIFIED, as_many_examples, examples_per_step,
                        mixes, name_of, ppt_step)
 from common import (InputError, bar, interrupt_after, one_process, pick_device, read_json,

@@ -11,16 +11,16 @@ import torch
 
 import baselines
 import data
-import templates
 import estimate
 import eval as evaluation
 import jobs
+import measure
 import prompts
 import report
 import supmer
-import measure
 import t5 as T
 import tasks
+import templates
 import train
 from common import InputError
 from conftest import (FILLER, NEGATIVE, PIECES, POSITIVE, SMALL, accuracies, eval_settings,

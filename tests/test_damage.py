@@ -29,13 +29,13 @@ from common import InputError
 from conftest import (Evil, FORMATS, V10, affine_start, ended, forked, make_run, save_shards,
                       released_files, save_model, tar_of, write_model, write_task)
 from corpus import open_store
-from templates import load_tokenizer, tokenize
 from documents import documents
 from eval import Settings
 from download import archive_member
 from predict import predict
 from supmer import Method, init_state
 from tasks import TASKS, OwnTable, own_task, read_rows
+from templates import load_tokenizer, tokenize
 
 DAMAGES, RETYPED = 56, 30       # of each file; of those that hold JSON
 MISFITS = [None, True, -1, 0, 3, 2 ** 40, 10 ** 30, 1e300, float("nan"), "", "x\ny\x1b[2J",

@@ -4,7 +4,6 @@ import baselines
 import candidates
 import csv
 import data
-import templates
 import eval as evaluation
 import jobs
 import json
@@ -18,6 +17,7 @@ import studies
 import supmer
 import t5 as T
 import tasks
+import templates
 import torch
 from common import InputError
 from conftest import (Dies, FILLER, PIECES, SMALL, accuracies, eval_settings, rows_of, small_config,

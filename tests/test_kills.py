@@ -25,8 +25,8 @@ import tasks
 import train
 from conftest import (ANY, COMMIT, OPTIONS, PLANTED, SMALL, V11, contents, ended, forked,
                       outcome_of, rows_of, save_model, serving, write_run, write_world)
-from templates import load_tokenizer
 from t5 import load_t5
+from templates import load_tokenizer
 
 
 # Each begins in an empty working directory beside the world, or resumes.

@@ -11,14 +11,14 @@ import pytest
 from tokenizers import Tokenizer
 
 import data
-import templates
 import labeled
 import tasks
+import templates
 from common import InputError
 from conftest import FORMATS, SUPMER_DATA, by_topic, needs_data, write_model, write_task
 from settings import settings_parser
-from templates import MASK
 from tasks import TASKS, LabeledTask, OwnTable, Row, load_test, load_train
+from templates import MASK
 
 
 # ------------------------------------------------------------------------- the known sets

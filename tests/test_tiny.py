@@ -11,17 +11,17 @@ import pytest
 import torch
 
 import corpus as corpus_module
-import supmer
 import measure
+import supmer
 import train
 from common import InputError
 from conftest import TINY, logits, needs_transformers
 from corpus import build_store, hash_share
 from data import TaskIndex, meta_task
 from settings import from_settings
-from templates import MASK
 from t5 import EOS, PAD, embed_tokens, load_t5
 from tasks import TASKS, load_test, task_examples
+from templates import MASK
 from tiny.sources import forbidden_grams, gather, grams, held_out, read_records
 
 LABEL_WORDS = ("yes no maybe Yes No A B C D terrible great bad okay good subjective objective "

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import world
-from supmer import Method, init_affine, prompt_gradient, regularize
 from measure import score
+from supmer import Method, init_affine, prompt_gradient, regularize
 from common import rng
 from world import A, EXAMPLES, FIRST, META, P, STYLES, SYNONYMS, TEST
 

@@ -35,7 +35,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import TINY, InputError, fingerprint, reading, run_script, whole_file
 from corpus import build_store, embed_sentences
 from data import PAPER_VARIANTS, VARIANTS, TaskIndex, meta_task, padded
-from templates import compile_template, fill_template, load_tokenizer
 from kmeans import kmeans
 from measure import measure, score
 from settings import Parser
@@ -43,6 +42,7 @@ from supmer import Method
 from t5 import (EOS, T5, decode, embed_tokens, encode, expected_shapes, load_t5, next_token_logits,
                 read_config)
 from tasks import SENTIMENT, TASKS, read_rows, task_examples
+from templates import compile_template, fill_template, load_tokenizer
 from tiny.sources import (LEFT_OUT, TEST_SETS, fetch, forbidden_grams, gather, make_corpus,
                           make_tasks, rated_sentences, write)
 
