@@ -22,7 +22,6 @@ import statistics
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -37,7 +36,7 @@ from jobs import TUNED, make_job, read_result, workers
 from measure import measure, score
 from pictures import import_pyplot
 from predict import predict
-from report import result_lines, show
+from report import keep_earlier, result_lines, results_file, show
 from settings import from_settings, knob, settings_parser, show_settings
 from studies import QUICK, STUDIES
 from supmer import Method, cosine
@@ -417,25 +416,13 @@ def main(argv):
         show(written, settings, t5.config, out)
 
 
-def results_file(settings, planned):
-    """Where the results go; its folder is made."""
-    what = planned[0].name if settings.template else "-".join(settings.task)
-    stem = f"{Path(settings.model).name}-{settings.study or what}"
-    if settings.quick:
-        stem += "-quick"
-    out = Path(settings.out or f"runs/eval/{stem}.json").with_suffix(".json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out
-
-
 def work_through(context, planned, opened, written, out):
     """Evaluate each Plan; print and write its rows. KeyboardInterrupt if a stop left no row."""
     for plan in planned:
         groups = candidates(opened, context.config, context.settings)
         rows, stopped = evaluate(context, plan, groups)
-        if rows and not written["rows"] and out.exists():       # an earlier call's results stay
-            names = (out.with_suffix(f".{number}.json") for number in count(1))
-            out.rename(next(path for path in names if not path.exists()))
+        if rows and not written["rows"]:
+            keep_earlier(out)
         written["rows"] += rows
         for name, one in opened.items():
             about = one.about if isinstance(one, Candidate) else {"not_run": one}

@@ -4,9 +4,13 @@
     measure(scores, examples.labels)                # {"loss", "word_loss", "correct"}
 """
 
+from collections import defaultdict
+
 import torch
 import torch.nn.functional as F
 
+from common import bar
+from ranks import SOLO
 from supmer import (encode_with_prompt, inner_step, micro_batches, prompt_gradient, word_log_probs)
 
 
@@ -41,3 +45,21 @@ def validate_task(t5, theta, phi, task, method):
         found["correct"] /= len(task.query.ids)
         figures |= {f"{name}_{when}": value for name, value in found.items()}
     return figures
+
+
+def validate(t5, state, tasks, method, ranks=SOLO):
+    """validate_task() of each held-out task -> dict of means: "loss" is the one after the inner
+    step; "variants" has each variant's own means. The ranks share the tasks."""
+    def measured(task):
+        return validate_task(t5, state.theta, state.phi, task, method)
+
+    def means(results):
+        return {name: sum(x[name] for x in results) / len(results) for name in results[0]}
+    results = ranks.map(measured, bar(tasks, ranks.rank > 0, desc="validation", unit="task"))
+    by_variant = defaultdict(list)
+    for task, figures in zip(tasks, results):
+        by_variant[task.variant].append(figures)
+    whole = means(results)
+    return {"loss": whole["loss_after"], "loss_before": whole["loss_before"],
+            "step_size": whole["step_size"], "queries": sum(len(x.query.ids) for x in tasks),
+            "variants": {variant: means(found) for variant, found in by_variant.items()}}

@@ -2,6 +2,7 @@
 
 import statistics
 from collections import defaultdict
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,24 @@ def outcome(folder, model, best):
     lines += [f"lowest validation loss {best:.4f}: {folder}/prompt.safetensors",
               f"tune it on a task: python eval.py --prompt {folder}"]
     return "\n".join(lines)
+
+
+def results_file(settings, planned):
+    """Where the results go; its folder is made."""
+    what = planned[0].name if settings.template else "-".join(settings.task)
+    stem = f"{Path(settings.model).name}-{settings.study or what}"
+    if settings.quick:
+        stem += "-quick"
+    out = Path(settings.out or f"runs/eval/{stem}.json").with_suffix(".json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def keep_earlier(out):
+    """Rename an earlier call's results, if there are any: out.1.json, out.2.json, ..."""
+    if out.exists():
+        names = (out.with_suffix(f".{number}.json") for number in count(1))
+        out.rename(next(path for path in names if not path.exists()))
 
 
 def result_lines(rows):

@@ -16,7 +16,6 @@ import math
 import os
 import signal
 import time
-from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -37,7 +36,7 @@ from common import (InputError, bar, interrupt_after, one_process, pick_device, 
                     remove_torn, rng, run_script)
 from documents import KINDS, SHAPES
 from estimate import prepare
-from measure import validate_task
+from measure import validate
 from pictures import plot
 from prompts import export_peft, save_prompt
 from ranks import SOLO, join_ranks
@@ -226,24 +225,6 @@ class Run:
             os.fsync(self.log.fileno())
 
 
-def validate(t5, state, tasks, method, ranks=SOLO):
-    """validate_task() of each held-out task -> dict of means: "loss" is the one after the inner
-    step; "variants" has each variant's own means. The ranks share the tasks."""
-    def measured(task):
-        return validate_task(t5, state.theta, state.phi, task, method)
-
-    def means(results):
-        return {name: sum(x[name] for x in results) / len(results) for name in results[0]}
-    results = ranks.map(measured, bar(tasks, ranks.rank > 0, desc="validation", unit="task"))
-    by_variant = defaultdict(list)
-    for task, figures in zip(tasks, results):
-        by_variant[task.variant].append(figures)
-    whole = means(results)
-    return {"loss": whole["loss_after"], "loss_before": whole["loss_before"],
-            "step_size": whole["step_size"], "queries": sum(len(x.query.ids) for x in tasks),
-            "variants": {variant: means(found) for variant, found in by_variant.items()}}
-
-
 # ---------------------------------------------------------------------------- what it learns from
 
 def open_sources(training, method, model_folder, tokenizer, t5, ranks=SOLO):
@@ -330,11 +311,11 @@ def parse(argv):
     training, method = from_settings(Training, values), from_settings(Method, values)
     if not training.labeled:
         tasks.refuse_unread(training)
-    if training.method == "metapt" and not training.labeled:
-        raise InputError("--method metapt learns from labeled sentiment: give --labeled FOLDER")
-    if training.method == "unified-ppt" and training.labeled:
+        if training.method == "metapt":
+            raise InputError("--method metapt learns from labeled sentiment: give --labeled FOLDER")
+    elif training.method == "unified-ppt":
         raise InputError("--method unified-ppt does not recast labeled sets: leave --labeled away")
-    if training.labeled and training.labeled_share == 1:
+    elif training.labeled_share >= 1:
         training = replace(training, corpus=())
     whys = {name: why for name, (_, why) in tiny.items()}
     whys |= dict.fromkeys(usual, f"of {training.method}") | dict.fromkeys(given, "given")
