@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.func import vmap
 
 from baselines import normal_prompt, ppt_step
 from common import bar, read_json, rng, run_script, whole_file
@@ -173,13 +172,13 @@ def tune(t5, start, phi, method, samples, tests, rate, steps=STEPS):
     def accuracy(theta, batch):
         scores = word_log_probs(t5, *encode_with_prompt(t5, theta, batch), WORDS)
         return 100 * (scores.argmax(-1) == batch.targets.argmax(-1)).float().mean()
-    curve = [vmap(accuracy)(theta, tests).tolist()]
+    curve = [torch.vmap(accuracy)(theta, tests).tolist()]
     for step in range(1, steps[-1] + 1):
-        losses, pooled = vmap(loss)(theta, samples)
+        losses, pooled = torch.vmap(loss)(theta, samples)
         theta.grad, = torch.autograd.grad(losses.sum(), theta)      # of each task's own loss
-        theta.grad = vmap(partial(regularize, phi))(theta.grad, pooled) if phi else theta.grad
+        theta.grad = torch.vmap(partial(regularize, phi))(theta.grad, pooled) if phi else theta.grad
         adam.step()
-        curve += [vmap(accuracy)(theta, tests).tolist()] if step in steps else []
+        curve += [torch.vmap(accuracy)(theta, tests).tolist()] if step in steps else []
     return np.array(curve)
 
 
