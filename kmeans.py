@@ -88,8 +88,6 @@ def kmeans(points, k, seed, iterations=50, chunk=1024, centroids=None):
     if not 1 <= k <= len(points):
         raise ValueError(f"cannot make {k} clusters of {len(points)} points: 1 <= k <= n")
     centroids = plus_plus(points, k, seed, chunk) if centroids is None else centroids
-    if centroids.shape != (k, points.shape[1]):
-        raise ValueError(f"centroids must be {k} rows of width {points.shape[1]}")
     origin = points.mean(0)
     points, centroids = points - origin, centroids.double() - origin
     inertia, previous = [], None
@@ -109,7 +107,5 @@ def kmeans(points, k, seed, iterations=50, chunk=1024, centroids=None):
 
 
 if __name__ == "__main__":
-    planted = torch.tensor([[0., 0.], [4., 4.], [-4., 4.], [4., -4.], [-4., -4.]]).repeat(2000, 1)
-    cloud = planted + torch.randn(planted.shape, generator=torch.Generator().manual_seed(0))
-    for number, value in enumerate(kmeans(cloud, 5, seed=0).inertia):
-        print(f"after {number} updates: inertia per point {value / len(cloud):.6f}")
+    import show
+    show.main(show.inertia)

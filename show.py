@@ -1,6 +1,6 @@
-"""Print the meta-gradient, T5 and the meta tasks at work.
+"""Print the meta-gradient, T5, K-means and the meta tasks at work.
 
-    python show.py      # what supmer.py, t5.py and data.py print when they are run; seconds
+    python show.py      # what supmer.py, t5.py, kmeans.py and data.py print; seconds
 """
 
 import tempfile
@@ -14,6 +14,7 @@ import t5 as T
 import templates
 from common import TINY, run_script
 from exercises import toy_world
+from kmeans import kmeans
 
 
 def meta_gradient():
@@ -50,6 +51,15 @@ def filled_blanks():
         print(text, *(f"{tokenizer.decode([i])} {share:.2f}" for share, i in zip(p, best.tolist())))
 
 
+def inertia():
+    """Five planted clusters: the inertia per point after each update."""
+    centres = torch.tensor([[0., 0.], [4., 4.], [-4., 4.], [4., -4.], [-4., -4.]])
+    planted = centres.repeat(2000, 1)
+    cloud = planted + torch.randn(planted.shape, generator=torch.Generator().manual_seed(0))
+    for number, value in enumerate(kmeans(cloud, 5, seed=0).inertia):
+        print(f"after {number} updates: inertia per point {value / len(cloud):.6f}")
+
+
 def meta_tasks():
     """A small task of each variant as text: three support examples and one query."""
     t5 = T.load_t5(TINY)
@@ -76,4 +86,4 @@ def main(*concepts):
 
 
 if __name__ == "__main__":
-    main(meta_gradient, filled_blanks, meta_tasks)
+    main(meta_gradient, filled_blanks, inertia, meta_tasks)
