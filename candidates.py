@@ -18,10 +18,12 @@ from typing import Callable, NamedTuple
 from baselines import ABLATIONS, BASELINES, METHODS, ft_memory, given_prompt
 from common import GIB, TINY, InputError, read_json, reading
 from download import find, find_task
-from prompts import is_of_model, load_prompt
-from released import released_folder
+from hub import last_name, model_folder
+from prompts import load_prompt
+from released import RELEASED, released_folder
 from studies import STUDY_RUN
 from supmer import REGULARIZERS
+from t5 import model_fingerprint
 from tasks import GROUPS, TASKS, LabeledTask, own_task, refuse_unread
 
 SHIPPED = {"shipped": TINY / "prompt.safetensors", "shipped-ppt": TINY / "ppt.safetensors"}
@@ -133,6 +135,15 @@ def open_candidate(name, config, settings):
     shown = [f"{key} {value}" for key, value in sorted(about.items()) if key != "model_sha256"]
     print(f"{name}: {path}, {', '.join(shown)}")
     return Candidate(name, baseline, starts, psi, {"file": str(path), **about})
+
+
+def is_of_model(about, model, config):
+    """Whether a prompt's metadata name this model, whose T5Config is given."""
+    if about["regularizer"] == "released":
+        return about["model"] == RELEASED.get((config.d_model, config.d_ff))
+    if about["regularizer"] == "none" and "model_sha256" not in about:      # PEFT's
+        return about["model"] == "" or last_name(about["model"]) == last_name(model)
+    return about.get("model_sha256") == model_fingerprint(model_folder(model))
 
 
 def pretrained_run(name, settings):

@@ -364,7 +364,8 @@ def parse(argv):
     """Command line -> Settings, {name of one that is not the paper's: why}."""
     given = vars(settings_parser(__doc__, [Settings], FOR_TINY).parse_args(argv))
     tiny = FOR_TINY if given.get("model", "tiny") == "tiny" else {}
-    preset, why = STUDIES.get(given.get("study"), {}), f"--study {given.get('study')}"
+    study = given.get("study", "")
+    preset, why = STUDIES.get(study, {}), f"--study {study}"
     if given.get("quick"):
         preset, why = QUICK, "--quick"
         if not tiny:
@@ -382,7 +383,6 @@ def main(argv):
     settings, whys = parse(argv)
     if settings.predict:
         return predict(settings)
-    print("settings other than the paper's (C.1):")
     show_settings([settings], whys)
     if settings.plot:
         import_pyplot()                         # now, not after hours

@@ -14,9 +14,8 @@ from safetensors.torch import save
 import hub
 from common import InputError, read_json, reading, whole_file
 from estimate import model_shape
-from released import RELEASED, read_released
+from released import read_released
 from supmer import REGULARIZERS
-from t5 import model_fingerprint
 
 LONGEST = 10_000        # vectors of a prompt: a file may claim any number without holding them
 
@@ -86,15 +85,6 @@ def _read_ours(path):
         tensors = {"theta": tensors["theta"]}           # without other steps' states
     form = metadata["regularizer"] or "none"        # "": of an earlier version
     return tensors, metadata | {"regularizer": form}
-
-
-def is_of_model(about, model, config):
-    """Whether a prompt's metadata name this model, whose T5Config is given."""
-    if about["regularizer"] == "released":
-        return about["model"] == RELEASED.get((config.d_model, config.d_ff))
-    if about["regularizer"] == "none" and "model_sha256" not in about:      # PEFT's
-        return about["model"] == "" or hub.last_name(about["model"]) == hub.last_name(model)
-    return about.get("model_sha256") == model_fingerprint(hub.model_folder(model))
 
 
 # --------------------------------------------------------------------- Hugging Face PEFT

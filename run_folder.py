@@ -12,6 +12,7 @@ import json
 import math
 import platform
 import shlex
+import time
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -57,6 +58,12 @@ def write_run(folder, values):
     """Write run.json."""
     with whole_file(folder / "run.json") as file:
         file.write((json.dumps(values, indent=1) + "\n").encode())
+
+
+def end_run(folder):
+    """Write down that a run is finished."""
+    values = read_json(folder / "run.json")
+    write_run(folder, values | {"finished": True, "ended": time.time()})
 
 
 def method_hash():

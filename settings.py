@@ -82,5 +82,7 @@ def show_settings(settings, whys, everything=False):
             print(f"  {entry.name:17} {as_text(value):12} {why}")
         elif entry.name in whys:
             changed[whys[entry.name]].append(f"{entry.name} {as_text(value)}")
+    if changed:
+        print("settings other than the paper's:")
     for why, names in changed.items():
         print(f"  {', '.join(names)}: {why}")

@@ -32,8 +32,8 @@ import tasks
 import templates
 from baselines import (ABLATIONS, METHODS, PLAIN, UNIFIED, as_many_examples, examples_per_step,
                        mixes, name_of, ppt_step)
-from common import (InputError, bar, interrupt_after, one_process, pick_device, read_json,
-                    remove_torn, rng, run_script)
+from common import (InputError, bar, interrupt_after, one_process, pick_device, remove_torn, rng,
+                    run_script)
 from documents import KINDS, SHAPES
 from estimate import prepare
 from measure import validate
@@ -41,8 +41,8 @@ from pictures import plot
 from prompts import export_peft, save_prompt
 from ranks import SOLO, join_ranks
 from report import outcome
-from run_folder import (check_free, check_origin, load_state, new_run, next_free, open_log,
-                        own_settings, save_state, write_run)
+from run_folder import (check_free, check_origin, end_run, load_state, new_run, next_free,
+                        open_log, own_settings, save_state, write_run)
 from settings import from_settings, knob, number, settings_parser, show_settings
 from supmer import Method, init_prompt, init_state, meta_step
 from t5 import load_t5
@@ -92,7 +92,7 @@ TINY_VALUES = {
 DEMONSTRATION = {"bytes": 500_000, "clusters": 8, "max_tokens": 64, "support": 8, "query": 8,
                  "steps": 10, "validate_every": 10, "validation_tasks": 3}
 TINY_VALUES |= {name: (value, "a demonstration") for name, value in DEMONSTRATION.items()}
-KNOBS = {entry.name: entry for cls in (Training, Method) for entry in fields(cls)}
+KNOBS = {entry.name for cls in (Training, Method) for entry in fields(cls)}
 
 
 # ------------------------------------------------------------------------------- the training loop
@@ -377,8 +377,7 @@ def finish(run, caught):
               f"python train.py --resume {run.folder}")
         return 0 if caught == signal.SIGALRM else 128 + caught
     if not run.ranks.rank:
-        values = read_json(run.folder / "run.json")
-        write_run(run.folder, values | {"finished": True, "ended": time.time()})
+        end_run(run.folder)
         print(outcome(run.folder, run.training.model, run.best))
     return 0
 
