@@ -98,7 +98,9 @@ def dialect(path, text, columns, header):
         firsts.append(first)
         if fits(first, delimiter) and ("escapechar" not in how or '\\"' in text):
             n, whole = widths.total(), widths[len(first)]
-            score = max(widths, default=0) <= len(first), whole == n, whole < n and 2 * whole - n
+            readable = max(widths, default=0) <= len(first)
+            usual = readable and not has_lone_quote(text, **how)
+            score = readable, whole == n, usual, whole < n and 2 * whole - n
             said = (f"{n + (not header):,} rows in {lines.line_num:,} lines; columns "
                     f"{', '.join(first if header else columns)}"
                     + f"; delimiter {delimiter!r}" * (delimiter != ALONE))
@@ -106,10 +108,17 @@ def dialect(path, text, columns, header):
     if not ways:
         raise lacking(path, columns, max(firsts, key=len))
     score, how, said, quotes = max(ways, key=lambda way: way[0])
-    found = sorted({said for whole, _, said, _ in ways if whole[:2] == score[:2] == (True, True)})
+    found = sorted({said for other, _, said, _ in ways if other == score and score[1]})
     if how["delimiter"] != ALONE and len(found) > 1:
         raise InputError(f"{path} can be read as {', or as '.join(found)}: write it as .jsonl")
     return how, f"{path}: {said}{quotes}"
+
+
+def has_lone_quote(text, delimiter, escapechar="", quoting=csv.QUOTE_MINIMAL, **how):
+    """Does a quote amid a text show that quotes are not written around texts, doubled inside?"""
+    others = re.escape(f'{escapechar}{delimiter}\r\n"')
+    amid = rf'[^{others}](?<!{re.escape(delimiter)} )"("")*[^{others}]'
+    return quoting == csv.QUOTE_MINIMAL and re.search(amid, text) is not None
 
 
 def _csv_rows(path, columns, header, encoding, say):

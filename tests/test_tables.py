@@ -32,6 +32,8 @@ LONG, NOT_ALL = "good " * 40_000, "and not all of label, "
     ("a.csv", 'label,text\n1,"He said, \\"good\\"."\n', True, [["1", 'He said, "good".']], "backs"),
     ("a.TSV", 'label\ttext\n1\t"good" film\n', True, [["1", '"good" film']], "as characters"),
     ("a.tsv", 'label\ttext\n1\t"good\n0\tbad\n', True, [["1", '"good'], ["0", "bad"]], "as char"),
+    ("a.tsv", 'label\ttext\n1\t"good\n0\tbad"\n1\ta "so so" film\n', True,
+     [["1", '"good'], ["0", 'bad"'], ["1", 'a "so so" film']], "3 rows .* as characters"),
     ("a.tsv", 'label\ttext\n1\t"good\nfilm"\n0\tbad\n', True, [["1", "good\nfilm"], ["0", "bad"]],
      "2 rows in 4 lines"),
     ("a.tsv", "label,text\n1,good\n", True, [["1", "good"]], "','"),
