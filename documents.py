@@ -80,8 +80,8 @@ def documents(path, counts=None, shape="", field=""):
     JSON: `field` of a line, or `paragraphs` or `text`: a list, or a text with such lines.
     .tar(.xz): OpenWebText's, .txt files, or .xz files that each are a tar of them.
     a file "It rained.\\nWe left.\\n\\nI sat." -> ["It rained.", "We left."], ["I sat."]
-    counts: a Counter, receives "bytes", "broken UTF-8", lines that U+FFFD had to mend, "documents
-    without text", "texts of wrapped lines", and "long documents parted", the parts by LONGEST.
+    counts: a Counter, receives "bytes", "broken UTF-8", lines that U+FFFD had to mend, "texts of
+    wrapped lines", and "long documents parted", the parts by LONGEST. A null text is an empty one.
     Raises InputError for damage, and for a line that is not a document.
     """
     counts, kind = Counter() if counts is None else counts, shape_of(path, shape)
@@ -168,14 +168,10 @@ def _read_json(file, path, field, counts):
             given = [record[name] for name in names if name in record]
             if not given:
                 raise LookupError(f"no {' or '.join(names)}; choose --field of {', '.join(record)}")
-            texts = next((value for value in given if value is not None), None)
-            if texts is None:
-                counts["documents without text"] += 1
-                continue
+            texts = next((value for value in given if value is not None), "")
             if isinstance(texts, str):
-                wrapped = _wrapped(texts)
+                wrapped, lines = _wrapped(texts), [line.strip() for line in texts.split("\n")]
                 counts["texts of wrapped lines"] += wrapped
-                lines = [line.strip() for line in texts.split("\n")]
                 texts = list(_paragraphs(lines, wrapped))
             if not isinstance(texts, list) or not all(isinstance(p, str) for p in texts):
                 raise TypeError(f"{' or '.join(names)} must be a text or a list of texts")

@@ -265,15 +265,16 @@ def is_whole(values):
     return values is not None and all(map(str.strip, values))
 
 
-def read_rows(path, task, size=0, say=lambda line: None):
-    """Labeled rows of a file -> [Row]. Raises InputError (file, line) for a row that is not one.
+def read_rows(path, task, size=0, say=lambda line: None, labeled=True):
+    """Rows of a file -> [Row]; unless labeled, of label 0. Raises InputError with file and line.
     RTE's `0 TAB A dog ran. TAB It moved. TAB entailment` under its header ->
     Row(0, {"hypothesis": "It moved", "premise": "A dog ran."})"""
-    columns = task.columns or ("label", *template_fields(task.template))
+    columns = (task.columns or ("label", *template_fields(task.template)))[not labeled:]
     labels = task.labels or (*task.words, *map(str, range(len(task.words))))
     places = {label_value(label): k % len(task.words) for k, label in enumerate(labels)}
     rows, skipped, wrong = [], 0, []
     for where, values in read_table(path, columns, task.header, task.encoding, say):
+        values = values if labeled or not values else [labels[0], *values]
         whole, label = is_whole(values), values and label_value(values[0])
         if not whole and task.incomplete == "left":
             skipped += 1
@@ -292,7 +293,7 @@ def read_rows(path, task, size=0, say=lambda line: None):
             say(f"{path}: the last row, which has no text, is left out")
         say(f"{path}: {sum(blank)} rows without text are kept")
     if skipped:
-        say(f"{path}: {skipped:,} rows without a label or a text are left out")
+        say(f"{path}: {skipped:,} rows without {' or '.join(columns)} are left out")
     if not rows:
         raise InputError(f"{path} has no rows of {', '.join(columns)}: fetch or mend it")
     if size:
@@ -304,18 +305,11 @@ def read_rows(path, task, size=0, say=lambda line: None):
 def load_texts(path, task, options=OwnTable(), say=lambda line: None):
     """Rows without labels, to be predicted: the template's texts only -> [Row], all of label 0.
     a line `What a joy.` of a .txt -> Row(0, {"text": "What a joy."})"""
-    fields, rows, skipped = template_fields(task.template), [], 0
-    columns = [options.text_column if name == "text" else name for name in fields]
-    for where, texts in read_table(path, columns, options.header, options.encoding, say):
-        if is_whole(texts):
-            rows.append(make_row(task, 0, texts))
-        else:
-            skipped += 1
-    if skipped:
-        say(f"{path}: {skipped:,} rows without a text are left out")
-    if not rows:
-        raise InputError(f"{path} has no texts: give some")
-    return rows
+    columns = [options.text_column if name == "text" else name
+               for name in template_fields(task.template)]
+    task = task._replace(columns=("", *columns), incomplete="left", header=options.header,
+                         encoding=options.encoding)
+    return read_rows(path, task, say=say, labeled=False)
 
 
 def make_row(task, label, texts):

@@ -119,7 +119,7 @@ LATIN = b"\xef\xbb\xbfcaf\xe9\n\nok \xef\xbf\xbd\n\n\xff\xfe\n\na\0\0"
      r'{"text": "It sat\nthere. We\nran.\n\nNo."}', {},
      "Cat|They sat. We ran.||It sat there. We ran.|No.", 0),
     ("A.JSONL.GZ", gzip.compress(b'{"text": "Five."}'), {"shape": "lines"}, "Five.", 0),
-    ("a.json", '{"content": "One."}\n{"content": null}', {"field": "content"}, "One.", 0),
+    ("a.json", '{"content": "One."}\n{"content": null}', {"field": "content"}, "One.||", 0),
     ("a.json", '{"text": null, "paragraphs": ["One."]}', {}, "One.", 0),
     ("a.tar", OPENWEBTEXT, {}, "Six.|Seven.||8.||Nïne.", 0),
     ("a.tar.xz", lzma.compress(tar_of({"a.txt": b"One.\n\nTwo.", "LICENSE": b"x"})), {},

@@ -9,7 +9,7 @@ import pytest
 import tasks
 from common import InputError
 from conftest import Evil, write_task
-from tables import check_header, read_table
+from tables import read_table
 from tasks import TASKS
 
 
@@ -70,25 +70,6 @@ def test_tables_as_people_have_them(tmp_path, name, content, header, rows, says)
     found = list(read_table(tmp_path / name, columns, header, say=said.append))
     assert [values for _, values in found] == rows and re.search(says, "".join(said))
     assert all(where.startswith(f"{tmp_path / name}, line ") for where, _ in found)
-
-
-@pytest.mark.parametrize("name, says", [
-    ("a.csv", "passed"), ("a.json", "passed"),
-    ("b.csv", "b.csv has the columns text, label, and not all"),
-    ("d.csv", "d.csv: line 1 is not utf-8: .* --encoding"), ("c.csv", "c.csv is missing"),
-    ("e.csv", "e.csv: line 1 is not utf-8"), ("a.txt", "give .csv, .tsv, .jsonl, .json")])
-def test_a_header_is_checked_without_a_row(tmp_path, name, says):
-    """check_header() reads the first line: what follows may be of no encoding."""
-    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfsep=;\nid;my text;my-label\n\xff\xfe;1;2;3")
-    (tmp_path / "b.csv").write_text("text,label\n1,good\n")
-    for other, encoding in (("d.csv", "utf-16"), ("e.csv", "utf-16-le"), ("a.json", "utf-8"),
-                            ("a.txt", "utf-8")):
-        (tmp_path / other).write_text("my-label,my text\n", encoding)
-    try:
-        said = check_header(tmp_path / name, ("my-label", "my text"), True, "utf-8-sig") or "passed"
-    except InputError as error:
-        said = str(error)
-    assert re.search(says, said)
 
 
 @pytest.mark.parametrize("name, content, says", [

@@ -118,35 +118,29 @@ def own(folder, content, template="{text} It was <X> .", name="a.csv", test=None
 
 
 @pytest.mark.parametrize("labels, words, matched", [
-    ("01", "1,0", {"1": "1", "0": "0"}), ("12345", "5,4,3,2,1", dict(zip("54321", "54321"))),
-    ("12345", "a,b,c,d,e", dict(zip("12345", "abcde"))),
-    (("-1", "1"), "bad,good", {"-1": "bad", "1": "good"}),
-    (("10", "9"), "a,b", {"9": "a", "10": "b"}),
-    (("spam", "ham"), "spam=junk, ham = fine", {"spam": "junk", "ham": "fine"}),
-    (("0.0", "1.0"), "", {"0.0": "terrible", "1.0": "great"}),
-    (("0.0", "1.0"), "1,0", {"1.0": "1", "0.0": "0"}),
-    ("01", "true,false", {"1": "true", "0": "false"}),
-    (("True", "False"), "true,false", {"True": "true", "False": "false"}),
-    (("True", "False"), "", {"False": "terrible", "True": "great"}),
-    (("true", "false"), "no,yes", {"false": "no", "true": "yes"}),
-    (("no", "yes"), "", {"no": "no", "yes": "yes"}),
-    (("yes",), "no,yes,maybe", {"no": "no", "yes": "yes", "maybe": "maybe"}),
-    (("1", "1.0", "2"), "1=a,1.0=b,2=c", None), (("1", "true"), "", None),
-    (("spam", "ham"), "spam=a,ham=b,spam=c", None), ("01", "0=a,1=b,true=c", None),
-    (("False", "True"), "1=good,false=bad", {"True": "good", "False": "bad"}),
-    ("012", "", None), (("spam", "ham"), "junk,fine", None), (("spam", "ham"), "spam=junk", None),
-    (("1", "1.0", "0"), "bad,good", None), ("01", "0=good,1=good", None), ("01", "0=good,1", None),
-    (("no",), "", None), (("0.25", "0.5", "0.75"), "bad,good", None)])
+    ("0 1", "1,0", "1=1 0=0"), ("1 2 3 4 5", "5,4,3,2,1", "5=5 4=4 3=3 2=2 1=1"),
+    ("1 2 3 4 5", "a,b,c,d,e", "1=a 2=b 3=c 4=d 5=e"), ("-1 1", "bad,good", "-1=bad 1=good"),
+    ("10 9", "a,b", "9=a 10=b"), ("spam ham", "spam=junk, ham = fine", "spam=junk ham=fine"),
+    ("0.0 1.0", "", "0.0=terrible 1.0=great"), ("0.0 1.0", "1,0", "1.0=1 0.0=0"),
+    ("0 1", "true,false", "1=true 0=false"), ("True False", "true,false", "True=true False=false"),
+    ("True False", "", "False=terrible True=great"), ("true false", "no,yes", "false=no true=yes"),
+    ("no yes", "", "no=no yes=yes"), ("yes", "no,yes,maybe", "no=no yes=yes maybe=maybe"),
+    ("False True", "1=good,false=bad", "True=good False=bad"),
+    ("1 1.0 2", "1=a,1.0=b,2=c", ""), ("1 1.0 0", "bad,good", ""), ("1 true", "", ""),
+    ("spam ham", "spam=a,ham=b,spam=c", ""), ("0 1", "0=a,1=b,true=c", ""), ("0 1 2", "", ""),
+    ("spam ham", "junk,fine", ""), ("spam ham", "spam=junk", ""), ("0 1", "0=good,1=good", ""),
+    ("0 1", "0=good,1", ""), ("no", "", ""), ("0.25 0.5 0.75", "bad,good", "")])
 def test_labels_are_matched_by_name_or_refused(labels, words, matched):
     """Explicit, by the words' own names, or as rising numbers; what does not fit is listed with its
     counts and a --words to copy; so are labels of one value, or a label that is named twice."""
-    if matched is None:
-        says = f"{len(labels)} labels, .*{labels[0]} .7 rows.*--words=.*{labels[0]}=WORD"
-        with pytest.raises(InputError, match=says):
-            tasks.match_words("a.csv", dict.fromkeys(labels, 7), words)
-        return
-    found = tasks.match_words("a.csv", dict.fromkeys(labels, 7), words)
-    assert list(found.items()) == list(matched.items())
+    counts = dict.fromkeys(labels.split(), 7)
+    try:
+        found = tasks.match_words("a.csv", counts, words)
+        assert " ".join(f"{label}={word}" for label, word in found.items()) == matched
+    except InputError as error:
+        last = labels.split()[-1]
+        says = f"{len(counts)} labels, .*{last} .7 rows.*--words=.*{last}=WORD"
+        assert not matched and re.search(says, str(error))
 
 
 def test_the_words_to_copy_can_be_pasted():
@@ -166,16 +160,13 @@ def test_the_words_to_copy_can_be_pasted():
      {"label_column": "kind", "text_column": "body", "words": "spam=junk,ham=fine",
       "encoding": "cp1252"}, [("junk", "Caf\u00e9!"), ("fine", "Hi.")],
      ["4 rows in 5 lines; columns kind, body; delimiter ','",
-      "2 rows without a label or a text are left out"]),
+      "2 rows without kind or body are left out"]),
     ("label;text\n0;a\n1;b\n".encode("utf-16"), {"encoding": "utf-16"},
      [("terrible", "a"), ("great", "b")],
      ["2 rows in 3 lines; columns label, text; delimiter ';'"]),
     ("0,a\n1\u200b,b\n", {"header": False}, [("terrible", "a"), ("great", "b")],
      ["2 rows in 2 lines; columns label, text; delimiter ','"]),
-    ("label,text\n1,Caf\u00e9\n".encode("cp1252"), {}, "line 2: byte 0xe9 is not utf-8", []),
-    ("label;text\n0;a\n".encode("utf-16"), {}, "line 1: byte 0xff is not utf-8: .*--encoding", []),
     ('{"label": {"0": 1}, "text": {"0": "x"}}', {"name": "a.csv.json"}, "no rows with label", []),
-    ("kind,body\nspam,x\n", {}, "columns kind, body, and not all of label, text", []),
     ("0,a\n1,b\n", {}, "columns 0, a, and not all of label, text: .* --no-header", [])])
 def test_what_was_read_is_printed_or_refused(tmp_path, content, options, rows, said):
     """Columns, delimiter and what is left out are printed; a lacking column is refused with those
@@ -190,20 +181,23 @@ def test_what_was_read_is_printed_or_refused(tmp_path, content, options, rows, s
 
 def test_a_template_names_columns(tmp_path):
     """A name with spaces and hyphens is a column; an unknown name, or no name at all, is refused,
-    also of the test file, whose rows are not read."""
+    also of the test file, whose rows are not read: they may be of no encoding."""
     content, template = "label,my-text,the title\n0,a,b\n1,c,d\n", "{the title}: {my-text} <X>"
-    task, rows, _ = own(tmp_path, content, template)
+    (tmp_path / "test.csv").write_bytes(b"\xef\xbb\xbfsep=;\nmy-text;the title;label\n\xff\xfe;1;2")
+    task, rows, _ = own(tmp_path, content, template, test=tmp_path / "test.csv")
     assert rows == [("terrible", "b", "a"), ("great", "d", "c")]
-    (tmp_path / "test.csv").write_bytes(b"label,my-text\n\xff")
     for template, test, says in (
-            ("{my-text} {other-col} <X>", None, "columns label, my-text, the title, .* other-col"),
-            ("my-text <X>", None, "shows no {column}"),
-            ("{{my-text}} <X>", None, "other braces"), ("{my-text} {a <X>", None, "other braces"),
-            ("{my-text} {label} <X>", None, "or its label"),
-            ("{} <X>", None, "and not all of label, :"),
-            (template, tmp_path / "test.csv", "test.csv has the columns label, my-text, and not")):
+            ("{my-text} {other-col} <X>", "", "columns label, my-text, the title, .* other-col"),
+            ("my-text <X>", "", "shows no {column}"), ("{my-text} {label} <X>", "", "or its label"),
+            ("{{my-text}} <X>", "", "other braces"), ("{my-text} {a <X>", "", "other braces"),
+            ("{} <X>", "", "and not all of label, :"),
+            (template, "label,my-text\n", "test.csv has the columns label, my-text, and not"),
+            (template, "label\n".encode("utf-16-le"), "line 1 is not utf-8: .*--encoding")):
+        (tmp_path / "test.csv").write_bytes(test if type(test) is bytes else test.encode())
         with pytest.raises(InputError, match=says):
-            own(tmp_path, content, template, test=test)
+            own(tmp_path, content, template, test=tmp_path / "test.csv")
+    with pytest.raises(InputError, match="test.txt: give .csv, .tsv, .jsonl, .json, which have"):
+        own(tmp_path, content, template, test="test.txt")
 
 
 def test_each_label_is_shown_with_a_source(tokenizer, capsys):
@@ -227,30 +221,28 @@ def test_label_words_that_cannot_win_are_refused(tokenizer):
     assert len(templates.decoder_targets(tokenizer, ["good enough", "good at it", "bad"])) == 3
 
 
-def test_texts_without_labels_literally(tmp_path):
+@pytest.mark.parametrize("name, content, task, texts, says", [
+    ("a.txt", "What a\tjoy.\n\n\ufeffNo.", "mr", [["What a\tjoy."], ["\ufeffNo."]], "1 rows with"),
+    ("a.csv", 'id;premise;hypothesis\n7;"It rains, he said.";It rains!\n', "cb",
+     [["It rains", "It rains, he said."]], "1 rows in 2 lines; columns id, premise, hypothesis; "),
+    ("a.csv", "body\nok, he said\nno; |\tyes\n", "mr", [["ok, he said"], ["no; |\tyes"]],
+     "2 rows in 3 lines; columns body$"),
+    ("a.csv", 'text\n"Good, really.\nA joy."\n"No, no."\n', "mr", [["Good, really.\nA joy."],
+                                                                 ["No, no."]], "2 rows in 4"),
+    ("a.txt", "", "mr", [], "a.txt has no rows of text"),
+    ("a.txt", "a", "cb", [], "a.txt.*no hypothesis"),
+    ("a.csv", "id,premise\n1,2\n", "mr", [], "columns id, premise, and not all of text")])
+def test_texts_without_labels_literally(tmp_path, name, content, task, texts, says):
     """A line of a .txt is a text, tabs and all; other formats name the template's texts, which are
-    prepared as in training; a blank one is left out and counted."""
-    said = []
-    (tmp_path / "new.txt").write_text("What a\tjoy.\n\n\ufeffNo.")
-    assert tasks.load_texts(tmp_path / "new.txt", TASKS["mr"], say=said.append) == [
-        Row(0, {"text": "What a\tjoy."}), Row(0, {"text": "\ufeffNo."})]
-    assert [line.partition(": ")[2] for line in said] == ["1 rows without a text are left out"]
-    (tmp_path / "new.csv").write_text('id;premise;hypothesis\n7;"It rains, he said.";It rains!\n')
-    assert tasks.load_texts(tmp_path / "new.csv", TASKS["cb"]) == [
-        Row(0, {"hypothesis": "It rains", "premise": "It rains, he said."})]
-    (tmp_path / "body.csv").write_text("body\nok, he said\nno; he|said\tyes\n")
-    found = tasks.load_texts(tmp_path / "body.csv", TASKS["mr"], OwnTable(text_column="body"),
-                             said.append)
-    assert found == [Row(0, {"text": text}) for text in ("ok, he said", "no; he|said\tyes")]
-    assert said[1].endswith("2 rows in 3 lines; columns body")
-    (tmp_path / "lines.csv").write_text('text\n"Good, really.\nA joy."\n"No, no."\n')
-    assert tasks.load_texts(tmp_path / "lines.csv", TASKS["mr"]) == [
-        Row(0, {"text": "Good, really.\nA joy."}), Row(0, {"text": "No, no."})]
-    (tmp_path / "empty.txt").write_text("")
-    for name, task, says in (("empty.txt", "mr", "no texts"), ("new.txt", "cb", "no hypothesis"),
-                             ("new.csv", "mr", "columns id, premise, hypothesis, and not all of")):
-        with pytest.raises(InputError, match=f"{name}.*{says}"):
-            tasks.load_texts(tmp_path / name, TASKS[task])
+    prepared as in training; a blank one is left out and counted. How they are read is said."""
+    said, rows = [], []
+    (tmp_path / name).write_text(content)
+    options = OwnTable(text_column="body" if "body" in content else "text")
+    try:
+        rows = tasks.load_texts(tmp_path / name, TASKS[task], options, said.append)
+    except InputError as error:
+        said.append(str(error))
+    assert [[*row.fields.values()] for row in rows] == texts and re.search(says, " ".join(said))
 
 
 # ---------------------------------------------------------------------- sampling and posing
