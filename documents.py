@@ -127,13 +127,12 @@ def _wrapped(text):
 def _paragraphs(lines, wrapped):
     """Stripped lines -> paragraphs. In a wrapped text lines between blank ones are one paragraph,
     if in most there is no place for the next one's first word: not in lists, verse, headings."""
-    for filled, block in groupby(lines, bool):
-        block = list(block)
+    for block in (list(block) for filled, block in groupby(lines, bool) if filled):
         width = max(map(len, block))
         full = sum(len(line) + 1 + len(following.split()[0]) > width
-                   for line, following in zip(block, block[1:]) if filled)
+                   for line, following in zip(block, block[1:]))
         joined = wrapped and 2 * full > len(block) - 1
-        yield from [" ".join(block)] if joined and filled else filter(None, block)
+        yield from [" ".join(block)] if joined else block
 
 
 def _read_text(file, shape, counts):

@@ -34,8 +34,7 @@ def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, table=Ow
     place of its word in meta["made_of"]["options"]["words"]."""
     task = own_task(path, table, LabeledTask("", "").template)
     rows = read_rows(path, task, say=print)
-    for line in task_lines(tokenizer, task, rows):
-        print(line)
+    print("\n".join(task_lines(tokenizer, task, rows)))
 
     def read(path, counts):
         for label, fields in rows:

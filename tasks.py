@@ -208,8 +208,7 @@ def own_task(path, options, template, *, test=None, max_tokens=256):
                          "or other braces: mend it")
     rows = read_table(path, columns, options.header, options.encoding)
     counts = Counter(values[0].strip() for _, values in rows if is_whole(values))
-    for table in (path, test):
-        check_header(table, columns, options.header, options.encoding)
+    check_header(test, columns, options.header, options.encoding)
     if not counts:
         raise InputError(f"{path} has no rows with {', '.join(columns)}: give some")
     matched = match_words(path, counts, options.words)

@@ -19,8 +19,7 @@ LONG, NOT_ALL = "good " * 40_000, "and not all of label, "
 
 @pytest.mark.parametrize("name, content, header, rows, says", [
     ("a.csv", "label,text\r1,good\r0,bad\r", True, [["1", "good"], ["0", "bad"]], "2 rows in 3"),
-    ("a.CSV", "text;label\ngood, really;1\nbad;0\n", True, [["1", "good, really"], ["0", "bad"]],
-     "columns text, label; delimiter ';'$"),
+    ("a.CSV", "text;label\nso, so;1\n", True, [["1", "so, so"]], "text, label; delimiter ';'$"),
     ("a.csv", "\ntext|x| label\ngood|2|1\n\nbad|3\n", True, [["1", "good"], None, None], "'|'"),
     ("a.csv", 'label, text\n1, "good, ""really"""\n', True, [["1", 'good, "really"']], "around"),
     ("a.csv", '1,"good, ""really""\ngood"\n', False, [["1", 'good, "really"\ngood']],
@@ -34,8 +33,7 @@ LONG, NOT_ALL = "good " * 40_000, "and not all of label, "
     ("a.tsv", 'label\ttext\n1\t"good\n0\tbad\n', True, [["1", '"good'], ["0", "bad"]], "as char"),
     ("a.tsv", 'label\ttext\n1\t"good\n0\tbad"\n1\ta "so so" film\n', True,
      [["1", '"good'], ["0", 'bad"'], ["1", 'a "so so" film']], "3 rows .* as characters"),
-    ("a.tsv", 'label\ttext\n1\t"good\nfilm"\n0\tbad\n', True, [["1", "good\nfilm"], ["0", "bad"]],
-     "2 rows in 4 lines"),
+    ("a.tsv", 'label\ttext\n1\t"good\nfilm"\n', True, [["1", "good\nfilm"]], "1 rows in 3 lines"),
     ("a.tsv", "label,text\n1,good\n", True, [["1", "good"]], "','"),
     ("a.json", JSON, True, [["1.0", "good"], None], "^$"),
     ("a.json", f"\n[{JSON.strip().replace(chr(10) * 2, ',')}]", True, [["1.0", "good"], None], ""),
@@ -43,8 +41,7 @@ LONG, NOT_ALL = "good " * 40_000, "and not all of label, "
     ("a.csv", 'text;label\n"a; b;\n\nc";0\nd|;1\n', 1, [["0", "a; b;\n\nc"], ["1", "d|"]], "';'"),
     ("a.csv", f"label,text\n1,{LONG}", True, [["1", LONG]], "','"),
     ("a.csv", 'label,text\n1,"a\nb"\n0,"c, d"\n', True, [["1", "a\nb"], ["0", "c, d"]], "around"),
-    ("a.json", '{"label": 1, "text": NaN}\n{"label": 0, "text": "b"}', True, [None, ["0", "b"]],
-     ""),
+    ("a.json", '{"label": 1, "text": NaN}\n', True, [None], ""),
     ("a.csv", "label,text\n1,good, really\n", True, None, "line 2: 3 columns, not 2"),
     ("a.csv", "1;good, no\n0;bad, ok\n", False, None, "delimiter ',', or as 2 rows .* ';': write"),
     ("a.csv", 'label,text\n1,"sure\n0,no"\n', True, None, "as 1 rows .*, or as 2 rows in 3 lines"),
@@ -53,8 +50,7 @@ LONG, NOT_ALL = "good " * 40_000, "and not all of label, "
     ("a.json", '{"label": 1, "text": "a"}\n{"label": 0, "te\n', True, None, "line 2 is not a JSON"),
     ("a.csv", 'label,text\n1,"a, b"\n0,"c, d"\n1,"good" film\n', True, None, "line 4: ','"),
     ("a.csv", "text,label,text\na,1,b\n", True, None, f"columns text, label, text, {NOT_ALL}"),
-    ("a.csv", "label,text\n1,a".encode("utf-16-le"), True, None,
-     "line 1: byte 0x00 is not utf-8: .*--encoding, such as .* utf-16-le"),
+    ("a.csv", "a,b".encode("utf-16-le"), True, None, "line 1: byte 0x00 is not .*--encoding"),
     ("a.txt", "1\tgood\n", True, None, "a .txt is a text a line, no label"),
     ("a", "1", True, None, "give .csv, .tsv"), ("a.xlsx", "1", True, None, "give .csv, .tsv")])
 def test_tables_as_people_have_them(tmp_path, name, content, header, rows, says):
