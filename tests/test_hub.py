@@ -102,6 +102,17 @@ def test_archives_that_cannot_be_trusted(hub, task, name, content, says):
     assert [path for path in Path().rglob("*") if path.is_file()] == [Path("given") / name]
 
 
+def test_a_member_is_bounded(tmp_path, monkeypatch):
+    """A small zip whose member is large is refused, and not read whole."""
+    (tmp_path / "a.zip").write_bytes(zip_of({"CB/val.jsonl": b"x" * 1000}))
+    asked, read = [], zipfile.ZipExtFile.read
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda *a: asked.append(a[1:]) or read(*a))
+    assert downloads.archive_member(tmp_path / "a.zip", "CB/val.jsonl", 1000) == b"x" * 1000
+    with pytest.raises(InputError, match="too large"):
+        downloads.archive_member(tmp_path / "a.zip", "CB/val.jsonl", 999)
+    assert asked == [(1001,), (1000,)]
+
+
 # A line as the hub has it, with its real fields, and its row. Its subj counts the other way round.
 LINES = {"sst2": ({"text": "ok", "label": 1, "label_text": "positive"}, (1, {"text": "ok"})),
          "sst5": ({"text": "ok", "label": 3, "label_text": "good"}, (3, {"text": "ok"})),
@@ -121,6 +132,9 @@ def test_the_hubs_form_of_a_task_is_the_same_rows(hub, monkeypatch):
     """Every task with a form on the hub: fetched where the first source fails, both files in that
     form, also without a network once they are in the cache; else both places are named."""
     assert set(LINES) == {name for name, task in TASKS.items() if task.hub}
+    assert dict(zip(TASKS["trec"].hub[3], TASKS["trec"].words)) == {
+        "DESC": "description", "ENTY": "entity", "ABBR": "expression", "HUM": "human",
+        "LOC": "location", "NUM": "number"}
     for name, (line, row) in LINES.items():
         task = TASKS[name]._replace(urls=("http://127.0.0.1:1/a.tar",))
         repository, split, *_ = task.hub
