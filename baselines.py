@@ -19,7 +19,6 @@ Letters: P prompt or prefix tokens, d model width, h heads, k d_kv, m the MLP's 
 import math
 import string
 from bisect import bisect_right
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate, chain, zip_longest
 from typing import Callable, NamedTuple
@@ -368,14 +367,6 @@ def examples_per_step(training, method):
     """Examples that a step draws: n (support + query), and the partners' n query if tasks mix."""
     queries = 2 if mixes(training, method) else 1
     return training.tasks * (training.support + queries * training.query)
-
-
-def as_many_examples(training, method, examples=None):
-    """The Method with the steps that draw so many examples, by default as many as SUPMER would
-    draw in the steps that it has."""
-    whole = replace(training, method="supmer"), replace(method, augmentation=True)
-    examples = examples or method.steps * examples_per_step(*whole)
-    return replace(method, steps=math.ceil(examples / examples_per_step(training, method)))
 
 
 def parameters_at(config, length):

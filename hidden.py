@@ -23,13 +23,14 @@ from pathlib import Path
 
 import torch
 
-from baselines import as_many_examples, normal_prompt
+from baselines import normal_prompt
 from common import TINY, bar, run_script, whole_file
 from corpus import build_store
 from data import Task, TaskIndex, meta_task
 from measure import measure, score
 from report import standard_error
 from settings import Parser
+from studies import as_many_examples
 from supmer import Method, inner_step, init_prompt, prompt_gradient
 from supmer import REGULARIZERS
 from t5 import load_t5, model_fingerprint

@@ -3,7 +3,10 @@
     python studies.py               # lists the studies: python eval.py --study NAME
 """
 
-from baselines import ABLATIONS
+import math
+from dataclasses import replace
+
+from baselines import ABLATIONS, examples_per_step
 
 STUDIES = {     # the Settings of eval.py
     "steps": {"task": ("cb", "mrpc"), "plot": True},                                    # Fig. 3
@@ -24,6 +27,14 @@ QUICK = {"task": ("source",), "prompt": ("shipped", "shipped-ppt", "vocab", "ran
 # How a comparison pre-trains on the embedded T5: options of train.py.
 STUDY_RUN = ("--bytes", "10000000", "--clusters", "16", "--support", "16", "--query", "16",
              "--examples", "23040", "--validate-every", "30", "--validation-tasks", "13")
+
+
+def as_many_examples(training, method, examples=None):
+    """The Method with the steps that draw so many examples, by default as many as SUPMER would
+    draw in the steps that it has."""
+    whole = replace(training, method="supmer"), replace(method, augmentation=True)
+    examples = examples or method.steps * examples_per_step(*whole)
+    return replace(method, steps=math.ceil(examples / examples_per_step(training, method)))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ import hub
 import labeled
 import tasks
 import templates
-from baselines import (ABLATIONS, METHODS, PLAIN, UNIFIED, as_many_examples, examples_per_step,
-                       mixes, name_of, ppt_step)
+from baselines import (ABLATIONS, METHODS, PLAIN, UNIFIED, examples_per_step, mixes, name_of,
+                       ppt_step)
 from common import (InputError, bar, interrupt_after, one_process, pick_device, remove_torn, rng,
                     run_script)
 from documents import KINDS, SHAPES
@@ -44,6 +44,7 @@ from report import outcome
 from run_folder import (check_free, check_origin, end_run, load_state, new_run, next_free,
                         open_log, own_settings, save_state, write_run)
 from settings import from_settings, knob, number, settings_parser, show_settings
+from studies import as_many_examples
 from supmer import Method, init_prompt, init_state, meta_step
 from t5 import load_t5
 
