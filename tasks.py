@@ -196,10 +196,9 @@ def by_part(task, load, folder, say):
 
 
 def own_task(path, options, template, *, test=None, max_tokens=256):
-    """A user's labeled file -> LabeledTask. options: an OwnTable.
-    template: each {column} is a column of the file, {text} the one of options.text_column. test: a
-    file to test on, of which only the header is read. Raises InputError for a column that is
-    missing and, with the labels and a --words to copy, if labels and words do not match."""
+    """A user's labeled file -> LabeledTask. options: an OwnTable. template: each {column} is one of
+    the file's, {text} that of options.text_column. test: of it the header alone is read.
+    Raises InputError for a column that is missing, and where labels and words do not match."""
     path, test = Path(path), Path(test or path)
     template = template.replace("{text}", f"{{{options.text_column}}}")
     columns = (options.label_column, *template_fields(template))
@@ -217,7 +216,6 @@ def own_task(path, options, template, *, test=None, max_tokens=256):
                        header=options.header, encoding=options.encoding)
 
 
-# What two and five classes are called whose labels are mere numbers.
 SENTIMENT = {2: ("terrible", "great"), 5: ("terrible", "bad", "okay", "good", "great")}
 
 
@@ -302,10 +300,9 @@ def read_rows(path, task, size=0, say=lambda line: None, labeled=True):
 
 
 def load_texts(path, task, options=OwnTable(), say=lambda line: None):
-    """Rows without labels, to be predicted: the template's texts only -> [Row], all of label 0.
-    a line `What a joy.` of a .txt -> Row(0, {"text": "What a joy."})"""
-    columns = [options.text_column if name == "text" else name
-               for name in template_fields(task.template)]
+    """Unlabeled rows -> [Row], of label 0; a .txt's line `A joy.` -> Row(0, {"text": "A joy."})"""
+    names = template_fields(task.template)
+    columns = [options.text_column if name == "text" else name for name in names]
     task = task._replace(columns=("", *columns), incomplete="left", header=options.header,
                          encoding=options.encoding)
     return read_rows(path, task, say=say, labeled=False)
@@ -323,7 +320,6 @@ def make_row(task, label, texts):
 
 def few_shot(rows, shots, seed, classes=2, names=()):
     """Sample `shots` rows a label for training, as many for validation (section 4.1) -> both lists.
-
     Ordered by sha256 of seed and row: the same on every machine. No text comes twice. A class of
     fewer than 2 * shots texts gives half to each; InputError for fewer than two texts in a class.
     rows [Row(0, a), Row(1, b), Row(0, c), Row(1, d)], shots 1 -> [Row(0, c), Row(1, b)],
