@@ -2,7 +2,7 @@
 
     movie, all, dg              tasks of tasks.py, or groups of them; with --template your own file
     a run's folder, a prompt's file, a folder of PEFT's or the authors'     load_prompt
-    newest                      the run under runs/ that finished last      newest_run
+    newest                      the SUPMER run under runs/ that finished last      newest_run
     supmer, ppt, no-mgr, ...    a run that train.py makes when it is needed pretrained_run
     random, vocab, ft, ...      a method of baselines.py
 """

@@ -81,7 +81,8 @@ def build_from(cache, files, read, options, tokenizer, t5, model, embed, progres
                followed=0):
     """Find or make the store of the Documents that read(path, counts) yields of each file.
 
-    A store is a folder in cache, named by all that it is made of; meta.json is its last file. While
+    A store is a folder in cache, named by a hash of what it is made of (of a file: its size, first
+    and last megabyte); meta.json is its last file. While
     another process makes it, wait. model: the folder of tokenizer and t5, to be fingerprinted.
     embed(ids (B, T), mask (B, T)) -> (B, d) may replace t5's embedding. progress(stage, done, total
     or None) is called now and then. All ranks must see cache: the first one writes, all embed.
@@ -119,7 +120,7 @@ def hash_share(paragraphs):
 
 def hold_out(shares):
     """The documents to hold out: a hash_share below 0.05, and always the two lowest -> bool.
-    So no other text and no limit of bytes moves a document across, while two are below."""
+    Where two are below, adding or cutting other text moves no document across."""
     chosen = shares < 0.05
     chosen[np.argsort(shares, kind="stable")[:2]] = True
     return chosen

@@ -51,7 +51,7 @@ class Settings(OwnTable):
     model: str = knob("tiny", "tiny, flan-t5-xl, ..., a hub id, or a T5's folder", first=True)
     task: tuple = knob(("movie",), "names, or groups: all (Table 1), dg (Table 2)", first=True)
     prompt: tuple = knob(("newest", "random"), "runs, prompt files (ours, tuned, PEFT's), "
-                         f"newest (last finished run), or {', '.join(NAMES)}", first=True)
+                         f"newest (your last SUPMER run), or {', '.join(NAMES)}", first=True)
     study: str = knob("", "a table, figure or comparison; see studies.py", first=True,
                        choices=tuple(STUDIES))
     data: tuple = knob((os.environ.get("SUPMER_DATA") or "data",), "folder of the tasks' files; or "

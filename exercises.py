@@ -40,7 +40,7 @@ def hessian_vector(loss, theta, u):
 
 
 def which_first(documents, words, mask, end, n, seed):
-    """3. A sixth task variant: does the first sentence stand before the second? -> data.Examples.
+    """3. Another task variant: does the first sentence stand before the second? -> data.Examples.
 
     Section 3.2, A.2 (Eq. 17). documents: lists of sentences in order, each a list of token ids.
     Make n examples [*s1, mask, *s2, end], s1 and s2 of ONE document, any that has such; label 0

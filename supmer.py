@@ -17,6 +17,8 @@ Generalization", arXiv 2303.12314. The whole method (Alg. 1), and the function t
             d phi_i   =   - a1 (dpsi/dphi)^T v + lambda_reg dL_reg/dphi     meta_gradient    Eq. 20
         Adam steps along the means over the tasks; s = mean of the s_i      meta_step
 
+This is for a constant a1. With relative_step > 0 it depends on theta and g, and is differentiated.
+
 T5 is frozen. meta_loss() defines a task's loss; meta_gradient() computes its gradient in the memory
 of one micro-batch, without dropping a term. `python supmer.py` compares it with finite differences.
 
@@ -55,13 +57,13 @@ class Method:
     regularizer_rate: float = knob(1e-4, "b2, Adam's rate for phi (Table 6)", zero=True)
     regularizer_eps: float = knob(
         1e-15, "Adam's epsilon for phi (ours: dA ~ a1 v g lies far below the usual 1e-8)")
-    gate_weight: float = knob(1.0, "lambda, the weight of L_reg (Table 6)", zero=True)
+    gate_weight: float = knob(1.0, "lambda_reg, the weight of L_reg (Table 6)", zero=True)
     curve: float = knob(2.0, "m of the curriculum (Table 6)")
     alpha: float = knob(1.0, "of lambda's Beta distribution (the released code)")
     clip: float = knob(1.0, "largest norm of theta's and of phi's gradient (the released code)")
     steps: int = knob(100_000, "meta steps; both rates fall linearly to 0 over them (Table 6)",
                       first=True)
-    first_order: bool = knob(False, "drop theta's Hessian term (what the released code computes)")
+    first_order: bool = knob(False, "theta's gradient is v alone (what the released code computes)")
     augmentation: bool = knob(True, "mix a partner task into the query sets (Alg. 2); without it "
                                     "there is no L_reg, which would close the gate (ours)")
     curriculum: bool = knob(True, "lambda follows b (Eq. 10); without it ~ Beta(alpha, alpha)")
@@ -76,14 +78,14 @@ class Method:
         "the result (ours)")
     keep_graphs: int = knob(
         0, "micro-batches whose graphs are kept for the Hessian: memory and speed, not the result "
-        "(ours)", zero=True)
+        "(ours); not given: all, if half of the memory holds them", zero=True)
 
 
 def meta_loss(t5, theta, phi, task, partner, lam, b, method):
     """A task's loss. torch.func.grad of it by theta and by phi IS the meta-gradient (Eq. 8, 20).
 
     task, partner: Tasks with the same label words. By choice the gate's input is a constant, as in
-    Eq. 13, and with first_order the inner step.
+    Eq. 13; with first_order the inner step is constant in theta.
     """
     start = theta.detach() if method.first_order else theta
     support_loss = partial(set_loss, t5, examples=task.support, method=method)
@@ -181,16 +183,16 @@ def loss_shares(theta, examples, method, partner=None, lam=0.0):
 # ------------------------------------------------------- gradients, one micro-batch at a time
 
 def first_derivative(function, theta):
-    """function: theta -> (scalar, more). -> its gradient, more, the scalar. As grad_and_value,
-    which records its backward pass for a next derivative, but in half the memory."""
+    """function: theta -> (scalar, more). -> its gradient, more, the scalar. In half the
+    memory of grad_and_value, which keeps what a second derivative would need."""
     value, pull_back, more = vjp(function, theta, has_aux=True)
     gradient, = pull_back(torch.ones_like(value), retain_graph=False, create_graph=False)
     return gradient, more, value
 
 
 def second_derivative(function, theta):
-    """-> what first_derivative gives; the Hessian's product u -> Hess u, shaped like theta, once:
-    the derivative of <gradient, u>, reverse over reverse; the graph that it needs is kept."""
+    """-> what first_derivative gives; u -> Hess u, shaped like theta, to be called once:
+    the derivative of <gradient, u>, reverse over reverse, whose graph is kept."""
     twice = grad_and_value(function, has_aux=True)
     gradient, pull_back, (value, more) = vjp(twice, theta, has_aux=True)
     product = partial(pull_back, retain_graph=False, create_graph=False)
@@ -213,8 +215,9 @@ def prompt_gradient(t5, theta, examples, method, partner=None, lam=0.0):
 def gradient_and_hessian(t5, theta, examples, method):
     """As prompt_gradient(), and a function -> g, pooled, loss, hessian.
 
-    hessian(u) is Hess_theta L u for u (P, d), once. It makes a micro-batch's graph again, so that
-    memory does not grow with n, or keeps the first method.keep_graphs ones: a pass less.
+    hessian(u) is Hess_theta L u for u (P, d), to be called once. It makes a micro-batch's graph
+    again, so that memory does not grow with n, or keeps the first method.keep_graphs ones: a pass
+    less.
     """
     shares = [partial(share, t5) for share in loss_shares(theta, examples, method)]
     kept = 0 if method.first_order else method.keep_graphs
@@ -419,13 +422,10 @@ def meta_step(t5, state, pairs, method, seed, ranks=SOLO):
 
     The ranks share the tasks; each adds up all TaskGradients in the tasks' order. -> a dict for the
     log: s, b, the lambdas, means over the tasks. Raises InputError, with the state as it was, for
-    a loss or gradient that is not finite, and for more ranks than tasks.
+    a loss or gradient that is not finite.
     """
     n = len(pairs)
     b = curriculum(state.s, method.curve)
-    if ranks.world > n:
-        raise InputError(f"{ranks.world} processes share the {n} tasks of a step: start fewer, or "
-                         f"give --tasks {ranks.world}")
     mixing = (b if method.curriculum else 1.0) * method.augmentation
     lams = [draw_lambda(mixing, method.alpha, seed, state.step, i) for i in range(n)]
 

@@ -339,6 +339,9 @@ def main(argv):
     interrupt_after(options.max_minutes)    # before the first step it stops at once, then after one
     device = pick_device(training.device)
     ranks = join_ranks(device)
+    if ranks.world > training.tasks:
+        raise InputError(f"{ranks.world} processes share the {training.tasks} tasks of a step: "
+                         f"start fewer, or give --tasks {ranks.world}")
     show_settings([training, method], whys, options.dry_run)
     if options.dry_run or training.model != "tiny" and not (options.resume or ranks.rank):
         method = prepare(training, method, device, options)

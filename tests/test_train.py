@@ -19,6 +19,7 @@ import train
 from common import InputError
 from conftest import log_without_times, make_run, run_script, sentence
 from data import PAPER_VARIANTS
+from ranks import Ranks
 from supmer import Method
 from templates import load_tokenizer
 
@@ -38,6 +39,13 @@ def scripted(monkeypatch, losses):
 
 
 # ------------------------------------------------------------------------------ log and prompt
+
+def test_more_processes_than_tasks_are_refused(monkeypatch):
+    """At once, not after the corpus has been read."""
+    monkeypatch.setattr(train, "join_ranks", lambda device: Ranks(0, 5))
+    with pytest.raises(InputError, match="give --tasks 5"):
+        train.main([])
+
 
 def test_each_step_is_logged_with_what_explains_it(small_world):
     """A line a step has losses, s, b, lambda, the step's size, the second-order share, gate, phi's
