@@ -38,7 +38,8 @@ def corpus_files(paths):
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
         found = [file for file in inside if file.is_file() and end_of(file)]
         if not found:
-            raise InputError(f"{path}: no text found; give files, or folders of files, that end in "
+            what = "no text found" if path.exists() else "is missing"
+            raise InputError(f"{path}: {what}; give files, or folders of files, that end in "
                              f"{', '.join(KINDS)} (of parquet, pandas makes .jsonl)")
         files += [file for file in found if end_of(file) not in ABOUT] or found
     return files
@@ -207,5 +208,7 @@ def _read_tar(file, where, shape, counts):
                     yield from _read_tar(content, name, shape, counts)
             elif end == ".txt":
                 yield from _read_text(content, shape, counts)
+            else:
+                counts["files of another kind, not read"] += 1
     if not known:
         raise ValueError("no .txt inside, and no .xz tar of .txt")

@@ -58,7 +58,12 @@ class LabeledIndex:
         self.stores, self.sizes, self.max_tokens = stores, (support, query), max_tokens
         self.variants, self.words, self.rows, self.usable = tuple(stores), {}, {}, {}
         self.parts = compile_template(tokenizer, LabeledTask("", "").template)
+        template = len(fill_template(self.parts, {"text": []}, max_tokens)[0])
         for name, store in stores.items():
+            cut = int((np.diff(store.offsets) + template > max_tokens).sum())
+            if cut:
+                print(f"{name}: of {len(store.anchor):,} texts {cut:,} are cut to {max_tokens} "
+                      "tokens (--max-tokens)")
             words = store.meta["made_of"]["options"]["words"]
             self.words[name] = decoder_targets(tokenizer, words)
             K, need = len(words), sum(-(-size // len(words)) for size in self.sizes)

@@ -19,7 +19,7 @@ from jobs import TUNED, read_result
 from measure import score
 from supmer import Method
 from t5 import load_t5, model_fingerprint
-from tasks import LabeledTask, load_texts, refuse_unread
+from tasks import LabeledTask, load_texts, print_cut, refuse_unread
 from templates import load_tokenizer, template_fields
 
 
@@ -28,6 +28,8 @@ def predict(settings):
     model, and for an --out that would replace the input."""
     refuse_unread(settings, "template", "max_tokens", read=("header", "encoding", "text_column"))
     source = Path(settings.prompt[0])
+    if not source.is_file():
+        raise InputError(f"{source} is no file: give --prompt FILE, a tuned one from {TUNED}")
     tensors, about = read_result(source)
     if settings.out and Path(settings.out).resolve() in (
             source.resolve(), Path(settings.predict).resolve()):
@@ -39,11 +41,13 @@ def predict(settings):
     if fingerprint != model_fingerprint(model):
         raise InputError(f"{source} was tuned on another model, {made_on}, than {settings.model} "
                          "is now: give --model")
-    rows = load_texts(settings.predict, task, settings, partial(print, file=sys.stderr))
+    say = partial(print, file=sys.stderr)
+    rows = load_texts(settings.predict, task, settings, say)
     t5 = load_t5(model, getattr(torch, settings.dtype), pick_device(settings.device))
     kept = {name: x for name, x in tensors.items() if ":" not in name}  # not other steps' states
     check_kept(source, kept, baseline, t5)
     tokenizer = load_tokenizer(tokenizer_file(model), t5.config)
+    print_cut(tokenizer, settings.predict, task, rows, say)
     with reading(source, "a tuned prompt", remedy=f"give one from {TUNED}"):
         examples, = baseline.pose(tokenizer, "", task, rows, (), 0)
     device = t5.weights["shared.weight"].device

@@ -219,6 +219,13 @@ ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens
            "lm_head.weight")
 STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"   # unused, v1.0
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What is saved in another way: pytorch_model.bin; an encoder alone, or PREFIX before all names.
+PYTHON = 'python -c "from transformers import T5ForConditionalGeneration as T5; {}"'
+CONVERT = PYTHON.format("T5.from_pretrained('FOLDER').save_pretrained('FOLDER')")
+COMPLETE = PYTHON.format(
+    "from safetensors.torch import load_file as load; m = T5.from_pretrained('BASE'); "
+    "m.load_state_dict({n.removeprefix('PREFIX'): x for n, x in "
+    "load('FOLDER/model.safetensors').items()}, strict=False); m.save_pretrained('FOLDER')")
 
 
 def read_config(folder):
@@ -287,8 +294,8 @@ def weight_files(folder, name=None):
             names = read_json(index)["weight_map"].values()
             return [index.with_name(name) for name in sorted(set(names))]
     raise InputError(f"{name or folder} has no {SINGLE}, and no other weights are read: look for a "
-                     "revision with it, --model OWNER/NAME@refs/pr/1, or convert it as docs/data.md"
-                     " says")
+                     "revision with it, --model OWNER/NAME@refs/pr/1, or convert it: "
+                     + CONVERT.replace("FOLDER", str(name or folder)))
 
 
 def model_fingerprint(folder):
@@ -327,9 +334,12 @@ def load_t5(folder, dtype=torch.float32, device="cpu"):
     wrong += [f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'absent')}"
               for name in sorted(expected | found) if expected.get(name) != found.get(name)]
     if wrong:
+        whole = any(name.startswith("decoder.block") for name in found)
+        line = COMPLETE.replace("FOLDER", str(folder))
         raise InputError(f"{folder} has {len(wrong)} faults, such as {'; '.join(wrong[:3])}: take "
-                         "config.json and weights from one intact model folder; docs/data.md says "
-                         "how to complete an encoder, or to drop a prefix of all names")
+                         "config.json and weights from one intact model folder" + (
+                             "" if whole else f"; or, where BASE is a whole model and PREFIX stands"
+                             f" before all names, if anything: {line}"))
     weights = {name: weights[name] for name in expected}
     weights.setdefault("lm_head.weight", weights["shared.weight"])             # the tied head
     return T5(config, weights)

@@ -10,6 +10,7 @@ import shlex
 import string
 from collections import Counter
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -221,11 +222,12 @@ SENTIMENT = {2: ("terrible", "great"), 5: ("terrible", "bad", "okay", "good", "g
 
 def match_words(path, counts, words):
     """{label: how often a file has it} and OwnTable's words -> {label: word}, in label order.
-    words: "spam=junk,ham=fine"; or "junk,fine" if these are the labels, or for labels that are
-    numbers (or true and false), in rising order; or "": the labels are the words, or two or five
-    numbers, SENTIMENT."""
+    words: "spam=junk,ham=fine"; "junk,fine" if these are the labels, or for numbers (or true and
+    false), in rising order; "": the labels are the words, or two or five numbers, SENTIMENT."""
     values = {label_value(label): label for label in counts}
-    numbers = all(isinstance(x, float) for x in values)
+    if len(values) < len(counts):
+        raise InputError(f"{path} writes a label in two ways, as 1, 1.0 and true: write it in one")
+    numbers = all(isinstance(x, Decimal) for x in values)
     labels = sorted(counts, key=label_value if numbers else None)
     given = [word.strip() for word in words.split(",")] if words else []
     if "=" in words:        # a label may have "," and "="
@@ -241,20 +243,19 @@ def match_words(path, counts, words):
     pairs = [(label, word.strip()) for label, word in pairs]
     matched = {values.get(label_value(label), label): word for label, word in pairs}
     different = {label_value(label) for label, _ in pairs}, {*matched.values()} - {""}
-    if (len(values) < len(labels) or not set(labels) <= set(matched)
-            or min(map(len, different)) < max(2, len(pairs))):
+    if not set(labels) <= set(matched) or min(map(len, different)) < max(2, len(pairs)):
         found = ", ".join(f"{label} ({counts[label]:,} rows)" for label in labels[:20])
         line = shlex.quote(",".join(f"{label}=WORD" for label in labels))
-        raise InputError(f"{path} has {len(labels)} labels, {found}: give a word each to two or "
-                         f"more, of other values (1, 1.0 and true are one): --words={line}")
+        raise InputError(f"{path} has {len(labels)} labels, {found}: give each a word of its "
+                         f"own, two at least (merge labels in the file): --words={line}")
     return matched
 
 
 def label_value(text):
-    """1.0 of "1", "1.0", "True", " 1\u200b"; what is no number stays a text, as one can type it."""
+    """1 of "1", "1.0", "True", " 1\u200b"; what is no number stays a text, as one can type it."""
     text = " ".join("".join(x if x.isprintable() else " " for x in text).split())
     text = {"false": "0", "true": "1"}.get(text.lower(), text)
-    return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?", text) else text
+    return Decimal(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", text) else text
 
 
 def is_whole(values):
@@ -281,8 +282,7 @@ def read_rows(path, task, size=0, say=lambda line: None, labeled=True):
             wrong.append(f"{where}: {values or 'too few or too many columns'}")
     if wrong:
         raise InputError(f"{wrong[0]}; a row is {', '.join(columns)}, its label one of "
-                         f"{', '.join(labels)}: mend or drop {len(wrong):,} such row(s); what is "
-                         "tuned by then is kept")
+                         f"{', '.join(labels)}: mend {len(wrong):,} row(s); tuned work is kept")
     if task.incomplete == "kept":
         blank = [not any(map(str.strip, row.fields.values())) for row in rows]
         if blank and blank.pop():
@@ -358,12 +358,12 @@ def task_examples(tokenizer, task, rows):
         [row.label for row in rows]), decoder_targets(tokenizer, task.words))
 
 
-def print_cut(tokenizer, name, task, rows):
-    """Print how many rows' texts task_examples() cuts, if any."""
+def print_cut(tokenizer, name, task, rows, say=print):
+    """Say how many rows' texts task_examples() cuts, if any."""
     whole = task_examples(tokenizer, task._replace(max_tokens=10 ** 9), rows)
     cut = sum(len(ids) > task.max_tokens for ids in whole.ids)
     if cut:
-        print(f"{name}: of {len(rows)} texts {cut} are cut to {task.max_tokens} tokens")
+        say(f"{name}: of {len(rows)} texts {cut} are cut to {task.max_tokens} tokens")
 
 
 def task_lines(tokenizer, task, rows):

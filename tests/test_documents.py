@@ -128,6 +128,7 @@ def test_documents_of_each_kind_literally(tmp_path, name, content, how, expected
     (tmp_path / name).write_bytes(content)
     found = "||".join("|".join(x) for x in documents(tmp_path / name, counts, **how))
     assert (found, counts["broken UTF-8"]) == (expected, mended)
+    assert counts["files of another kind, not read"] == (name == "a.tar.xz")
 
 
 def test_a_packed_text_is_read_as_it_is_unpacked(tmp_path):
@@ -149,8 +150,8 @@ def test_a_folder_gives_its_corpus_files_in_order(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in files] == ["a.json.gz", "b.TXT", "c/d.tar"]
     assert reader.unread_files([tmp_path], files) == ["README.md", "notes.csv", "settings.json"]
     assert reader.corpus_files([tmp_path / "README.md"]) == [tmp_path / "README.md"]
-    for wrong in ("notes.csv", "nowhere"):
-        with pytest.raises(InputError, match=f"{wrong}: no text found"):
+    for wrong, what in (("notes.csv", "no text found"), ("nowhere", "is missing")):
+        with pytest.raises(InputError, match=f"{wrong}: {what}"):
             reader.corpus_files([tmp_path / wrong])
 
 

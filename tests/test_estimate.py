@@ -99,7 +99,7 @@ def test_kept_graphs_are_those_that_there_are_and_that_fit(
     training = train.Training(model="m", prompt_length=20, max_tokens=60, support=32, corpus=())
     method = Method(micro_tokens=positions, keep_graphs=given or 0)
     choice = {} if given is None else {"keep_graphs": given}
-    control = SimpleNamespace(dry_run=False, yes=True, **choice)
+    control = SimpleNamespace(dry_run=False, micro_tokens=positions, yes=True, **choice)
     method = estimate.prepare(training, method, torch.device("cpu"), control)
     assert f"{kept} kept graphs" in estimate.memory_needed(SMALL, training, method)
 
@@ -156,7 +156,8 @@ def test_missing_memory_is_refused_with_what_would_fit(monkeypatch, gib, advice)
                        f"cpu has {gib}.0: try {advice}")
     assert estimate.memory_line(None, training, method, torch.device("cpu"))[1] == says
     with pytest.raises(InputError if says else TypeError, match=says):
-        estimate.prepare(training, method, torch.device("cpu"), SimpleNamespace(dry_run=False))
+        estimate.prepare(training, method, torch.device("cpu"),
+                         SimpleNamespace(dry_run=False, micro_tokens=3072))
 
 
 def test_the_time_is_that_of_the_methods_own_step(monkeypatch, small_world):
@@ -186,7 +187,7 @@ def test_a_long_run_needs_a_gpu_or_yes(monkeypatch, capsys):
         prepare(bytes=10 ** 9)
     printed = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in printed if line[0] != " "] == [
-        "graphs", "memory", "download", "time", "disk", "download"]
+        "micro-batches", "graphs", "memory", "download", "time", "disk", "download"]
     monkeypatch.setattr(estimate, "print_time", lambda *_: print("some time") or 1.1)
     with pytest.raises(InputError, match="no GPU here: add --yes"):
         prepare(corpus=("my.txt",))

@@ -269,11 +269,12 @@ def test_a_task_of_ones_own_and_its_labels(place, capsys, header):
         assert said in printed
     record, = rows_of("runs/eval/small-my.json", split="validation", kind="tuned")
     assert record["examples"] == 6
-    Path("new.txt").write_text("a good film\nvery dull food\n")
+    Path("new.txt").write_text("a good film\n" + "very dull food " * 99 + "\n")
     predict = ["--model", "small", "--predict", "new.txt", "--prompt", record["file"]]
     evaluation.main([*predict, "--out", "labels.csv"])
     evaluation.main(predict)
-    assert capsys.readouterr().out == Path("labels.csv").read_text()
+    out, said = capsys.readouterr()
+    assert out == Path("labels.csv").read_text() and "of 2 texts 1 are cut to 256 tokens" in said
     with pytest.raises(InputError, match="would replace the input"):
         evaluation.main([*predict, "--out", "new.txt"])
     found, _ = csv.DictReader(open("labels.csv"))
@@ -330,7 +331,7 @@ def test_a_label_that_only_the_test_file_has_costs_no_tuning(place, monkeypatch)
     Path("my.csv").write_text("label,text\n0,bad film\n0,dull food\n1,good film\n1,warm food\n")
     Path("test.csv").write_text("label,text\n0.0,bad\n2,odd\nTrue,good\n2,odd\n")
     command = [*OWN, "--words", "terrible,great", "--data", "my.csv", "test.csv"]
-    with pytest.raises(InputError, match="test.csv, line 3: .'2', 'odd'.*drop 2 such"):
+    with pytest.raises(InputError, match="test.csv, line 3: .'2', 'odd'.*mend 2 row"):
         evaluation.main(command)
     Path("test.csv").write_text("label,text\n0.0,bad\nTrue,good\n")
     monkeypatch.setattr(evaluation, "tune", lambda *_: pytest.fail("tuned again"))

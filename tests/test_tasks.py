@@ -129,7 +129,10 @@ def own(folder, content, template="{text} It was <X> .", name="a.csv", test=None
     ("1 1.0 2", "1=a,1.0=b,2=c", ""), ("1 1.0 0", "bad,good", ""), ("1 true", "", ""),
     ("spam ham", "spam=a,ham=b,spam=c", ""), ("0 1", "0=a,1=b,true=c", ""), ("0 1 2", "", ""),
     ("spam ham", "junk,fine", ""), ("spam ham", "spam=junk", ""), ("0 1", "0=good,1=good", ""),
-    ("0 1", "0=good,1", ""), ("no", "", ""), ("0.25 0.5 0.75", "bad,good", "")])
+    ("0 1", "0=good,1", ""), ("no", "", ""), ("0.25 0.5 0.75", "bad,good", ""),
+    (".5 1", "bad,good", ".5=bad 1=good"),
+    ("11111111111111111111 11111111111111111112", "a,b",        # equal as floats
+     "11111111111111111111=a 11111111111111111112=b")])
 def test_labels_are_matched_by_name_or_refused(labels, words, matched):
     """Explicit, by the words' own names, or as rising numbers; what does not fit is listed with its
     counts and a --words to copy; so are labels of one value, or a label that is named twice."""
@@ -139,8 +142,8 @@ def test_labels_are_matched_by_name_or_refused(labels, words, matched):
         assert " ".join(f"{label}={word}" for label, word in found.items()) == matched
     except InputError as error:
         last = labels.split()[-1]
-        says = f"{len(counts)} labels, .*{last} .7 rows.*--words=.*{last}=WORD"
-        assert not matched and re.search(says, str(error))
+        listed = f"{len(counts)} labels, .*{last} .7 rows.*--words=.*{last}=WORD"
+        assert not matched and re.search(f"{listed}|writes a label in two ways", str(error))
 
 
 def test_the_words_to_copy_can_be_pasted():
@@ -148,7 +151,7 @@ def test_the_words_to_copy_can_be_pasted():
     counts = dict.fromkeys(("-1", "it's", "a,b", "a", "b", "a=b", "x = y", "$(c) d", "e\u200bf"), 7)
     with pytest.raises(InputError) as error:
         tasks.match_words("a.csv", counts, "x")
-    option, = shlex.split(str(error.value).partition("one): ")[2])
+    option, = shlex.split(str(error.value).partition("file): ")[2])
     words = "".join(part + str(k) for k, part in enumerate(option.split("WORD")))
     given = settings_parser("", [OwnTable], {}).parse_args([words[:-1]])
     matched = tasks.match_words("a.csv", counts, given.words)
@@ -292,7 +295,7 @@ def test_task_examples_literally(tmp_path):
 
 # --------------------------------------------------------------- labeled sets as meta tasks
 
-def test_labeled_sets_become_meta_tasks(tmp_path):
+def test_labeled_sets_become_meta_tasks(tmp_path, capsys):
     """Table 3: a task is one cluster (here: one topic) of one set; labels are the set's own words
     and what the file says of each text, balanced in both sets, which share no text."""
     label = {f"T{i % 3} d{i}": ("good", "bad", "so-so")[i // 3 % 3] for i in range(900)}
@@ -319,6 +322,8 @@ def test_labeled_sets_become_meta_tasks(tmp_path):
             assert set(counts) == {"good", "bad", "so-so"}
             assert max(counts.values()) <= n // 3 + 1
         assert len(set(sources)) == 10 and len({text[:2] for text in sources}) == 1
+    labeled.LabeledIndex({"set": store}, tokenizer, support=7, query=3, max_tokens=6)
+    assert "set: of 900 texts 900 are cut to 6 tokens" in capsys.readouterr().out
     again = labeled.labeled_task(index, 0, 19, 0, split="validation")
     assert again.support.ids == task.support.ids and again.query.ids == task.query.ids
     with pytest.raises(InputError, match="set: one usable train cluster, mixing needs two"):
