@@ -21,10 +21,10 @@ csv.field_size_limit(1 << 27)           # characters of a text
 ENCODING = "mend it, or give --encoding, such as cp1252, utf-16 or utf-16-le"
 TABLES = (".csv", ".tsv", ".jsonl", ".json")        # with named columns
 ALONE = "\x1f"                          # the delimiter of one column: no text has it
-# How quotes may be written, the most usual first, with csv.reader's options.
-QUOTES = {"quotes around texts": {"quoting": csv.QUOTE_MINIMAL},
-          "a backslash before quotes": {"escapechar": "\\", "doublequote": False},
-          "quotes as characters": {"quoting": csv.QUOTE_NONE}}
+# How quotes may be written: what is between those around a text, and csv.reader's options.
+QUOTES = {"quotes around texts": (r'[^"]*+(?:""[^"]*+)*+', {}),
+          "a backslash before quotes": (r'(?:[^"\\]|""|\\[\s\S])*+', {"escapechar": "\\"}),
+          "quotes as characters": (r"(?!)", {"quoting": csv.QUOTE_NONE})}
 
 
 def read_table(path, columns, header=None, encoding="utf-8-sig", say=lambda line: None):
@@ -58,9 +58,13 @@ def text_of(path, encoding):
 
 
 def lacking(path, columns, names):
-    """The InputError for a table of other columns."""
-    return InputError(f"{path} has the columns {', '.join(names)}, and not all of "
-                      f"{', '.join(columns)}: name its columns, or give --no-header")
+    """The InputError for a table without the columns, or with one of them twice."""
+    twice = [name for name in columns if names.count(name) > 1]
+    header = "" if path.suffix.lower().startswith(".json") else ", or give --no-header"
+    wrong = (f"has the column {twice[0]} twice: rename one" if twice else
+             f"has the columns {', '.join(names)}, and not all of {', '.join(columns)}: "
+             f"name its columns{header}" if names else "is empty: give a table")
+    return InputError(f"{path} {wrong}")
 
 
 def check_header(path, columns, header, encoding):
@@ -79,7 +83,7 @@ def check_header(path, columns, header, encoding):
 
 
 def dialect(path, text, columns, header):
-    """How a user's table is written -> csv.reader's options, a line to print.
+    """How a user's table is written -> the text for csv.reader, its options, a line to print.
     The first row has the columns or, without a header, as many; no row has more, all have as many,
     or most. Raises InputError unless one way of writing explains the text."""
     def fits(first, delimiter):
@@ -87,60 +91,70 @@ def dialect(path, text, columns, header):
         return named and (len(first) > 1) == (delimiter != ALONE)
     ways, firsts = [], [[]]
     for delimiter, quotes in product(",\t;|" + ALONE, QUOTES):
-        how = {"delimiter": delimiter, "skipinitialspace": True, **QUOTES[quotes]}
-        lines = csv.reader(io.StringIO(text, newline=""), strict=True, **how)
+        closed, plain, how = unquote(text, delimiter, quotes)
+        lines = csv.reader(io.StringIO(plain, newline=""), strict=True, **how)
         rows, first, widths = filter(None, lines), [], Counter()
         try:
-            first = [name.strip() for name in next(rows, [])]
+            first = [name.strip('" ') for name in next(rows, [])]
             widths.update(map(len, rows) if fits(first, delimiter) else ())
         except csv.Error:
             widths[math.inf] += 1
         firsts.append(first)
-        if fits(first, delimiter) and ("escapechar" not in how or '\\"' in text):
+        if fits(first, delimiter):
             n, whole = widths.total(), widths[len(first)]
-            readable = max(widths, default=0) <= len(first)
-            usual = readable and not has_lone_quote(text, **how)
-            score = readable, whole == n, usual, whole < n and 2 * whole - n
+            score = max(widths, default=0) <= len(first), whole == n, whole < n and 2 * whole - n
             said = (f"{n + (not header):,} rows in {lines.line_num:,} lines; columns "
                     f"{', '.join(first if header else columns)}"
                     + f"; delimiter {delimiter!r}" * (delimiter != ALONE))
-            ways.append((score, how, said, f"; {quotes}" * ('"' in text)))
+            ways.append((closed, score, plain, how, said, f"; {quotes}" * ('"' in text)))
     if not ways:
         raise lacking(path, columns, max(firsts, key=len))
-    score, how, said, quotes = max(ways, key=lambda way: way[0])
-    found = sorted({said for other, _, said, _ in ways if other == score and score[1]})
+    usual = {}                          # a delimiter's way, which one bad row does not change
+    for way in sorted(ways, key=lambda way: way[0]):
+        usual[way[3]["delimiter"]] = way
+    _, score, plain, how, said, quotes = max(usual.values(), key=lambda way: way[1])
+    found = sorted({way[4] for way in ways if way[1] == score and score[1]})
     if how["delimiter"] != ALONE and len(found) > 1:
         raise InputError(f"{path} can be read as {', or as '.join(found)}: write it as .jsonl")
-    return how, f"{path}: {said}{quotes}"
+    return plain, how, f"{path}: {said}{quotes}"
 
 
-def has_lone_quote(text, delimiter, escapechar="", quoting=csv.QUOTE_MINIMAL, **how):
-    """Does a quote amid a text show that quotes are not written around texts, doubled inside?"""
-    others = re.escape(f'{escapechar}{delimiter}\r\n"')
-    amid = rf'[^{others}](?<!{re.escape(delimiter)} )"("")*[^{others}]'
-    return quoting == csv.QUOTE_MINIMAL and re.search(amid, text) is not None
+def unquote(text, delimiter, quotes):
+    """The share of the texts that begin with a quote and close as they should; the text, without
+    spaces after closing quotes, and options, for csv.reader."""
+    inside, how = QUOTES[quotes]
+    ends = f"{re.escape(delimiter)}\r\n"
+    field = re.compile(rf'((?:\A|[{ends}]) *)(?:("{inside}") *(?=[{ends}]|\Z)|"[^\r\n]*)')
+    closed = [match[2] is not None for match in field.finditer(text)]
+    share = sum(closed) / len(closed) if closed else 0
+    plain = field.sub(lambda match: match[1] + match[2] if match[2] else match[0], text)
+    if "escapechar" in how:             # csv.reader drops each backslash that is not doubled
+        share = (share if closed else 1) if '\\"' in text else -1
+        plain = re.sub(r'(\\["\\])|\\', lambda match: match[1] or r"\\", plain)
+    share = 0.49 if "quoting" in how else share         # quotes are characters if most do not close
+    return share, plain, {"delimiter": delimiter, "skipinitialspace": True, **how}
 
 
 def _csv_rows(path, columns, header, encoding, say):
     """Under a header with the columns' names, or without one, in their order."""
     text, own = text_of(path, encoding), header is not None
-    how = ({"delimiter": "\t", **QUOTES["quotes as characters"]}
-           if path.suffix.lower() == ".tsv" else {})
+    tabs = path.suffix.lower() == ".tsv"
+    how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
     if own:
         text = re.sub(r"\Asep=.(?=\r?\n)", "", text)        # Excel's
-        how, said = dialect(path, text, columns, header)
+        text, how, said = dialect(path, text, columns, header)
         say(said)
     lines = csv.reader(io.StringIO(text, newline=""), strict=True, **how)
     try:
         first = next(filter(None, lines), [])
         names, rows = list(columns), chain(filter(None, [first]), lines)
         if header or not own and set(columns) <= set(first):
-            names, rows = [name.strip() for name in first], lines
+            names, rows = [name.strip('" ') for name in first], lines
         places = [names.index(name) for name in columns]
         for line in rows:
             if own and len(line) > len(names):
                 raise csv.Error(f"{len(line)} columns, not {len(names)}")
-            whole = len(line) == len(names)
+            whole = len(line) > max(places) if own else len(line) == len(names)
             yield lines.line_num, [line[place] for place in places] if whole else None
     except csv.Error as error:
         raise InputError(f"{path}, line {lines.line_num}: {error}: put quotes around texts, and "
@@ -157,10 +171,13 @@ def _jsonl_rows(path, columns, header, encoding, say):
         if not line.strip():
             continue
         with reading(f"{path}, line {number}", "a JSON object", remedy="mend or drop it"):
-            record = json.loads(line, parse_constant=lambda name: None)     # NaN is no text
+            record = {**json.loads(line, parse_constant=lambda name: None)}     # NaN is no text
             values = [record.get(name) for name in columns]
         if not checked and not set(columns) <= set(record):
-            raise lacking(path, columns, record)
+            raise lacking(path, columns, [*record])
+        if header is not None and any(isinstance(value, dict | list) for value in values):
+            raise InputError(f"{path}, line {number}: a value is a list or an object: write each "
+                             "row as an object with a text and a label (pandas: orient='records')")
         checked = True                  # the first object's names
         whole = all(isinstance(value, str | int | float) for value in values)
         values = list(map(str, values))

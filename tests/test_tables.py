@@ -14,6 +14,7 @@ from tasks import TASKS
 
 
 JSON = '{"text": "good", "label": 1.0}\n\n{"text": null, "label": true}\n'
+TWO = '1,"a\nb"\n0,"so ""so"""\n'
 LONG, NOT_ALL = "good " * 40_000, "and not all of label, "
 
 
@@ -31,8 +32,20 @@ LONG, NOT_ALL = "good " * 40_000, "and not all of label, "
     ("a.csv", 'label,text\n1,"He said, \\"good\\"."\n', True, [["1", 'He said, "good".']], "backs"),
     ("a.TSV", 'label\ttext\n1\t"good" film\n', True, [["1", '"good" film']], "as characters"),
     ("a.tsv", 'label\ttext\n1\t"good\n0\tbad\n', True, [["1", '"good'], ["0", "bad"]], "as char"),
-    ("a.tsv", 'label\ttext\n1\t"good\n0\tbad"\n1\ta "so so" film\n', True,
-     [["1", '"good'], ["0", 'bad"'], ["1", 'a "so so" film']], "3 rows .* as characters"),
+    ("a.tsv", 'label\ttext\n1\t"good\n0\tbad"\n1\ta "so so" film\n', True, None, "or as 3 rows"),
+    ("a.csv", f'label,text\n{TWO}0,', True, [["1", "a\nb"], ["0", 'so "so"'], ["0", ""]], "around"),
+    ("a.csv", f'label,text\n{TWO}end', True, [["1", "a\nb"], ["0", 'so "so"'], None], "around"),
+    ("a.csv", f'label,text\n{TWO}0,a 5" one', True,
+     [["1", "a\nb"], ["0", 'so "so"'], ["0", 'a 5" one']], "3 rows .*around"),
+    ("a.csv", 'label,text\n1,"good"\n0,a "so so" film\n', True,
+     [["1", "good"], ["0", 'a "so so" film']], "around"),
+    ("a.csv", f'label,text\n{TWO}0,"a cut te', True, None, "line 5: unexpected end"),
+    ("a.csv", f'label,text\n{TWO}0,"so" so\n', True, None, "line 5: ',' expected"),
+    ("a.csv", 'label,text\n1,"a \\"b\\""\n0,C:\\new "d"\n1,"\\\\t ""e"""\n0,\\"f\\"', True,
+     [["1", 'a "b"'], ["0", 'C:\\new "d"'], ["1", '\\t "e"'], ["0", '"f"']], "a backslash"),
+    ("a.csv", 'label,text\n1,"C:\\new\\"\n0,"d"', True, [["1", "C:\\new\\"], ["0", "d"]], "around"),
+    ("a.csv", '"label" ,"text"\n"1" ,"a , b" \n', True, [["1", "a , b"]], "columns label, text;"),
+    ("a.csv", "label,text,id\n1,good\n0,bad,1\n1\n", True, [["1", "good"], ["0", "bad"], None], ""),
     ("a.tsv", 'label\ttext\n1\t"good\nfilm"\n', True, [["1", "good\nfilm"]], "1 rows in 3 lines"),
     ("a.tsv", "label,text\n1,good\n", True, [["1", "good"]], "','"),
     ("a.json", JSON, True, [["1.0", "good"], None], "^$"),
@@ -46,10 +59,13 @@ LONG, NOT_ALL = "good " * 40_000, "and not all of label, "
     ("a.csv", "1;good, no\n0;bad, ok\n", False, None, "delimiter ',', or as 2 rows .* ';': write"),
     ("a.csv", 'label,text\n1,"sure\n0,no"\n', True, None, "as 1 rows .*, or as 2 rows in 3 lines"),
     ("a.csv", "label;text;id\n1;good;3\n", True, None, f"label, text, id, {NOT_ALL}my text"),
-    ("a.json", JSON, True, None, f"columns text, label, {NOT_ALL}my text"),
+    ("a.json", JSON, True, None, f"columns text, label, {NOT_ALL}my text: [a-z ]*$"),
     ("a.json", '{"label": 1, "text": "a"}\n{"label": 0, "te\n', True, None, "line 2 is not a JSON"),
     ("a.csv", 'label,text\n1,"a, b"\n0,"c, d"\n1,"good" film\n', True, None, "line 4: ','"),
-    ("a.csv", "text,label,text\na,1,b\n", True, None, f"columns text, label, text, {NOT_ALL}"),
+    ("a.csv", "text,label,text\na,1,b\n", True, None, "the column text twice"),
+    ("a.csv", "\n", True, None, "is empty"), ("a.csv", "", False, None, "is empty"),
+    ("a.json", '[{"label": 1, "text": "a"}, [1, "a"]]', True, None, "line 2 .*'list' object"),
+    ("a.json", '{"label": {"0": 1}, "text": {"0": "a"}}', True, None, "orient='records'"),
     ("a.csv", "a,b".encode("utf-16-le"), True, None, "line 1: byte 0x00 is not .*--encoding"),
     ("a.txt", "1\tgood\n", True, None, "a .txt is a text a line, no label"),
     ("a", "1", True, None, "give .csv, .tsv"), ("a.xlsx", "1", True, None, "give .csv, .tsv")])

@@ -169,7 +169,7 @@ def test_the_words_to_copy_can_be_pasted():
      ["2 rows in 3 lines; columns label, text; delimiter ';'"]),
     ("0,a\n1\u200b,b\n", {"header": False}, [("terrible", "a"), ("great", "b")],
      ["2 rows in 2 lines; columns label, text; delimiter ','"]),
-    ('{"label": {"0": 1}, "text": {"0": "x"}}', {"name": "a.csv.json"}, "no rows with label", []),
+    ('{"label": {"0": 1}, "text": {"0": "x"}}', {"name": "a.csv.json"}, "a list or an object", []),
     ("0,a\n1,b\n", {}, "columns 0, a, and not all of label, text: .* --no-header", [])])
 def test_what_was_read_is_printed_or_refused(tmp_path, content, options, rows, said):
     """Columns, delimiter and what is left out are printed; a lacking column is refused with those
