@@ -75,7 +75,7 @@ class Method:
         False, "loss over the label words, not the whole vocabulary (LM-BFF, PERFECT)")
     micro_tokens: int = knob(
         2048, "encoder positions, with padding, that are computed together: memory and speed, not "
-        "the result (ours)")
+        "the result (ours); not given: 512 on a CPU, but for tiny")
     keep_graphs: int = knob(
         0, "micro-batches whose graphs are kept for the Hessian: memory and speed, not the result "
         "(ours); not given: all, if half of the memory holds them", zero=True)
