@@ -60,11 +60,11 @@ def text_of(path, encoding):
 def lacking(path, columns, names):
     """The InputError for a table without the columns, or with one of them twice."""
     twice = [name for name in columns if names.count(name) > 1]
-    header = "" if path.suffix.lower().startswith(".json") else ", or give --no-header"
-    wrong = (f"has the column {twice[0]} twice: rename one" if twice else
-             f"has the columns {', '.join(names)}, and not all of {', '.join(columns)}: "
-             f"name its columns{header}" if names else "is empty: give a table")
-    return InputError(f"{path} {wrong}")
+    if not names or twice:
+        return InputError(f"{path} {f'has the column {twice[0]} twice' if twice else 'is empty'}")
+    header = ", or give --no-header" * (not path.suffix.lower().startswith(".json"))
+    return InputError(f"{path} has the columns {', '.join(names)}, and not all of "
+                      f"{', '.join(columns)}: name its columns{header}")
 
 
 def check_header(path, columns, header, encoding):
@@ -90,7 +90,9 @@ def dialect(path, text, columns, header):
         named = all(first.count(x) == 1 for x in columns) if header else len(first) == len(columns)
         return named and (len(first) > 1) == (delimiter != ALONE)
     ways, firsts = [], [[]]
-    for delimiter, quotes in product(",\t;|" + ALONE, QUOTES):
+    line = text.lstrip("\r\n").partition("\n")[0] if header else text
+    delimiters = [mark for mark in ",\t;|" if mark in line] + [ALONE]
+    for delimiter, quotes in product(delimiters, QUOTES if '\\"' in text else [*QUOTES][::2]):
         closed, plain, how = unquote(text, delimiter, quotes)
         lines = csv.reader(io.StringIO(plain, newline=""), strict=True, **how)
         rows, first, widths = filter(None, lines), [], Counter()
@@ -110,7 +112,7 @@ def dialect(path, text, columns, header):
     if not ways:
         raise lacking(path, columns, max(firsts, key=len))
     usual = {}                          # a delimiter's way, which one bad row does not change
-    for way in sorted(ways, key=lambda way: way[0]):
+    for way in sorted(ways, key=lambda way: way[:2]):
         usual[way[3]["delimiter"]] = way
     _, score, plain, how, said, quotes = max(usual.values(), key=lambda way: way[1])
     found = sorted({way[4] for way in ways if way[1] == score and score[1]})
@@ -124,14 +126,17 @@ def unquote(text, delimiter, quotes):
     spaces after closing quotes, and options, for csv.reader."""
     inside, how = QUOTES[quotes]
     ends = f"{re.escape(delimiter)}\r\n"
-    field = re.compile(rf'((?:\A|[{ends}]) *)(?:("{inside}") *(?=[{ends}]|\Z)|"[^\r\n]*)')
+    field = re.compile(rf'((?:\A|[{ends}]) *)(?:("{inside}") *(?=[{ends}]|\Z)|("[^\r\n]*))')
     closed = [match[2] is not None for match in field.finditer(text)]
-    share = sum(closed) / len(closed) if closed else 0
-    plain = field.sub(lambda match: match[1] + match[2] if match[2] else match[0], text)
-    if "escapechar" in how:             # csv.reader drops each backslash that is not doubled
-        share = (share if closed else 1) if '\\"' in text else -1
+    share = sum(closed) / max(len(closed), 1)
+    plain = field.sub(r"\1\2\3", text)
+    if "quoting" in how:
+        share = 0.49                    # characters, if most do not close
+    elif "escapechar" in how:
+        others = re.search(r'(?<!\\)"', field.sub("", text)) is not None
+        share = (share if closed else not others) - others / 1e6
+        # csv.reader drops each backslash that is not doubled.
         plain = re.sub(r'(\\["\\])|\\', lambda match: match[1] or r"\\", plain)
-    share = 0.49 if "quoting" in how else share         # quotes are characters if most do not close
     return share, plain, {"delimiter": delimiter, "skipinitialspace": True, **how}
 
 
@@ -170,14 +175,13 @@ def _jsonl_rows(path, columns, header, encoding, say):
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        with reading(f"{path}, line {number}", "a JSON object", remedy="mend or drop it"):
+        with reading(f"{path}, line {number}", "an object of texts", remedy="mend or drop it"):
             record = {**json.loads(line, parse_constant=lambda name: None)}     # NaN is no text
             values = [record.get(name) for name in columns]
+            if header is not None and any(isinstance(value, dict | list) for value in values):
+                raise TypeError("a value is a list or an object; in pandas, give orient='records'")
         if not checked and not set(columns) <= set(record):
             raise lacking(path, columns, [*record])
-        if header is not None and any(isinstance(value, dict | list) for value in values):
-            raise InputError(f"{path}, line {number}: a value is a list or an object: write each "
-                             "row as an object with a text and a label (pandas: orient='records')")
         checked = True                  # the first object's names
         whole = all(isinstance(value, str | int | float) for value in values)
         values = list(map(str, values))
