@@ -89,7 +89,7 @@ def dialect(path, text, columns, header):
     def fits(first, delimiter):
         named = all(first.count(x) == 1 for x in columns) if header else len(first) == len(columns)
         return named and (len(first) > 1) == (delimiter != ALONE)
-    ways, firsts = [], [[]]
+    ways, names = [], []
     line = text.lstrip("\r\n").partition("\n")[0] if header else text
     delimiters = [mark for mark in ",\t;|" if mark in line] + [ALONE]
     for delimiter, quotes in product(delimiters, QUOTES if '\\"' in text else [*QUOTES][::2]):
@@ -101,7 +101,7 @@ def dialect(path, text, columns, header):
             widths.update(map(len, rows) if fits(first, delimiter) else ())
         except csv.Error:
             widths[math.inf] += 1
-        firsts.append(first)
+        names = max(names, first, key=len)
         if fits(first, delimiter):
             n, whole = widths.total(), widths[len(first)]
             score = max(widths, default=0) <= len(first), whole == n, whole < n and 2 * whole - n
@@ -110,10 +110,9 @@ def dialect(path, text, columns, header):
                     + f"; delimiter {delimiter!r}" * (delimiter != ALONE))
             ways.append((closed, score, plain, how, said, f"; {quotes}" * ('"' in text)))
     if not ways:
-        raise lacking(path, columns, max(firsts, key=len))
-    usual = {}                          # a delimiter's way, which one bad row does not change
-    for way in sorted(ways, key=lambda way: way[:2]):
-        usual[way[3]["delimiter"]] = way
+        raise lacking(path, columns, names)
+    # Most texts decide how a delimiter's quotes are written: one bad row changes nothing.
+    usual = {way[3]["delimiter"]: way for way in sorted(ways, key=lambda way: way[:2])}
     _, score, plain, how, said, quotes = max(usual.values(), key=lambda way: way[1])
     found = sorted({way[4] for way in ways if way[1] == score and score[1]})
     if how["delimiter"] != ALONE and len(found) > 1:
@@ -129,10 +128,9 @@ def unquote(text, delimiter, quotes):
     field = re.compile(rf'((?:\A|[{ends}]) *)(?:("{inside}") *(?=[{ends}]|\Z)|("[^\r\n]*))')
     closed = [match[2] is not None for match in field.finditer(text)]
     share = sum(closed) / max(len(closed), 1)
+    share = 0.49 if "quoting" in how else share         # characters, if most do not close
     plain = field.sub(r"\1\2\3", text)
-    if "quoting" in how:
-        share = 0.49                    # characters, if most do not close
-    elif "escapechar" in how:
+    if "escapechar" in how:
         others = re.search(r'(?<!\\)"', field.sub("", text)) is not None
         share = (share if closed else not others) - others / 1e6
         # csv.reader drops each backslash that is not doubled.
@@ -143,8 +141,7 @@ def unquote(text, delimiter, quotes):
 def _csv_rows(path, columns, header, encoding, say):
     """Under a header with the columns' names, or without one, in their order."""
     text, own = text_of(path, encoding), header is not None
-    tabs = path.suffix.lower() == ".tsv"
-    how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}
     if own:
         text = re.sub(r"\Asep=.(?=\r?\n)", "", text)        # Excel's
         text, how, said = dialect(path, text, columns, header)
@@ -162,7 +159,8 @@ def _csv_rows(path, columns, header, encoding, say):
             whole = len(line) > max(places) if own else len(line) == len(names)
             yield lines.line_num, [line[place] for place in places] if whole else None
     except csv.Error as error:
-        raise InputError(f"{path}, line {lines.line_num}: {error}: put quotes around texts, and "
+        found = str(error).replace(ALONE, "end of line")
+        raise InputError(f"{path}, line {lines.line_num}: {found}: put quotes around texts, and "
                          "double those inside") from None
 
 
