@@ -2,8 +2,8 @@
 
     movie, all, dg              tasks of tasks.py, or groups of them; with --template your own file
     a run's folder, a prompt's file, a folder of PEFT's or the authors'     load_prompt
-    newest                      the SUPMER run under runs/ that finished last      newest_run
-    supmer, ppt, no-mgr, ...    a run that train.py makes when it is needed pretrained_run
+    newest                      the SUPMER run that finished last       newest_run
+    supmer, ppt, no-mgr, ...    a run that train.py makes when needed   pretrained_run
     random, vocab, ft, ...      a method of baselines.py
 """
 
@@ -45,7 +45,6 @@ class Plan(NamedTuple):
     task: LabeledTask
     targets: dict[str, LabeledTask]     # their test sets
     folder: str = "."
-
 
 
 def plans(settings):
@@ -124,8 +123,8 @@ def open_candidate(name, config, settings):
         path = released_folder(config)
     theta, phi, about = load_prompt(path, config.d_model)
     if not is_of_model(about, settings.model, config):
-        raise InputError(f"{path} was learned on another {about.get('model')} than "
-                         f"{settings.model} is now: take a prompt of this model")
+        raise InputError(f"{path} was learned on {about.get('model')} with other weights than "
+                         f"{settings.model} has now: take a prompt of this model")
     if len(theta) != settings.prompt_length:
         raise InputError(f"{path} has {len(theta)} vectors, not {settings.prompt_length}: "
                          f"--prompt-length {len(theta)}?")

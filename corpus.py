@@ -235,14 +235,15 @@ def _choose(folder, options, progress, wanted):
     if len(first) < 4:
         raise InputError(f"{found}: 4 documents are needed, give more text{others}")
     if different < options["clusters"]:
-        raise InputError(f"{found}: {different} different ones to train on make no "
-                         f"{options['clusters']} clusters: give more text, or fewer --clusters")
+        raise InputError(f"{found}: {different} different sentences to train on for "
+                         f"{options['clusters']} clusters: give more text, or fewer --clusters (of "
+                         "labeled sets: --labeled-clusters)")
     having_next = anchor & has_next(first, len(keys))
     lacking = wanted - min(int((having_next & part).sum()) for part in (held_out, ~held_out))
     if lacking > 0:
-        raise InputError(f"{found}: a split lacks {lacking} that another one follows, in documents "
-                         f"of 4 or more: give more text{others}, a smaller --support and --query, "
-                         "or only --variants that ask for clusters")
+        raise InputError(f"{found}: training or held-out documents of 4 or more sentences lack "
+                         f"{lacking} that have a next one: give more text{others}, a smaller "
+                         "--support and --query, or only --variants that ask for clusters")
     for name, values in (("held_out", held_out), ("anchor", anchor)):
         with whole_file(folder / f"{name}.bin") as file:
             file.write(values)

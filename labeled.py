@@ -23,7 +23,7 @@ def find_sets(folder):
     kinds = ".csv", ".tsv", ".jsonl", ".json"
     found = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in kinds)
     if not found:
-        raise InputError(f"--labeled {folder}: no folder with .csv, .tsv or .jsonl")
+        raise InputError(f"--labeled {folder}: no folder with .csv, .tsv, .jsonl or .json")
     return found
 
 

@@ -37,7 +37,7 @@ def load_prompt(path, d=None):
     Raises InputError for anything else, another width or form, values that are not finite.
     """
     path = Path(path)
-    with reading(path, f"a prompt for a T5 of width {d}", "give a run on "
+    with reading(path, f"a prompt{f' for a T5 of width {d}' if d else ''}", "give a run on "
                  "this model, a prompt's safetensors, or a folder of PEFT's or the authors'"):
         if (path / "adapter_config.json").is_file():
             tensors, metadata = _read_peft(path)

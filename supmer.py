@@ -50,9 +50,9 @@ REGULARIZERS = {}       # {name: Regularizer}, filled below, and by prompts.py w
 @dataclass(frozen=True)
 class Method:
     """The method's numbers, with the paper's values; train.py's command line is made from them."""
-    inner_rate: float = knob(0.1, "a1, inner rate on the raw gradient (Table 6)")
+    inner_rate: float = knob(0.1, "a1, inner rate (Table 6); not used if relative_step is above 0")
     relative_step: float = knob(
-        0.0, "if > 0, a1 makes |a1 psi(g)| this share of |theta| (ours; the paper: 0)", zero=True)
+        0.0, "if > 0, a1 makes |a1 psi(g)| this share of |theta| (ours; 0: off)", zero=True)
     prompt_rate: float = knob(0.1, "b1, Adam's rate for theta (Table 6)", zero=True)
     regularizer_rate: float = knob(1e-4, "b2, Adam's rate for phi (Table 6)", zero=True)
     regularizer_eps: float = knob(
@@ -63,9 +63,9 @@ class Method:
     clip: float = knob(1.0, "largest norm of theta's and of phi's gradient (the released code)")
     steps: int = knob(100_000, "meta steps; both rates fall linearly to 0 over them (Table 6)",
                       first=True)
-    first_order: bool = knob(False, "theta's gradient is v alone (what the released code computes)")
+    first_order: bool = knob(False, "theta's gradient is v alone (as in the released code)")
     augmentation: bool = knob(True, "mix a partner task into the query sets (Alg. 2); without it "
-                                    "there is no L_reg, which would close the gate (ours)")
+                                    "there is no L_reg either: alone it would close the gate (ours)")
     curriculum: bool = knob(True, "lambda follows b (Eq. 10); without it ~ Beta(alpha, alpha)")
     regularizer: str = knob("affine", "the form of psi (Eq. 5); none: the identity, no phi",
                             choices=REGULARIZERS)
@@ -75,7 +75,7 @@ class Method:
         False, "loss over the label words, not the whole vocabulary (LM-BFF, PERFECT)")
     micro_tokens: int = knob(
         2048, "encoder positions, with padding, that are computed together: memory and speed, not "
-        "the result (ours); not given: 512 on a CPU, but for tiny")
+        "the result (ours); not given: 512 on a CPU, except for tiny")
     keep_graphs: int = knob(
         0, "micro-batches whose graphs are kept for the Hessian: memory and speed, not the result "
         "(ours); not given: all, if half of the memory holds them", zero=True)
@@ -436,7 +436,7 @@ def meta_step(t5, state, pairs, method, seed, ranks=SOLO):
         numbers = (part.d_theta, *part.d_phi.values(), torch.tensor([*part.log.values()]))
         if not all(x.isfinite().all() for x in numbers):
             raise InputError(f"step {state.step}: loss or gradient of a {task.variant} task is not "
-                             f"finite: {part.log}; try a smaller inner_rate or prompt_rate")
+                             f"finite: {part.log}; try a smaller --inner-rate or --prompt-rate")
     state.theta.grad = (sum(part.d_theta for part in parts) / n).to(state.theta)
     for name, value in state.phi.items():
         value.grad = (sum(part.d_phi[name] for part in parts) / n).to(value)

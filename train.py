@@ -61,7 +61,7 @@ class Training(tasks.OwnTable):
     bytes: int = knob(10 ** 10, "of text to read at most (section 4.1: 10 GB)")
     clusters: int = knob(250, "K-means clusters of each format (Table 6)")
     one_per_format: bool = knob(False, "a clustering for each format, not one for all")
-    labeled: str = knob("", "folder of labeled sets (label, text; .csv, .tsv, .jsonl) (Table 3)")
+    labeled: str = knob("", "folder of labeled sets (label, text; .csv, .tsv, .jsonl; Table 3)")
     labeled_share: float = knob(1 / 3, "share of labeled tasks (Table 3); 1: no corpus")
     labeled_clusters: int = knob(10, "K-means clusters of each labeled set (MetaPT's)")
     prompt_length: int = knob(100, "P, vectors of the soft prompt (section 4.1)")
@@ -188,14 +188,15 @@ class Run:
         before, after = result["loss_before"], result["loss"]
         if not math.isfinite(before + after):
             raise InputError(f"step {step}: the validation loss is {after}; try a smaller "
-                             "inner_rate, relative_step or prompt_rate")
+                             "--inner-rate, --relative-step or --prompt-rate")
         self.write({"step": step, "validation": result})
         change = after / before - 1
         if not (plain or self.ranks.rank) and change > -1e-4:
             advice = "smaller" if change > 1e-4 else "larger"
+            option = "--relative-step" if self.method.relative_step else "--inner-rate"
             tqdm.write(f"step {step}: the inner step changes the held-out loss by "
                        f"{100 * change:+.2g} %; it moves the prompt by {result['step_size']:.1e} "
-                       f"of its length. Try a {advice} --relative-step or --inner-rate.")
+                       f"of its length. Try a {advice} {option}.")
         loss = before if plain else after           # PPT is not learned for an inner step
         if loss < self.best:
             self.best, self.kept = loss, step
