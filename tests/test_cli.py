@@ -39,7 +39,7 @@ OWN = ["--model", "small", "--prompt-length", "3", "--prompt", "vocab", "--templ
     (evaluation, "--model elsewhere", "RUN|released|random|vocab"),         # no finished run
     (evaluation, "WORLD --prompt randm", "randm is missing: it should be a prompt"),
     (evaluation, "WORLD --prompt released", "released prompts for t5-base and flan-t5-xl only"),
-    (evaluation, "WORLD --prompt runs/other", "was learned on another other than small"),
+    (evaluation, "WORLD --prompt runs/other", "was learned on other with other weights"),
     (evaluation, "WORLD --prompt runs/long", "--prompt-length 5"),
     (evaluation, "OWN my.csv", "my.csv has 3 labels, 0"),
     (evaluation, "OWN my.csv --words 2=great,1=bad,0=good", "label 2 has 1 different texts"),

@@ -193,10 +193,10 @@ def test_reading_stops_after_max_bytes(planted, tmp_path):
 @pytest.mark.parametrize("text, clusters, says", [
     ("", 2, "0 document.s. by blank-lines, of 0.0 .* 4 documents are needed, .* --documents"),
     ("\n\n".join(["a a a a", "b b b b", "a b b b", "b a a a"]), 5,
-     "4 document.s. by blank-lines, of 1.0 .* 2 different ones to train on make no 5 clusters"),
+     "4 document.s. by blank-lines, of 1.0 .* 2 different sentences to train on for 5"),
     ("a a a a\nb b b b\na b a b\nb a b a", 1, "1 document.s. by blank-lines, of 4.0 .* 4 doc"),
     ("\n\n".join(f"{'a ' * i}b b b" for i in range(9)), 1,
-     "8 document.s. by blank-lines, of 1.0 .* lacks 3 .* another one of --documents blank-lines, "
+     "8 document.s. by blank-lines, of 1.0 .* lack 3 .* another one of --documents blank-lines, "
      "lines, files, a smaller --support .* or only --variants that ask for clusters")])
 def test_a_corpus_of_another_size_or_shape_is_refused_unembedded(tmp_path, text, clusters, says):
     """Empty, one document, fewer sentences than clusters, one sentence a document: the message

@@ -168,7 +168,7 @@ def test_a_tuned_prompt_can_leave(place):
         prompt = open_candidate(name, small_config(), settings)
         assert torch.equal(prompt.starts[0](small_t5())["theta"], theta) and prompt.psi is None
     values = json.loads(Path("adapter/adapter_config.json").read_text())
-    for name, says in (("t5-base", "was learned on another t5-base than small"), (None, None),
+    for name, says in (("t5-base", "was learned on t5-base with other weights"), (None, None),
                        ("elsewhere/small/", None)):
         values["base_model_name_or_path"] = name
         Path("adapter/adapter_config.json").write_text(json.dumps(values))
