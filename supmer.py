@@ -65,7 +65,7 @@ class Method:
                       first=True)
     first_order: bool = knob(False, "theta's gradient is v alone (as in the released code)")
     augmentation: bool = knob(True, "mix a partner task into the query sets (Alg. 2); without it "
-                                    "there is no L_reg either: alone it would close the gate (ours)")
+                                    "there is no L_reg: alone it would close the gate (ours)")
     curriculum: bool = knob(True, "lambda follows b (Eq. 10); without it ~ Beta(alpha, alpha)")
     regularizer: str = knob("affine", "the form of psi (Eq. 5); none: the identity, no phi",
                             choices=REGULARIZERS)
