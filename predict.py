@@ -65,8 +65,9 @@ def read_task(values):
     """The LabeledTask of a tuned file's JSON. Raises TypeError, ValueError for another value."""
     task = LabeledTask(**values)
     fields = template_fields(task.template)
-    if not all(isinstance(x, str) for x in (task.bare, *fields, *task.words, *task.labels)):
-        raise TypeError("a template, words, labels or fields that are not text")
+    texts = (task.bare, *fields, *task.words, *task.labels)
+    if type(task.max_tokens) is not int or not all(isinstance(x, str) for x in texts):
+        raise TypeError("a template, words, labels or fields that are not text, or no max_tokens")
     if len(task.words) < 2 or len(task.labels) not in (0, len(task.words)):
         raise ValueError("a task of fewer than two words, or with other labels")
     if task.bare not in ("", *fields):

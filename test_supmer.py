@@ -1015,7 +1015,7 @@ def test_ablations_leave_out_what_they_name():
     assert log["b"] == 0 and log["lambda"] == [supmer.draw_lambda(1.0, 1.0, 7, 0, 0)] != [0.0]
 
 
-@pytest.mark.parametrize("advance, remedy", [(supmer.meta_step, "inner_rate"),
+@pytest.mark.parametrize("advance, remedy", [(supmer.meta_step, "--inner-rate"),
                                              (baselines.ppt_step, "smaller prompt_rate")])
 def test_a_step_stops_on_numbers_that_are_not_finite(advance, remedy):
     """A NaN in the weights, and a rate that leaves float32's range, stop the step with its number

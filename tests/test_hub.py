@@ -223,7 +223,7 @@ def test_what_cannot_be_fetched_says_what_to_do(tmp_path, hub, monkeypatch):
             ("x/none", "x/none was not fetched .RepositoryNotFound.*check name, revision and netw"),
             ("too/many/parts", "was not fetched .HFValidationError: Repo id must.*--model"),
             (f"{ANY}@v9", "not fetched .RevisionNotFound.*--model"),
-            (ANY, f"{ANY} has no model.safetensors.*@refs/pr/1.*convert it as docs/data.md")):
+            (ANY, f"{ANY} has no model.safetensors.*@refs/pr/1.*convert it: python -c")):
         with pytest.raises(InputError, match=says):
             hubs.model_folder(name)
     hub.cut = 10_000                    # bytes, after which the line goes dead
