@@ -219,7 +219,8 @@ def _columns(tokenizer, group, counts):
 def _choose(folder, options, progress, wanted):
     """Write held_out and anchor: of equal sentences the first is an anchor. Raises InputError,
     before anything is embedded, for too little text, and for less than `wanted` anchors of a split
-    that another sentence follows: a corpus of the wrong shape."""
+    that another sentence follows: a corpus of the wrong shape. Whether the clusters are
+    large enough shows after them, in data.check_clusters."""
     keys = column(folder, "keys")
     first = column(folder, "first")
     shares = column(folder, "shares")

@@ -34,7 +34,8 @@ def load_prompt(path, d=None):
 
     path: save_prompt's file or its run's folder; a file that eval.py tuned; a folder of Hugging
     Face PEFT's; or a folder with the authors' files. metadata["regularizer"]: one of REGULARIZERS.
-    Raises InputError for anything else, another width or form, values that are not finite.
+    Raises InputError for anything else, another width or form, values that are not finite. Whether
+    it belongs to a model, candidates.is_of_model decides.
     """
     path = Path(path)
     with reading(path, f"a prompt{f' for a T5 of width {d}' if d else ''}", "give a run on "

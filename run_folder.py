@@ -2,8 +2,8 @@
 
     run.json            its settings, what it is made of, the command, whether it is finished
     log.jsonl           a line a step and a validation; equal runs differ in "time" only
-    state.pt            what it resumes from: bit by bit, because a batch is a pure function of
-                        (seed, step) and the state holds all else that a step depends on
+    state.pt            with run.json, what it resumes from, bit by bit: a batch is a pure function
+                        of (seed, step), and the state holds all else that a step depends on
     prompt.safetensors  theta and phi at the lowest validation loss, see prompts.py
 """
 

@@ -1,7 +1,7 @@
 """The labeled few-shot tasks: where their files are, and how rows are read, sampled and posed.
 
-    rows = load_train(TASKS["sst2"])                # [Row(1, {"text": "a fine film ."}), ...]
-    train, validation = few_shot(rows, shots=16, seed=10)
+A file of one's own: candidates.plans -> own_task (labels) -> tables.read_table; then as all:
+    train, validation = few_shot(load_train(TASKS["sst2"]), shots=16, seed=10)
     examples = task_examples(tokenizer, TASKS["sst2"], train)
 """
 
