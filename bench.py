@@ -1,7 +1,7 @@
 """How fast the method runs, and in how much memory, beside the usual libraries in one run.
 
-    python bench.py             # t5-base's width, 3 + 3 layers, one thread: 15 minutes
-    python bench.py --quick     # a small shape, in 3 minutes; its ratios are rough
+    python bench.py             # t5-base's width, 3 + 3 layers, one thread: 15 minutes with AVX-512
+    python bench.py --quick     # a small shape, in 3 minutes (AVX2: 6); rough ratios
     python bench.py --json result.json --threads 2 --device cuda
 
 It prints the machine; its rate at matrix products, forward and backward; a line for each contender:
