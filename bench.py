@@ -230,7 +230,7 @@ def print_ratios(rows, counts):
 def main(argv):
     """Parse, measure group by group, print as it goes -> exit status 0."""
     parser = settings.Parser(description=__doc__, allow_abbrev=False,
-                           formatter_class=RawDescriptionHelpFormatter)
+                             formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small shape, 2 repetitions, not 5")
     parser.add_argument("--threads", type=settings.number(int), default=1,
                         help="of each process [1]")

@@ -39,7 +39,7 @@ def prepare(training, method, device, control):
     control: train.py's options. Raises InputError if the memory is missing, or for a long run on a
     CPU without --yes. A dry run only prints, whatever the machine and the network."""
     config = model_shape(training.model)
-    fresh = training.model != "tiny" and not getattr(control, "resume", None)
+    fresh = training.model != "tiny" and not control.resume
     if fresh and device.type == "cpu" and not hasattr(control, "micro_tokens"):
         method = replace(method, micro_tokens=512)
         print("micro-batches: of 512 positions, which fit a CPU's cache: a quarter less time")

@@ -379,7 +379,7 @@ def parse(argv):
 
 
 def main(argv):
-    """Print what differs from the paper; for each task tune, test, write and print."""
+    """Show the changed settings, then tune and test the prompts on each task; print the table."""
     settings, whys = parse(argv)
     if settings.predict:
         return predict(settings)
@@ -431,7 +431,7 @@ def work_through(context, planned, opened, written, out):
             done = {(row["task"], row["shots"]) for row in written["rows"]}
             written["not_run"] |= {one.name: "stopped before it was done" for one in planned
                                    if (one.name, one.shots) not in done}
-        for line in result_lines(rows):
+        for line in result_lines(rows, preference):
             print(line)
         if written["rows"]:
             with whole_file(out) as file:

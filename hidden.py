@@ -39,7 +39,7 @@ from templates import load_tokenizer
 from train import Run, Training
 
 FOLDER = Path("runs/hidden")
-LEARNED = {     # what differs from SUPMER in the settings
+LEARNED = {     # each one's settings that are not SUPMER's
     "SUPMER": {}, "PPT": {"regularizer": "none"}, "first order": {"first_order": True},
     "no psi": {"regularizer": "none"}, "no mixing": {"augmentation": False}}
 GIVEN = {"vocabulary": lambda t5, seed: init_prompt(t5, 10, seed),

@@ -14,16 +14,16 @@ from common import InputError, fingerprint, rng
 from corpus import Document, build_from, hash_share
 from data import Examples, Task, balanced, check_clusters, shuffled
 from ranks import SOLO
+from tables import TABLES
 from tasks import LabeledTask, OwnTable, own_task, read_rows, task_lines
 from templates import MAX_TOKENS, compile_template, decoder_targets, fill_template
 
 
 def find_sets(folder):
     """The labeled files of a folder. Raises InputError if there are none."""
-    kinds = ".csv", ".tsv", ".jsonl", ".json"
-    found = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in kinds)
+    found = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in TABLES)
     if not found:
-        raise InputError(f"--labeled {folder}: no folder with .csv, .tsv, .jsonl or .json")
+        raise InputError(f"--labeled {folder}: no folder with {', '.join(TABLES)}")
     return found
 
 

@@ -67,8 +67,9 @@ def keep_earlier(out):
         out.rename(next(path for path in names if not path.exists()))
 
 
-def result_lines(rows):
-    """One line for each prompt of a task: accuracies, what each seed chose, the best's file."""
+def result_lines(rows, preference):
+    """One line for each prompt of a task: accuracies, what each seed chose, the best's file.
+    preference: eval.py's sort key of validations."""
     for prompt in dict.fromkeys(row["prompt"] for row in rows if row["kind"] == "tuned"):
         ours = [row for row in rows if row["prompt"] == prompt and row["kind"] != "step"]
         tests = defaultdict(list)
@@ -79,7 +80,7 @@ def result_lines(rows):
         chosen = [row for row in ours if row["split"] == "validation"]
         if chosen:
             steps = " ".join(f"{row['rate']}/{row['step']}" for row in chosen)
-            best = min(chosen, key=lambda row: (-row["accuracy"], row["loss"]))
+            best = min(chosen, key=preference)
             parts += [f"rate/step {steps}", f"best on validation: {best['file']}"]
         yield f"{prompt}, {ours[0]['shots']} shots: {'; '.join(parts)}"
 

@@ -73,7 +73,7 @@ def meta_tasks():
             print(f"{variant}, anchors of cluster {task.clusters}")
             for name, row in (("support", 0), ("support", 1), ("support", 2), ("query", 0)):
                 source, target = templates.examples_as_text(tokenizer, getattr(task, name), row,
-                                                       task.clusters)
+                                                            task.clusters)
                 print(f"  {name}: {source} -> {target}")
 
 

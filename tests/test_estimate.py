@@ -99,7 +99,7 @@ def test_kept_graphs_are_those_that_there_are_and_that_fit(
     training = train.Training(model="m", prompt_length=20, max_tokens=60, support=32, corpus=())
     method = Method(micro_tokens=positions, keep_graphs=given or 0)
     choice = {} if given is None else {"keep_graphs": given}
-    control = SimpleNamespace(dry_run=False, micro_tokens=positions, yes=True, **choice)
+    control = SimpleNamespace(dry_run=False, resume="", micro_tokens=positions, yes=True, **choice)
     method = estimate.prepare(training, method, torch.device("cpu"), control)
     assert f"{kept} kept graphs" in estimate.memory_needed(SMALL, training, method)
 
@@ -157,7 +157,7 @@ def test_missing_memory_is_refused_with_what_would_fit(monkeypatch, gib, advice)
     assert estimate.memory_line(None, training, method, torch.device("cpu"))[1] == says
     with pytest.raises(InputError if says else TypeError, match=says):
         estimate.prepare(training, method, torch.device("cpu"),
-                         SimpleNamespace(dry_run=False, micro_tokens=3072))
+                         SimpleNamespace(dry_run=False, resume="", micro_tokens=3072))
 
 
 def test_the_time_is_that_of_the_methods_own_step(monkeypatch, small_world):
@@ -178,7 +178,7 @@ def test_a_long_run_needs_a_gpu_or_yes(monkeypatch, capsys):
     monkeypatch.setattr(estimate, "micro_batch_bytes", lambda *_: (MiB, 99 * MiB, MiB))
     monkeypatch.setattr(estimate, "model_shape", lambda _: V11)
     monkeypatch.setattr(hubs, "fetch_list", lambda _: ["download: 242 MB of t5-small"])
-    control, pages = SimpleNamespace(dry_run=False, yes=False), {"SC_PAGE_SIZE": MiB}
+    control, pages = SimpleNamespace(dry_run=False, yes=False, resume=""), {"SC_PAGE_SIZE": MiB}
 
     def prepare(**data):
         training = train.Training(model="t5-small", **data)
