@@ -648,7 +648,7 @@ def serving(patch, cache):
 def hub(tmp_path, monkeypatch):
     """A Server, and an empty folder to work in."""
     monkeypatch.chdir(tmp_path)
-    with serving(monkeypatch, tmp_path / "hub") as server:
+    with serving(monkeypatch, "hub") as server:
         yield server
 
 

@@ -1,15 +1,12 @@
 """Kill any command at any moment: the same command then ends as if nothing had happened.
 
-    python tests/test_kills.py 20       # 20 kills of each command, and a table; minutes
+    KILLS=20 pytest tests/test_kills.py     # 20 kills of each command instead of one; minutes
 """
 
-import contextlib
 import os
 import resource
 import shutil
 import signal
-import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -18,19 +15,18 @@ import pytest
 
 import common
 import corpus
-import eval as evaluation
 import download
-import hub
-import tasks
+import eval as evaluation
+import hub as hubs
 import train
-from conftest import (ANY, COMMIT, OPTIONS, PLANTED, SMALL, V11, contents, ended, forked,
-                      outcome_of, rows_of, save_model, serving, write_run, write_world)
+from conftest import (ANY, COMMIT, OPTIONS, SMALL, V11, contents, ended, forked, outcome_of,
+                      rows_of, save_model, write_run)
 from t5 import load_t5
+from tasks import TASKS
 from templates import load_tokenizer
 
 
-# Each begins in an empty working directory beside the world, or resumes.
-
+# Each begins in an empty folder beside the world, or resumes.
 def begin_training():
     if not Path("run/run.json").exists():
         train.main([*OPTIONS, "--model", "../small", "--corpus", "../corpus.jsonl", "--run", "run",
@@ -40,10 +36,10 @@ def begin_training():
 
 
 def begin_store():
-    t5 = load_t5("../small")
-    tokenizer = load_tokenizer("../small", t5.config)
-    corpus.build_store(Path("cache"), [Path("../corpus.jsonl")], tokenizer, t5, 6, 0,
-                       model=Path("../small"))
+    model = Path("../small")
+    t5 = load_t5(model)
+    corpus.build_store("cache", [Path("../corpus.jsonl")], load_tokenizer(model, t5.config), t5,
+                       6, 0, model=model)
 
 
 def begin_evaluation():
@@ -57,97 +53,63 @@ def begin_export():
 
 
 def begin_download():
-    hub.model_folder(ANY)
-    download.locate(tasks.TASKS["kitchen"], "test", "none")
+    hubs.model_folder(ANY)
+    download.locate(TASKS["kitchen"], "test", "none")
 
 
 COMMANDS = {    # what begins or resumes it; what must not differ from an unbroken one's
-    "meta-training of 2 steps": (
-        begin_training, lambda: (outcome_of(Path("run")), contents(Path("run"), ".tmp"))),
-    "building a store": (begin_store, lambda: contents(Path("cache"), ".bin", ".npy")),
-    "evaluation of two seeds and two rates": (begin_evaluation, lambda: (
-        rows_of("out.json"), contents(Path(), ".tmp"), Path("out.md").read_bytes())),
-    "export for PEFT": (begin_export, lambda: contents(Path())),
-    "download of a model and a task's file": (begin_download, lambda: (
-        contents(Path("hub"), "config.json", ".safetensors"), contents(Path("cache"), "test")))}
+    "train": (begin_training, lambda: (outcome_of(Path("run")), contents(Path("run"), ".tmp"))),
+    "store": (begin_store, lambda: contents(Path("cache"), ".bin", ".npy")),
+    "eval": (begin_evaluation, lambda: (rows_of("out.json"), contents(Path(), ".tmp"),
+                                        Path("out.md").read_bytes())),
+    "export": (begin_export, lambda: contents(Path())),
+    "download": (begin_download, lambda: contents(Path(), "config.json", ".safetensors", "test"))}
 
 
-def survives(name, kills, rng):
-    """Kill the command so often, resume it, compare the result with an unbroken run's; once with
-    too small a disk (a limit on a file's size) and in a read-only folder, which end with status 2.
-    -> equal results, of how many."""
-    (begin, result), folder, equal = COMMANDS[name], Path("work").resolve(), []
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_killed_command_resumes(name, place, hub, monkeypatch):
+    """Killed at a random moment, with too small a disk (a limit on a file's size), which ends with
+    status 2, as does a read-only folder: the same command then has an unbroken one's result."""
+    monkeypatch.setattr(corpus, "CHUNK", 256)       # so that a small store is saved in parts, too
+    monkeypatch.setattr(train, "prepare", lambda _, method, *rest: method)
+    write_run("exported", place / "small")
+    large = save_model(place / "large", V11._replace(vocab_size=9000, d_model=64))
+    model = contents(large, "config.json", "model.safetensors")
+    hub.repos, hub.files = {ANY: {"main": (COMMIT, model)}}, {"/test": bytes(4_000_000)}
+    (begin, result), folder = COMMANDS[name], place / "work"
 
     def empty():
-        os.chdir(folder.parent)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        os.chdir(folder)
-
-    def resume():
-        equal.append(ended(forked(begin)) == 0 and result() == whole)
-        empty()
+        monkeypatch.chdir(folder)
 
     def full():
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
 
     def read_only():
-        os.getuid() or os.setuid(65534)         # root may write anywhere
+        os.getuid() or os.setuid(65534)             # root may write anywhere
+
     empty()
     began = time.monotonic()
     assert ended(forked(begin)) == 0
     whole, seconds = result(), time.monotonic() - began
     largest = max(map(len, contents(Path()).values()))
+    rng, kills = np.random.default_rng(0), int(os.environ.get("KILLS", 1))
     empty()
     while kills:
         pid = forked(begin)
         time.sleep(rng.random() * seconds)
         os.kill(pid, signal.SIGKILL)
         status = ended(pid)
-        assert status in (0, -signal.SIGKILL), status
+        assert status in (0, -signal.SIGKILL)
         kills -= status != 0
         if status == 0 or not kills:
-            resume()
+            assert ended(forked(begin)) == 0 and result() == whole
+            empty()
     assert ended(forked(begin, full)) == 2
-    resume()
+    assert ended(forked(begin)) == 0 and result() == whole
+    empty()
+    place.chmod(0o755)
     folder.chmod(0o555)
     assert ended(forked(begin, read_only)) == 2 and not contents(Path())
     folder.chmod(0o755)
-    os.chdir(folder.parent)
-    return sum(equal), len(equal)
-
-
-@contextlib.contextmanager
-def prepared(place):
-    """The small world, a run and a server in a folder, which becomes the working directory."""
-    with pytest.MonkeyPatch.context() as patch, serving(patch, "hub") as server:
-        patch.setitem(tasks.TASKS, "planted", PLANTED)
-        patch.setattr(corpus, "CHUNK", 256)         # so that a small store is saved in parts, too
-        patch.setattr(train, "prepare", lambda _, method, *rest: method)
-        patch.chdir(write_world(place))
-        place.chmod(0o755)
-        write_run("exported", place / "small")
-        large = save_model(place / "large", V11._replace(vocab_size=9000, d_model=64))
-        model = contents(large, "config.json", "model.safetensors")
-        server.repos, server.files = {ANY: {"main": (COMMIT, model)}}, {"/test": bytes(4_000_000)}
-        yield
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_killed_command_resumes(name, tmp_path):
-    """Each command, killed at a random moment, on a full disk and in a read-only folder: nothing is
-    torn, and the same command ends with what an unbroken one has, bit by bit."""
-    with prepared(tmp_path):
-        equal, of = survives(name, 1, np.random.default_rng(0))
-    assert equal == of
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as place, prepared(Path(place)):
-        print("| command | kills | equal to an unbroken one | of | seconds |")
-        print("|---|---|---|---|---|")
-        for name in COMMANDS:
-            began, kills = time.monotonic(), int(sys.argv[1])
-            equal, of = survives(name, kills, np.random.default_rng(0))
-            print(f"| {name} | {kills} | {equal} | {of} | {time.monotonic() - began:.0f} |",
-                  flush=True)
