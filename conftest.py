@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")       # small tensors: a second th
 import contextlib
 import hashlib
 import http.server
+import importlib
 import io
 import json
 import math
@@ -48,18 +49,17 @@ from ranks import SOLO, Ranks
 from tasks import TASKS
 from templates import load_tokenizer
 
-try:
-    import transformers
-except ImportError:
-    transformers = None
-try:
-    import peft
-except ImportError:
-    peft = None
-try:
-    import sklearn.cluster
-except ImportError:
-    sklearn = None
+
+def optional(name):
+    """A module, or None where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+transformers, peft, sklearn = map(optional, ("transformers", "peft", "sklearn"))
+optional("sklearn.cluster")
 
 
 def pytest_runtest_logreport(report):
@@ -70,12 +70,9 @@ def pytest_runtest_logreport(report):
 
 
 SUPMER_DATA = os.environ.get("SUPMER_DATA")
-needs_transformers = pytest.mark.skipif(
-    transformers is None, reason="transformers is not installed: pip install transformers")
-needs_sklearn = pytest.mark.skipif(
-    sklearn is None, reason="scikit-learn is not installed: pip install scikit-learn")
-needs_data = pytest.mark.skipif(
-    not SUPMER_DATA, reason="SUPMER_DATA does not name the folder of real data")
+needs_transformers = pytest.mark.skipif(not transformers, reason="pip install transformers")
+needs_sklearn = pytest.mark.skipif(not sklearn, reason="pip install scikit-learn")
+needs_data = pytest.mark.skipif(not SUPMER_DATA, reason="SUPMER_DATA names no folder of real data")
 HERE = Path(train.__file__).resolve().parent
 TINY = HERE / "tiny"
 
@@ -96,8 +93,7 @@ TOY = V11._replace(d_model=8, d_kv=6, d_ff=12, vocab_size=40, num_buckets=32, ma
 
 
 def formula(config):
-    """Weights from no random generator: element i of all tensors, by sorted name, is 0.7 sin(1.3
-    i^1.5), + 1 in norms."""
+    """Element i of all weights, by sorted name, is 0.7 sin(1.3 i^1.5), + 1 in norms."""
     weights, count = {}, 0
     for name, shape in sorted(T.expected_shapes(config).items()):
         i = np.arange(count, count + math.prod(shape), dtype=np.float64)
@@ -127,8 +123,7 @@ SENTINEL, WORDS = 39, [[39, 5], [39, 6], [39, 7]]
 
 
 def random_examples(n, seed, d=8, slots=0, shortest=3, longest=9, words=WORDS):
-    """n examples for TOY of unequal length, labels in turn; with slots, vectors stand at positions
-    1..slots."""
+    """n examples for TOY of unequal length, labels in turn; vectors at positions 1..slots."""
     rng = np.random.default_rng(seed)
     ids = [[*map(int, rng.integers(8, 38, rng.integers(max(shortest, slots + 1), longest))),
             SENTINEL, 1] for _ in range(n)]
@@ -138,8 +133,8 @@ def random_examples(n, seed, d=8, slots=0, shortest=3, longest=9, words=WORDS):
 
 
 def random_task(seed, n=5, **options):
-    support, query = (random_examples(n, seed + more, **options) for more in (0, 100))
-    return data.Task("sp-next", (0,), support, query)
+    return data.Task("sp-next", (0,), random_examples(n, seed, **options),
+                     random_examples(n, seed + 100, **options))
 
 
 def logits(t5, x, mask, ids):
@@ -159,16 +154,15 @@ def small_state(method, P=3):
 
 def save_model(folder, config, weights=None, **changes):
     """A model folder as a user has it; changes: keys of config.json, None drops one."""
-    values = dict(config._asdict(), model_type="t5",
-                  feed_forward_proj="gated-gelu" if config.gated else "relu",
-                  tie_word_embeddings=config.tied, layer_norm_epsilon=config.eps,
-                  relative_attention_num_buckets=config.num_buckets,
-                  relative_attention_max_distance=config.max_distance)
-    for key in ("gated", "tied", "scaled", "num_buckets", "max_distance", "eps"):
-        del values[key]
+    values = config._asdict() | {
+        "model_type": "t5", "feed_forward_proj": "gated-gelu" if config.gated else "relu",
+        "tie_word_embeddings": config.tied, "layer_norm_epsilon": config.eps,
+        "relative_attention_num_buckets": config.num_buckets,
+        "relative_attention_max_distance": config.max_distance} | changes
     folder.mkdir(parents=True, exist_ok=True)
-    values = {key: value for key, value in {**values, **changes}.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "config.json").write_text(json.dumps({
+        key: value for key, value in values.items() if value is not None and key not in
+        ("gated", "tied", "scaled", "num_buckets", "max_distance", "eps")}))
     save_file(formula(config) if weights is None else weights, folder / "model.safetensors")
     return folder
 
@@ -187,7 +181,7 @@ def save_shards(folder, config):
 
 def peak_of(before, code, **environment):
     """By how many MiB the peak of a fresh process grows through the code (Linux's count)."""
-    script = f"""import re, sys
+    script = f"""import re
 {before}
 def MiB(key):
     return int(re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024
@@ -211,8 +205,8 @@ VOCABULARY += [word for entry in data.VARIANTS.values() for word in (
 
 def pieces_of(words):
     """The vocabulary of a tokenizer that has one piece a word."""
-    return ["<pad>", "</s>", "<unk>", *dict.fromkeys(words),
-            *(f"<extra_id_{i}>" for i in range(9, -1, -1))]
+    sentinels = [f"<extra_id_{i}>" for i in reversed(range(10))]
+    return ["<pad>", "</s>", "<unk>", *dict.fromkeys(words), *sentinels]
 
 
 PIECES = pieces_of(VOCABULARY)
@@ -363,9 +357,8 @@ def run_script(script, *argv, folder="."):
 
 
 def forked(work, before=lambda: None):
-    """Begin work() in a process of its own, which has all modules loaded -> its id. It ends with
-    the status that work() returns, with 2 for a user's mistake, with 1 for a bug, which it shows.
-    """
+    """Begin work() in a process with all modules -> its id. Its status: work()'s, 2 for a user's
+    mistake, 1 for a bug, which it shows."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
@@ -384,8 +377,7 @@ def forked(work, before=lambda: None):
 
 
 def start_train(folder, *argv, before=lambda: None):
-    """Fork a process that runs train.py's script -> its id. It writes what it prints into `said`;
-    a new Python would take seconds to import torch."""
+    """Fork a process that runs train.py's script -> its id. What it prints is in `said`."""
     def work():
         status, said = run_script(train, *argv, folder=folder)
         Path(folder, "said").write_text(said)
@@ -399,8 +391,7 @@ def ended(pid):
 
 
 def on_ranks(monkeypatch, world, work):
-    """work(ranks) on each of `world` ranks, threads here -> what each returns or raises. What
-    torch.distributed does between processes is done between the threads."""
+    """work(ranks) on each of `world` ranks, threads here -> what each returns or raises."""
     slots, barrier, mine = [None] * world, threading.Barrier(world), threading.local()
 
     def gather(values, value):
@@ -466,8 +457,7 @@ def write_run(folder, model="small", finished=True, ended=1.0, P=3, d=16, name="
 
 
 def released_files(folder, name, d):
-    """The authors' two files for a T5 of width d, with random numbers and NaN in the buffers that
-    are not used, as theirs."""
+    """The authors' two files for a T5 of width d, with NaN in the buffers that are not used."""
     generator = torch.Generator().manual_seed(0)
     theta = torch.randn(100, d, generator=generator)
     phi = {name: torch.randn(x.shape, generator=generator) / 9
@@ -542,20 +532,16 @@ def write_task(folder, name, train, test=None):
 
 
 class Evil:
-    """Unpickled without care it makes a file."""
+    """Unpickled without care it makes a file, or calls another function."""
 
-    def __init__(self, path=Path("executed")):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-class Dies:
-    """What reads this from a pickle, as a process of a pool does, ends."""
+    def __init__(self, argument=Path("executed"), function=Path.touch):
+        self.called = function, (argument,)
 
     def __reduce__(self):
-        return os._exit, (1,)
+        return self.called
+
+
+Dies = partial(Evil, 1, os._exit)       # ends the process of a pool that reads it
 
 
 def tar_of(members):
@@ -575,15 +561,11 @@ ANY, COMMIT = "x/model", "c" * 40
 class Server(http.server.BaseHTTPRequestHandler):
     """Files on this machine, and as much of a model hub as its client asks for. The server has
     files {path: bytes}, repos {name: {revision: (commit, {file: bytes})}}, `asked` (paths, or of
-    the hub: method, repository, file) and `cut`: the line goes dead after so many bytes."""
+    the hub: method, file) and `cut`: the line goes dead after so many bytes."""
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_):
         """Not on the test's output."""
-
-    def do_HEAD(self):
-        """Headers only."""
-        self.do_GET()
 
     def do_GET(self):
         """A file; or of a repository's revision its commit, the list of its files, or one file."""
@@ -591,41 +573,46 @@ class Server(http.server.BaseHTTPRequestHandler):
         hub = re.fullmatch(r"/(?:api/models/)?(.+)/(revision|tree|resolve)/(.+)", path)
         if not hub:
             server.asked += [path] * (path.count("/") == 1)
-            return self.send(200 if path in server.files else 404, server.files.get(path, b""))
+            return self.send(server.files.get(path))
         (repo, kind, wanted), file = hub.groups(), None
         if kind == "resolve":
             wanted, _, file = wanted.rpartition("/")
+            server.asked.append((self.command, file))
         revisions = server.repos.get(repo, {})
-        commit, files = next((revisions[name] for name in revisions
-                              if wanted in (name, revisions[name][0])), (None, {}))
-        if not commit:
-            kind = "RevisionNotFound" if revisions else "RepoNotFound"
-            return self.send(404, b"", X_Error_Code=kind)
+        found = {name: entry for key, entry in revisions.items() for name in (key, entry[0])}
+        if wanted not in found:
+            missing = "RevisionNotFound" if revisions else "RepoNotFound"
+            return self.send(None, X_Error_Code=missing)
+        commit, files = found[wanted]
         if kind == "resolve":
-            server.asked.append((self.command, repo, file))
-            if file not in files:
-                return self.send(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
-            tag = hashlib.sha256(files[file]).hexdigest()
-            return self.send(200, files[file], X_Repo_Commit=commit, ETag=f'"{tag}"')
+            tag = hashlib.sha256(files.get(file, b"")).hexdigest()
+            return self.send(files.get(file), X_Repo_Commit=commit, ETag=f'"{tag}"',
+                             X_Error_Code="EntryNotFound")
         answer = {"id": repo, "sha": commit, "siblings": []} if kind == "revision" else [
             {"type": "file", "path": file, "size": len(content), "oid": commit}
             for file, content in files.items()]
-        self.send(200, json.dumps(answer).encode())
+        self.send(json.dumps(answer).encode())
 
-    def send(self, status, body, **headers):
-        """Answer; the body may break off."""
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name.replace("_", "-"), value)
+    do_HEAD = do_GET
+
+    def send(self, body, **headers):
+        """Answer; there may be no body, or it may break off."""
+        self.send_response(404 if body is None else 200)
+        headers["Content-Length"] = str(len(body or b""))
+        for name, value in headers.items():
+            if name != "X_Error_Code" or body is None:
+                self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command == "GET" and body:
             self.wfile.write(body[:self.server.cut])
             self.close_connection = len(body) > (self.server.cut or len(body))
 
 
-@contextlib.contextmanager
-def serving(patch, cache):
-    """A Server that stands in for the archives of all tasks and for the hub, of an empty cache."""
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Server that stands in for the archives of all tasks and for the hub, whose cache is empty;
+    a folder to work in."""
+    monkeypatch.chdir(tmp_path)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.files, server.repos, server.asked, server.cut = {}, {}, [], None
     server.handle_error = lambda *_: None               # of a client that was killed
@@ -633,23 +620,15 @@ def serving(patch, cache):
     url = f"http://127.0.0.1:{server.server_port}"
     for name, task in TASKS.items():
         urls = tuple(f"{url}/{place.rpartition('/')[2]}" for place in task.urls)
-        patch.setitem(TASKS, name, task._replace(urls=urls, sha256=("", "")))
+        monkeypatch.setitem(TASKS, name, task._replace(urls=urls, sha256=("", "")))
     constants = huggingface_hub.constants
-    patch.setattr(constants, "ENDPOINT", url)
-    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                  url + "/{repo_id}/resolve/{revision}/{filename}")
-    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                        url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "hub")
     yield server
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A Server, and an empty folder to work in."""
-    monkeypatch.chdir(tmp_path)
-    with serving(monkeypatch, "hub") as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

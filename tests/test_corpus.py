@@ -38,9 +38,9 @@ def test_a_store_holds_the_text_and_the_planted_clusters(planted):
     assert (counts["sentences"], counts["documents"]) == (11200, 280)
     assert held_out.all(1).sum() == held_out.any(1).sum() == counts["documents held out"] == 10
     topics = np.array([(7 * d + s) % 5 for d in range(280) for s in range(40)])
-    for cluster, centroids in zip(store.cluster, store.centroids, strict=True):
+    assert len(store.cluster) == len(store.centroids) == len(data.FORMATS)
+    for cluster, centroids in zip(store.cluster, store.centroids):
         assert np.allclose(centroids[cluster], np.eye(5)[topics])
-    assert len(store.cluster) == len(data.FORMATS)
 
 
 def test_a_document_is_held_out_by_its_own_hash():
@@ -145,15 +145,12 @@ def test_a_store_is_made_once_for_the_same_things(tmp_path, build):
 
 
 def test_a_fingerprint_is_of_the_size_and_both_ends(tmp_path):
-    """A byte more, one of the first or last megabyte changes it, one between them does not; the
-    order of files, too."""
+    """Of a file's first and last megabyte, and not what is between them."""
     path, prints = tmp_path / "a", set()
     for place in (0, (1 << 20) - 1, 3 << 19, 5 << 18, 2 << 20, (3 << 20) - 1, 3 << 20):
         path.write_bytes(bytes(place) + b"1" + bytes(max((3 << 20) - 1 - place, 0)))
         prints.add(ends_fingerprint([path]))
-    (tmp_path / "b").write_bytes(b"b")
-    prints |= {ends_fingerprint(tmp_path / name for name in names) for names in ("ab", "ba")}
-    assert len(prints) == 8
+    assert len(prints) == 6
 
 
 def test_reading_stops_after_max_bytes(tmp_path, build):
@@ -173,9 +170,8 @@ def test_reading_stops_after_max_bytes(tmp_path, build):
     ("\n\n".join(["a a a a", "b b b b", "a b b b", "b a a a"]), 5,
      "4 document.s. by blank-lines, of 1.0 .* 2 different sentences to train on for 5"),
     ("a a a a\nb b b b\na b a b\nb a b a", 1, "1 document.s. by blank-lines, of 4.0 .* 4 doc"),
-    ("\n\n".join(f"{'a ' * i}b b b" for i in range(9)), 1,
-     "8 document.s. by blank-lines, of 1.0 .* lack 3 .* another one of --documents blank-lines, "
-     "lines, files, a smaller --support .* or only --variants that ask for clusters")])
+    ("\n\n".join(f"{'a ' * i}b b b" for i in range(9)), 1, "8 document.s. .* lack 3 .* another one "
+     "of --documents blank-lines, lines, files, a smaller --support .* or only --variants")])
 def test_a_corpus_of_another_size_or_shape_is_refused_unembedded(tmp_path, text, clusters, says):
     """The message says what is there and what to do; nothing is embedded and nothing is left."""
     model, tokenizer = write_model(tmp_path / "m", ["a", "b"])

@@ -1,16 +1,13 @@
 """Tests of tasks."""
 
 import hashlib
-import os
 import re
 import shlex
 from collections import Counter
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
-import data
 import labeled
 import tasks
 import templates
@@ -21,20 +18,16 @@ from tasks import TASKS, LabeledTask, OwnTable, Row, load_test, load_train
 from templates import MASK
 
 
-# ------------------------------------------------------------------------- the known sets
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_format_literally(tmp_path, name):
-    """Quotes, tabs, byte-order mark, label words and the hypothesis' last point as each format has
-    them; of CR's blank texts the last one is left out, of QQP's ragged rows all; both are said, and
-    so is a size that is not the paper's."""
-    (written, read), said = FORMATS[name], []
+    """Quotes, tabs, byte-order mark, label words, the hypothesis' last point. CR's last row and
+    QQP's ragged ones are left out; both are said, and a size that is not the paper's."""
+    (written, read), said, size = FORMATS[name], [], TASKS[name].sizes[0]
     write_task(tmp_path, name, written)
     assert load_train(TASKS[name], tmp_path, said.append) == [Row(*row) for row in read]
-    size = TASKS[name].sizes[0]
-    wanted = [f"{len(read):,} rows, the paper has {size:,}"] if size else []
-    odd = {"cr": ["last row", "1 rows without"], "qqp": ["2 rows without"]}.get(name, [])
-    assert len(said) == len(odd + wanted) and all(b in a for a, b in zip(said, odd + wanted))
+    wanted = {"cr": ["last row", "1 rows without"], "qqp": ["2 rows without"]}.get(name, [])
+    wanted += [f"{len(read):,} rows, the paper has {size:,}"] if size else []
+    assert len(said) == len(wanted) and all(b in a for a, b in zip(said, wanted))
 
 
 def test_a_task_of_parts_has_as_many_rows_of_each():
@@ -71,47 +64,28 @@ def test_templates_and_words_literally():
 
 
 @needs_data
-def test_label_words_are_one_piece_of_the_official_t5():
-    """Each task's words, word-initial, differ in their one piece; a template's quotes and points
-    are pieces that T5 knows, its mask is <extra_id_0>."""
-    tokenizer = Tokenizer.from_file(os.path.join(SUPMER_DATA, "t5_tokenizer", "tokenizer.json"))
-    for task in (task for task in TASKS.values() if task.groups):
-        targets = templates.decoder_targets(tokenizer, task.words)
-        assert len({piece for _, piece in targets}) == len(task.words)
-        parts = templates.compile_template(tokenizer, task.template)
-        literal = [part for part in parts if isinstance(part, list)]
-        assert [32099] in literal and templates.UNK not in sum(literal, [])
-    assert templates.decoder_targets(tokenizer, ["yes", "no"]) == [[32099, 4273], [32099, 150]]
-
-
-@needs_data
 @pytest.mark.parametrize("name", ["sst2", "sst5", "mr", "cr", "subj", "cb", "rte", "mrpc",
                                   "airlines", "books", "electronics", "restaurants"])
 def test_real_tasks_are_read_whole(name, tokenizer):
-    """The sizes of the paper's Table 5 and of the domains, and all labels; only Restaurants' size
-    differs, and is printed. The embedded model can read all of them: the longest texts are cut to
-    the limit, none loses the mask."""
+    """The sizes of the paper's Table 5 and of the domains, and all labels; Restaurants has half,
+    which is said. The longest texts are cut to the limit, and none loses the mask."""
     said, task = [], TASKS[name]
-    train, test = (load(task, SUPMER_DATA, said.append) for load in (tasks.load_train, load_test))
+    train, test = (load(task, SUPMER_DATA, said.append) for load in (load_train, load_test))
     ours = {"restaurants": (1000, 1000)}.get(name, (task.sizes[0] or 1700, task.sizes[1]))
     assert (len(train), len(test)) == ours
     for rows in (train, test):
         assert {row.label for row in rows} == set(range(len(task.words)))
-    assert [line for line in said if "the paper has" in line] == [
-        f"{SUPMER_DATA}/{task.test}: 1,000 rows, the paper has 2,000"] * (name == "restaurants")
-    assert any("the last row" in line for line in said) == (name == "cr")
+    assert sum("the paper has" in line for line in said) == (name == "restaurants")
     longest = sorted(test, key=lambda row: -max(map(len, row.fields.values())))[:5]
     examples, mask = tasks.task_examples(tokenizer, task, longest), tokenizer.token_to_id(MASK)
     assert all(ids.count(mask) == 1 and len(ids) <= task.max_tokens for ids in examples.ids)
 
 
-# ---------------------------------------------------------------------------- own tasks
-
-def own(folder, content, template="{text} It was <X> .", name="a.csv", test=None, **options):
+def own(folder, content, template="{text} It was <X> .", test=None, **options):
     """own_task() of a new file -> the task, its rows as (label word, text, ...), what was said."""
-    said = []
-    (folder / name).write_bytes(content if type(content) is bytes else content.encode())
-    task = tasks.own_task(folder / name, OwnTable(**options), template, test=test)
+    path, said = folder / "a.csv", []
+    path.write_bytes(content if type(content) is bytes else content.encode())
+    task = tasks.own_task(path, OwnTable(**options), template, test=test)
     rows = [(task.words[row.label], *row.fields.values())
             for row in load_train(task, say=said.append)]
     return task, rows, said
@@ -119,35 +93,34 @@ def own(folder, content, template="{text} It was <X> .", name="a.csv", test=None
 
 @pytest.mark.parametrize("labels, words, matched", [
     ("0 1", "1,0", "1=1 0=0"), ("1 2 3 4 5", "5,4,3,2,1", "5=5 4=4 3=3 2=2 1=1"),
-    ("1 2 3 4 5", "a,b,c,d,e", "1=a 2=b 3=c 4=d 5=e"), ("-1 1", "bad,good", "-1=bad 1=good"),
-    ("10 9", "a,b", "9=a 10=b"), ("spam ham", "spam=junk, ham = fine", "spam=junk ham=fine"),
+    ("-1 1", "bad,good", "-1=bad 1=good"), ("10 9", "a,b", "9=a 10=b"),
+    ("spam ham", "spam=junk, ham = fine", "spam=junk ham=fine"), ("spam ham", "junk,fine", ""),
     ("0.0 1.0", "", "0.0=terrible 1.0=great"), ("0.0 1.0", "1,0", "1.0=1 0.0=0"),
-    ("0 1", "true,false", "1=true 0=false"), ("True False", "true,false", "True=true False=false"),
-    ("True False", "", "False=terrible True=great"), ("true false", "no,yes", "false=no true=yes"),
-    ("no yes", "", "no=no yes=yes"), ("yes", "no,yes,maybe", "no=no yes=yes maybe=maybe"),
-    ("False True", "1=good,false=bad", "True=good False=bad"),
-    ("1 1.0 2", "1=a,1.0=b,2=c", ""), ("1 1.0 0", "bad,good", ""), ("1 true", "", ""),
-    ("spam ham", "spam=a,ham=b,spam=c", ""), ("0 1", "0=a,1=b,true=c", ""), ("0 1 2", "", ""),
-    ("spam ham", "junk,fine", ""), ("spam ham", "spam=junk", ""), ("0 1", "0=good,1=good", ""),
-    ("0 1", "0=good,1", ""), ("no", "", ""), ("0.25 0.5 0.75", "bad,good", ""),
-    (".5 1", "bad,good", ".5=bad 1=good"),
+    ("0 1", "true,false", "1=true 0=false"), ("true false", "no,yes", "false=no true=yes"),
+    ("True False", "", "False=terrible True=great"), ("no yes", "", "no=no yes=yes"),
+    ("yes", "no,yes,maybe", "no=no yes=yes maybe=maybe"), ("no", "", ""), ("0 1 2", "", ""),
+    ("False True", "1=good,false=bad", "True=good False=bad"), ("spam ham", "spam=junk", ""),
+    ("1 1.0 2", "1=a,1.0=b,2=c", ""), ("1 true", "", ""), ("0 1", "0=good,1=good", ""),
+    ("spam ham", "spam=a,ham=b,spam=c", ""), ("0 1", "0=a,1=b,true=c", ""),
+    ("0 1", "0=good,1", ""), (".5 1", "bad,good", ".5=bad 1=good"),
     ("11111111111111111111 11111111111111111112", "a,b",        # equal as floats
      "11111111111111111111=a 11111111111111111112=b")])
 def test_labels_are_matched_by_name_or_refused(labels, words, matched):
     """Explicit, by the words' own names, or as rising numbers; what does not fit is listed with its
-    counts and a --words to copy; so are labels of one value, or a label that is named twice."""
+    counts; so are labels of one value, or a label that is named twice."""
     counts = dict.fromkeys(labels.split(), 7)
-    try:
+    if matched:
         found = tasks.match_words("a.csv", counts, words)
         assert " ".join(f"{label}={word}" for label, word in found.items()) == matched
-    except InputError as error:
-        last = labels.split()[-1]
-        listed = f"{len(counts)} labels, .*{last} .7 rows.*--words=.*{last}=WORD"
-        assert not matched and re.search(f"{listed}|writes a label in two ways", str(error))
+        return
+    last = labels.split()[-1]
+    listed = f"{len(counts)} labels, .*{last} .7 rows.*--words=.*{last}=WORD"
+    with pytest.raises(InputError, match=f"{listed}|writes a label in two ways"):
+        tasks.match_words("a.csv", counts, words)
 
 
 def test_the_words_to_copy_can_be_pasted():
-    """Into a shell, whatever is in the labels; those that none can type are written as one can."""
+    """Into a shell, whatever is in the labels."""
     counts = dict.fromkeys(("-1", "it's", "a,b", "a", "b", "a=b", "x = y", "$(c) d", "e\u200bf"), 7)
     with pytest.raises(InputError) as error:
         tasks.match_words("a.csv", counts, "x")
@@ -168,37 +141,30 @@ def test_the_words_to_copy_can_be_pasted():
      [("terrible", "a"), ("great", "b")],
      ["2 rows in 3 lines; columns label, text; delimiter ';'"]),
     ("0,a\n1\u200b,b\n", {"header": False}, [("terrible", "a"), ("great", "b")],
-     ["2 rows in 2 lines; columns label, text; delimiter ','"]),
-    ('{"label": {"0": 1}, "text": {"0": "x"}}', {"name": "a.csv.json"}, "a list or an object", []),
-    ("0,a\n1,b\n", {}, "columns 0, a, and not all of label, text: .* --no-header", [])])
-def test_what_was_read_is_printed_or_refused(tmp_path, content, options, rows, said):
-    """Columns, delimiter and what is left out are printed; a lacking column is refused with those
-    that are there, another encoding with its byte and line."""
-    if isinstance(rows, str):
-        with pytest.raises(InputError, match=f"a.csv.*{rows}"):
-            own(tmp_path, content, **options)
-        return
+     ["2 rows in 2 lines; columns label, text; delimiter ','"])])
+def test_what_was_read_is_printed(tmp_path, content, options, rows, said):
+    """Columns, delimiter and what is left out."""
     _, found, lines = own(tmp_path, content, **options)
     assert found == rows and [line.partition(": ")[2] for line in lines] == said
 
 
 def test_a_template_names_columns(tmp_path):
-    """A name with spaces and hyphens is a column; an unknown name, or no name at all, is refused,
-    also of the test file, whose rows are not read: they may be of no encoding."""
+    """Also ones with spaces and hyphens; an unknown name, or none, is refused, also of the test
+    file, whose rows are not read: they may be of no encoding."""
     content, template = "label,my-text,the title\n0,a,b\n1,c,d\n", "{the title}: {my-text} <X>"
-    (tmp_path / "test.csv").write_bytes(b"\xef\xbb\xbfsep=;\nmy-text;the title;label\n\xff\xfe;1;2")
-    task, rows, _ = own(tmp_path, content, template, test=tmp_path / "test.csv")
+    test = tmp_path / "test.csv"
+    test.write_bytes(b"\xef\xbb\xbfsep=;\nmy-text;the title;label\n\xff\xfe;1;2")
+    task, rows, _ = own(tmp_path, content, template, test=test)
     assert rows == [("terrible", "b", "a"), ("great", "d", "c")]
-    for template, test, says in (
+    for template, header, says in (
             ("{my-text} {other-col} <X>", "", "columns label, my-text, the title, .* other-col"),
             ("my-text <X>", "", "shows no {column}"), ("{my-text} {label} <X>", "", "or its label"),
             ("{{my-text}} <X>", "", "other braces"), ("{my-text} {a <X>", "", "other braces"),
-            ("{} <X>", "", "and not all of label, :"),
             (template, "label,my-text\n", "test.csv has the columns label, my-text, and not"),
-            (template, "label\n".encode("utf-16-le"), "line 1 is not utf-8: .*--encoding")):
-        (tmp_path / "test.csv").write_bytes(test if type(test) is bytes else test.encode())
+            (template, "label\n", "line 1 is not utf-8: .*--encoding")):
+        test.write_text(header, "utf-16-le" if "encoding" in says else "utf-8")
         with pytest.raises(InputError, match=says):
-            own(tmp_path, content, template, test=tmp_path / "test.csv")
+            own(tmp_path, content, template, test=test)
     with pytest.raises(InputError, match="test.txt: give .csv, .tsv, .jsonl, .json, which have"):
         own(tmp_path, content, template, test="test.txt")
 
@@ -216,8 +182,7 @@ def test_each_label_is_shown_with_a_source(tokenizer, capsys):
 
 
 def test_label_words_that_cannot_win_are_refused(tokenizer):
-    """A word that begins another in pieces, or that equals it after normalization; both are named.
-    """
+    """A word that begins another in pieces, or that equals it after normalization."""
     for words in (["good", "bad", "good enough"], ["terrible", "good", " good"]):
         with pytest.raises(InputError, match="label word .*good.* begins with.*good.*choose"):
             templates.decoder_targets(tokenizer, words)
@@ -228,8 +193,8 @@ def test_label_words_that_cannot_win_are_refused(tokenizer):
     ("a.txt", "What a\tjoy.\n\n\ufeffNo.", "mr", [["What a\tjoy."], ["\ufeffNo."]], "1 rows with"),
     ("a.csv", 'id;premise;hypothesis\n7;"It rains, he said.";It rains!\n', "cb",
      [["It rains", "It rains, he said."]], "1 rows in 2 lines; columns id, premise, hypothesis; "),
-    ("a.csv", "body\nok, he said\nno; |\tyes\n", "mr", [["ok, he said"], ["no; |\tyes"]],
-     "2 rows in 3 lines; columns body$"),
+    ("a.csv", "text\nok, he said\nno; |\tyes\n", "mr", [["ok, he said"], ["no; |\tyes"]],
+     "2 rows in 3 lines; columns text$"),
     ("a.csv", 'text\n"Good, really.\nA joy."\n"No, no."\n', "mr", [["Good, really.\nA joy."],
                                                                  ["No, no."]], "2 rows in 4"),
     ("a.txt", "", "mr", [], "a.txt has no rows of text"),
@@ -237,29 +202,26 @@ def test_label_words_that_cannot_win_are_refused(tokenizer):
     ("a.csv", "id,premise\n1,2\n", "mr", [], "columns id, premise, and not all of text")])
 def test_texts_without_labels_literally(tmp_path, name, content, task, texts, says):
     """A line of a .txt is a text, tabs and all; other formats name the template's texts, which are
-    prepared as in training; a blank one is left out and counted. How they are read is said."""
+    prepared as in training; a blank one is left out, and counted."""
     said, rows = [], []
     (tmp_path / name).write_text(content)
-    options = OwnTable(text_column="body" if "body" in content else "text")
     try:
-        rows = tasks.load_texts(tmp_path / name, TASKS[task], options, said.append)
+        rows = tasks.load_texts(tmp_path / name, TASKS[task], say=said.append)
     except InputError as error:
         said.append(str(error))
     assert [[*row.fields.values()] for row in rows] == texts and re.search(says, " ".join(said))
 
 
-# ---------------------------------------------------------------------- sampling and posing
-
-def labeled_rows(counts):
+def labeled_rows(*counts):
     return [Row(label, {"text": f"text {label} {i}"})
             for label, n in enumerate(counts) for i in range(n)]
 
 
 def test_few_shot_samples_are_balanced_disjoint_and_fixed():
-    """16 + 16 a label, no text twice, by a hash of seed, label and text, whatever order rows come
-    in. A class of 7 texts gives 3 and 3, one of a single text nothing; a text that comes often,
-    even under both labels, is used once."""
-    rows = labeled_rows([100, 50, 40])
+    """16 + 16 a label, by a hash of seed, label and text, whatever order rows come in. A class of 7
+    texts gives 3 and 3, one of a single text nothing; a text that comes often, even under both
+    labels, is used once."""
+    rows = labeled_rows(100, 50, 40)
     train, validation = tasks.few_shot(rows, 16, 10, 3)
     for label, part in enumerate((rows[:100], rows[100:150], rows[150:])):
         part = sorted(part, key=lambda r: hashlib.sha256(
@@ -267,33 +229,18 @@ def test_few_shot_samples_are_balanced_disjoint_and_fixed():
         assert train[16 * label:16 * label + 16] == part[:16]
         assert validation[16 * label:16 * label + 16] == part[16:32]
     assert tasks.few_shot(rows[::-1], 16, 10, 3) == (train, validation)
-    assert tasks.few_shot(rows, 16, 20, 3)[0] != train
-    train, validation = tasks.few_shot(labeled_rows([40, 7]), 16, 0)
-    assert Counter(r.label for r in train) == Counter(r.label for r in validation) == {0: 16, 1: 3}
+    for part in tasks.few_shot(labeled_rows(40, 7), 16, 0):
+        assert [row.label for row in part] == [0] * 16 + [1] * 3
     rows = [Row(label, {"text": f"text {i}"}) for i in range(20) for label in (0, 1, 1)]
     for seed in range(20):
         sample = [r.fields["text"] for part in tasks.few_shot(rows, 4, seed) for r in part]
         assert len(set(sample)) == len(sample)
-    for counts, extra, says in (([5, 1], [], "1 has"), ([5], [], "1 has"), ([5, 5], [], "2 has 0"),
-                                ([5], [Row(1, {"text": "same"})] * 3, "1 has")):
-        with pytest.raises(InputError, match=f"label {says}"):
-            tasks.few_shot(labeled_rows(counts) + extra, 16, 0, 3 if says[0] == "2" else 2)
+    for rows, classes, says in (
+            (labeled_rows(5, 1), 2, "1 has 1"), (labeled_rows(5, 5), 3, "2 has 0"),
+            (labeled_rows(5) + [Row(1, {"text": "same"})] * 3, 2, "1 has 1")):
+        with pytest.raises(InputError, match=f"label {says} different texts"):
+            tasks.few_shot(rows, 16, 0, classes)
 
-
-def test_task_examples_literally(tmp_path):
-    """`s It was <X> ?`, terrible and great; a long text is cut to the task's 128 tokens, the
-    template stays."""
-    _, tokenizer = write_model(tmp_path, "A fine film. It was ? terrible great".split())
-    rows = [Row(1, {"text": "A fine film."}), Row(0, {"text": "A " * 300})]
-    examples = tasks.task_examples(tokenizer, tasks.TASKS["sst2"], rows)
-    end = "It was <extra_id_0> ?</s>"
-    shown = [templates.examples_as_text(tokenizer, examples, row) for row in (0, 1)]
-    assert shown == [(f"A fine film. {end}", "great"), ("A " * 123 + end, "terrible")]
-    assert len(examples.ids[1]) == 128 and examples.labels.tolist() == [1, 0]
-    assert data.collate(examples, [0, 1]).ids.shape == (2, 128)
-
-
-# --------------------------------------------------------------- labeled sets as meta tasks
 
 def test_labeled_sets_become_meta_tasks(tmp_path, capsys):
     """Table 3: a task is one cluster (here: one topic) of one set; labels are the set's own words
@@ -307,29 +254,27 @@ def test_labeled_sets_become_meta_tasks(tmp_path, capsys):
                                   model=model, embed=by_topic(tokenizer))
     index = labeled.LabeledIndex({"set": store}, tokenizer, support=7, query=3)
     for step in range(20):
-        split = ("train", "validation")[step % 2]
+        split, sources = ("train", "validation")[step % 2], []
         task = labeled.labeled_task(index, 0, step, 0, split=split)
         partner = labeled.labeled_task(index, 0, step, 0, stream="partner", avoid=task.clusters)
         assert task.variant == "set" and partner.clusters != task.clusters
-        sources = []
         for examples, n in ((task.support, 7), (task.query, 3)):
-            shown = [templates.examples_as_text(tokenizer, examples, row) for row in range(n)]
-            for source, target in shown:
+            counts = Counter()
+            for row in range(n):
+                source, target = templates.examples_as_text(tokenizer, examples, row)
                 text = re.fullmatch(r"(T\d d\d+) It was <extra_id_0> \?</s>", source).group(1)
                 assert label[text] == target
                 sources.append(text)
-            counts = Counter(target for _, target in shown)
-            assert set(counts) == {"good", "bad", "so-so"}
-            assert max(counts.values()) <= n // 3 + 1
+                counts[target] += 1
+            assert len(counts) == 3 and max(counts.values()) <= n // 3 + 1
         assert len(set(sources)) == 10 and len({text[:2] for text in sources}) == 1
-    labeled.LabeledIndex({"set": store}, tokenizer, support=7, query=3, max_tokens=6)
-    assert "set: of 900 texts 900 are cut to 6 tokens" in capsys.readouterr().out
     again = labeled.labeled_task(index, 0, 19, 0, split="validation")
     assert again.support.ids == task.support.ids and again.query.ids == task.query.ids
     with pytest.raises(InputError, match="set: one usable train cluster, mixing needs two"):
         labeled.labeled_task(index, 0, 0, 0, stream="partner", variant="set", avoid=range(3))
     one = store._replace(cluster=np.zeros_like(store.cluster))
-    labeled.LabeledIndex({"set": one}, tokenizer, support=7, query=3)
+    labeled.LabeledIndex({"set": one}, tokenizer, support=7, query=3, max_tokens=6)
+    assert "set: of 900 texts 900 are cut to 6 tokens" in capsys.readouterr().out
     for wrong, support, query, says in (
             (store, 60, 60, "validation texts of each label: 1 .* must have 40, .* no --label"),
             (one, 7, 3, "train texts .* 2 .* the largest have 280, 0: no")):

@@ -3,8 +3,8 @@
 import csv
 import gzip
 import json
-import math
 import re
+from itertools import product
 
 import numpy as np
 import pytest
@@ -16,13 +16,11 @@ import supmer
 import train
 from common import InputError
 from conftest import TINY, logits, needs_transformers
-from corpus import build_store, hash_share
-from data import TaskIndex, meta_task
-from settings import from_settings
+from corpus import hash_share
 from t5 import EOS, PAD, embed_tokens, load_t5
-from tasks import TASKS, load_test, task_examples
+from tasks import GROUPS, TASKS, load_test, task_examples
 from templates import MASK
-from tiny.sources import forbidden_grams, gather, grams, held_out, read_records
+from tiny.sources import forbidden_grams, gather, grams, held_out, read_records, words_of
 
 LABEL_WORDS = ("yes no maybe Yes No A B C D terrible great bad okay good subjective objective "
                "description entity expression human location number").split()
@@ -35,25 +33,18 @@ def corpus():
         return [json.loads(line)["paragraphs"] for line in file]
 
 
-# ------------------------------------------------------------------- the committed files
-
 def test_splits_are_disjoint_and_unknown_to_the_corpus(corpus):
     """No text is in two splits or twice in one, by its words; no row shares 8 words in a row with
     the corpus, but one of the corpus's own sentences does."""
-    found = set().union(*(grams(" ".join(paragraphs)) for paragraphs in corpus))
+    found, keys = set().union(*(grams(" ".join(paragraphs)) for paragraphs in corpus)), []
     assert not found.isdisjoint(grams("IN THE BEGINNING, God created the heaven and the earth."))
-    count = 0
-    for task in ("movie", "amazon", "nyt", "tweets"):
-        keys = []
-        for split in ("train", "dev", "test"):
-            with open(TINY / f"tasks/{task}/{split}.csv", newline="", encoding="utf-8") as file:
-                labels, texts = zip(*csv.reader(file))
-            assert set(labels) == {"0", "1"}
-            assert all(found.isdisjoint(grams(text)) for text in texts)
-            keys += [" ".join(re.findall("[a-z0-9]+", text.lower())) for text in texts]
-        assert len(keys) == len(set(keys))
-        count += len(keys)
-    assert count == 15658
+    for task, split in product(GROUPS["offline"], ("train", "dev", "test")):
+        with open(TINY / f"tasks/{task}/{split}.csv", newline="", encoding="utf-8") as file:
+            labels, texts = zip(*csv.reader(file))
+        assert set(labels) == {"0", "1"}
+        assert all(found.isdisjoint(grams(text)) for text in texts)
+        keys += [(task, *words_of(text)) for text in texts]
+    assert len(keys) == len(set(keys)) == 15658
 
 
 def test_what_is_held_out_was_never_trained_on(corpus):
@@ -69,13 +60,12 @@ def test_what_is_held_out_was_never_trained_on(corpus):
 
 
 def test_tokenizer_keeps_t5s_conventions(tokenizer):
-    """<pad> 0, </s> 1, <unk> 2, </s> appended, 100 sentinels counting down from the last id. Each
-    label word is one word-initial piece, and A is not the article. Odd text comes back but for
-    spaces and the form of quotes; "it 's good ." reads as "it's good."."""
-    assert [tokenizer.token_to_id(t) for t in ("<pad>", "</s>", "<unk>")] == [PAD, EOS, 2]
+    """<pad> 0, </s> 1 and appended, <unk> 2, 100 sentinels down from the last id. Each label word
+    is one piece. Odd text comes back but for spaces and quotes; "it 's" reads as "it's"."""
     last = tokenizer.get_vocab_size() - 1
-    ids = [tokenizer.token_to_id(f"<extra_id_{i}>") for i in range(100)]
-    assert ids == list(range(last, last - 100, -1))
+    names = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(100))]
+    assert [tokenizer.token_to_id(name) for name in names] == [
+        PAD, EOS, 2, *range(last, last - 100, -1)]
     ids = tokenizer.encode(f"It was {MASK} ?").ids
     assert ids.index(last) == 2 and ids[-1] == EOS and len(ids) == 5
     for word in LABEL_WORDS:
@@ -84,7 +74,7 @@ def test_tokenizer_keeps_t5s_conventions(tokenizer):
     assert tokenizer.token_to_id("▁A") != tokenizer.token_to_id("▁a")
     for text in ("naïve café", "日本語 и кириллица", "😀 x^2 ≠ 3", "\tA  b\nc", "“Don’t!”"):
         ids = tokenizer.encode(text).ids
-        plain = text.replace("“", '"').replace("”", '"').replace("’", "'")
+        plain = re.sub("[“”]", '"', text).replace("’", "'")
         assert 2 not in ids and "".join(tokenizer.decode(ids).split()) == "".join(plain.split())
     spaced, natural = "it 's n't bad , does n't it .", "it'sn't bad, doesn't it."
     assert tokenizer.encode(spaced).ids == tokenizer.encode(natural).ids
@@ -94,7 +84,7 @@ def test_model_is_small_and_knows_sentiment(tokenizer):
     """At most 20 MB; on 200 movie sentences it beats the majority by 3 standard errors untuned."""
     assert (TINY / "model.safetensors").stat().st_size <= 20_000_000
     t5 = load_t5(TINY)
-    examples = task_examples(tokenizer, TASKS["movie"], load_test(TASKS["movie"], TINY)[:200])
+    examples = task_examples(tokenizer, TASKS["movie"], load_test(TASKS["movie"])[:200])
     none = torch.zeros(0, t5.config.d_model)
     found = measure.score(t5, none, examples, supmer.Method()).argmax(1)
     majority = torch.bincount(examples.labels).max() / 200
@@ -116,53 +106,6 @@ def test_transformers_loads_the_folder(tokenizer):
     assert torch.allclose(ours, model(input_ids=ids, decoder_input_ids=start).logits, atol=1e-4)
 
 
-# ------------------------------------------------------------- meta-training learns on it
-
-THEMES = ["soup bread onion butter oven knife salt plate",
-          "ship sail captain harbor wave anchor storm sailor",
-          "judge court lawyer crime prison police trial witness",
-          "song piano singer concert drum melody band guitar",
-          "cow horse sheep barn wheat farmer field pig",
-          "soldier army battle gun general enemy sword tank"]
-FORMS = ["The {} and the {} were near the {}.", "He saw a {}, then a {} and a {}.",
-         "Where the {} is, the {} and the {} are not far.",
-         "They spoke of the {}, the {} and the {}."]
-
-
-def test_meta_training_on_a_planted_corpus(tmp_path, tokenizer):
-    """120 documents, each on one of six themes. From a vocabulary prompt, three meta-steps: the
-    held-out loss after adaptation falls, adaptation lowers it, and the adapted prompt knows a
-    cluster's sentences better than chance by three standard errors, its label-word loss ln 2."""
-    rng, lines = np.random.default_rng(0), []
-    for document in range(120):
-        words = THEMES[document % 6].split()
-        sentences = [FORMS[rng.integers(4)].format(*rng.choice(words, 3, replace=False))
-                     for _ in range(10)]
-        lines.append(json.dumps({"text": " ".join(sentences)}))
-    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
-    t5 = load_t5(TINY)
-    store = build_store(tmp_path / "cache", [tmp_path / "corpus.jsonl"], tokenizer, t5, 6, 0,
-                        model=TINY)
-    index = TaskIndex(store, tokenizer, support=8, query=8, variants=("sp-cluster",))
-    values = {name: value for name, (value, _) in train.TINY_VALUES.items()}
-    method = from_settings(supmer.Method, values | {"steps": 3})
-    state = supmer.init_state(supmer.init_prompt(t5, 20, 0), method)
-    held = [meta_task(index, 0, 0, i, split="validation", stream="validation") for i in range(6)]
-    before = train.validate(t5, state, held, method)
-    for step in range(3):
-        tasks = [meta_task(index, 0, step, i) for i in range(2)]
-        partners = [meta_task(index, 0, step, i, stream="partner", avoid=task.clusters)
-                    for i, task in enumerate(tasks)]
-        supmer.meta_step(t5, state, [*zip(tasks, partners)], method, 0)
-    after = train.validate(t5, state, held, method)
-    found = after["variants"]["sp-cluster"]
-    assert after["loss"] < before["loss"] and after["loss"] < after["loss_before"]
-    assert found["correct_after"] > 0.5 + 3 * 0.5 / 48 ** 0.5, found
-    assert found["word_loss_after"] < math.log(2), found
-
-
-# ------------------------------------------------------------------------- the builder
-
 def test_what_may_be_learned_from(tmp_path):
     """Lines with a text or paragraphs, a rating or a category; another line ends with its number.
     A sentence that shares 8 words with a test set is dropped, and so is a very short one."""
@@ -171,13 +114,12 @@ def test_what_may_be_learned_from(tmp_path):
              '{"question": "Who is he?", "category": "people"}',
              '{"paragraphs": ["One two three four five six seven eight. It rained all day. Yes."]}']
     path.write_bytes(gzip.compress("\n".join(lines).encode()))
-    assert list(read_records(path))[:2] == [(9, "", ["It is fine.", "You should buy it."]),
-                                            (0, "people", ["Who is he?"])]
     (tmp_path / "original/sst").mkdir(parents=True)
     (tmp_path / "original/sst/test.csv").write_text("1,ONE, two three four five six seven: eight!")
     found, dropped = gather([path], forbidden_grams({}, tmp_path))
-    assert dropped == {"mine": 1} and {tuple(document.sentences) for document in found} == {
-        ("It is fine.", "You should buy it."), ("Who is he?",), ("It rained all day.",)}
+    assert dropped == {"mine": 1} and {(x.rating, x.category, *x.sentences) for x in found} == {
+        (9, "", "It is fine.", "You should buy it."), (0, "people", "Who is he?"),
+        (0, "", "It rained all day.")}
     path.write_bytes(gzip.compress(b'{"text": "Fine."}\n{"paragraphs": [1]}\n'))
     with pytest.raises(InputError, match="mine.jsonl.gz, line 2 is not a record"):
         list(read_records(path))
