@@ -357,8 +357,7 @@ def run_script(script, *argv, folder="."):
 
 
 def forked(work, before=lambda: None):
-    """Begin work() in a process with all modules -> its id. Its status: work()'s, 2 for a user's
-    mistake, 1 for a bug, which it shows."""
+    """Begin work() in a process -> its id; status 2: a user's mistake, 1: a bug, shown."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
@@ -610,8 +609,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Server that stands in for the archives of all tasks and for the hub, whose cache is empty;
-    a folder to work in."""
+    """A Server in place of all archives and of the hub, with an empty cache; a new folder."""
     monkeypatch.chdir(tmp_path)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.files, server.repos, server.asked, server.cut = {}, {}, [], None

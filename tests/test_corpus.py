@@ -28,8 +28,7 @@ def test_short_sentences_join_their_neighbours():
 
 
 def test_a_store_holds_the_text_and_the_planted_clusters(planted):
-    """Decoded it is the corpus, in order; 5 % of the documents are held out whole; the topics are
-    its clusters and their means the centroids, in each format."""
+    """Decoded it is the corpus; 5 % of the documents are held out; topics are its clusters."""
     tokenizer, store, _ = planted
     texts = tokenizer.decode_batch([store.sentence(i).tolist() for i in range(11200)])
     assert texts == [sentence(d, s) for d in range(280) for s in range(40)]
@@ -64,8 +63,7 @@ def build(planted, tmp_path):
 
 
 def test_one_clustering_per_format_has_its_own_seed(build):
-    """Of noise the seeds make different clusters, each nearest to its own centroids; the first seed
-    is the store's."""
+    """Each sentence's cluster is the nearest; the first format's seed is the store's."""
     noise = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
     how = {"clusters": 7, "embed": lambda ids, mask: noise[ids].mean(1)}
     store = build(one_per_format=True, **how)
@@ -78,8 +76,7 @@ def test_one_clustering_per_format_has_its_own_seed(build):
 
 
 def test_kmeans_sees_no_held_out_document_and_no_text_is_an_anchor_twice(planted, tmp_path, build):
-    """Eq. 16 is fitted on training documents: what is embedded before the assignment comes from
-    none other. Of equal sentences only the first can be an anchor."""
+    """Eq. 16 is fitted on training documents; of equal sentences the first can be an anchor."""
     seen, stages, embed = set(), Counter(), by_topic(planted[0])
 
     def spy(ids, mask):
@@ -104,8 +101,7 @@ def test_embedding_is_the_mean_of_the_encoders_states():
 
 
 def test_batches_keep_to_their_budget_and_lose_no_sentence():
-    """Padded batches hold at most the budget, or one sentence; every sentence is embedded once, in
-    its place."""
+    """Of tokens with padding, or one sentence; each is embedded once, in its place."""
     rng, shapes = np.random.default_rng(0), []
     lengths = rng.integers(1, 50, 500)
     lengths[7] = 300                                    # more than the budget
@@ -122,8 +118,7 @@ def test_batches_keep_to_their_budget_and_lose_no_sentence():
 
 
 def test_a_store_is_made_once_for_the_same_things(tmp_path, build):
-    """The same corpus, model and options: no work, and the same bytes elsewhere. Another of any of
-    them: another store. One of other things, or damaged, is not opened, whatever its name."""
+    """Of other text, model or options another one is made; a damaged one is not opened."""
     first = build()
     assert build(embed=None).folder == first.folder         # no T5 to embed with
     assert contents(first.folder) == contents(build("again").folder)
@@ -154,8 +149,7 @@ def test_a_fingerprint_is_of_the_size_and_both_ends(tmp_path):
 
 
 def test_reading_stops_after_max_bytes(tmp_path, build):
-    """The document that reaches the limit is the last, and no later file is read. What a corpus
-    folder has beside text is printed by name."""
+    """With the document that reaches it; what a folder has beside text is printed by name."""
     size, said = len(" ".join(sentence(0, s) for s in range(40))), []
     (tmp_path / "text/notes.csv").write_text("1,ok")
     (tmp_path / "text/c.jsonl").write_text("not JSON")
@@ -189,9 +183,7 @@ def test_embeddings_that_are_not_finite_stop_the_build(build):
 
 
 def test_an_interrupted_build_resumes(planted, tmp_path, build, monkeypatch):
-    """Stopped in its second file, by a full disk in the sample, and in its second chunk: nothing is
-    done again, and the store is an unbroken one's to the byte, whatever half-written bytes a kill
-    left. Documents longer than what is tokenized together are whole."""
+    """Nothing is done again; the store is an unbroken one's to the byte, whatever is torn."""
     monkeypatch.setattr(corpus, "CHUNK", 64)
     monkeypatch.setattr(corpus, "SLICE", 7)
     did, stop, embed, read = Counter(), ("", 0, None), by_topic(planted[0]), corpus.documents
@@ -223,8 +215,7 @@ def test_an_interrupted_build_resumes(planted, tmp_path, build, monkeypatch):
 
 
 def test_ranks_make_one_store(planted, build, monkeypatch):
-    """Three ranks share the embedding, also of fewer chunks than ranks; the store is one rank's to
-    the byte, though an embedding's last bits depend on its batch. Other options are refused."""
+    """They share the embedding; the store is one rank's to the byte; others are refused."""
     embedded = Counter()
 
     def work(ranks, cache):
@@ -245,8 +236,7 @@ def test_ranks_make_one_store(planted, build, monkeypatch):
 
 
 def test_a_second_process_waits_for_the_first_ones_store(tmp_path, build):
-    """What another process is making is not touched, and taken when it is done; a lock file whose
-    process died does not count."""
+    """It takes what the other one has made; the lock file of a process that died does not count."""
     store = build("first")
     folder, said, other = tmp_path / "cache" / store.folder.name, [], contextlib.ExitStack()
     folder.mkdir(parents=True)

@@ -42,8 +42,7 @@ the cat sat . | the dog ran . | is dr . fox here ? | yes !
 
 @pytest.mark.parametrize("text", SENTENCES)
 def test_sentences_are_split_where_a_reader_would(text):
-    """Every row is cut exactly at its bars: abbreviations, initials, quotes, brackets, ellipses;
-    other scripts, notes, emphasis, lists, dates."""
+    """Every row is cut exactly at its bars."""
     assert split_sentences(text.replace(" | ", " ")) == text.split(" | ")
 
 
@@ -84,8 +83,7 @@ LATIN = b"\xef\xbb\xbfcaf\xe9\n\nok \xef\xbf\xbd\n\n\xff\xfe\n\na\0\0"
     ("a.txt", LATIN, {}, "caf\ufffd||ok \ufffd||\ufffd\ufffd||a\ufffd\ufffd", 3),
     ("a.jsonl", '{"text": "\\ud800 half"}', {}, "? half", 0)])
 def test_documents_of_each_kind_literally(tmp_path, name, content, how, expected, mended):
-    """A sentence a line, wrapped lines, a document a line or file, either field or another, null
-    texts, tars. Bytes that are no UTF-8 and zeros become U+FFFD, and their lines are counted."""
+    """What parts documents and paragraphs; broken bytes become U+FFFD, and are counted."""
     content, counts = content if isinstance(content, bytes) else content.encode(), Counter()
     (tmp_path / name).write_bytes(content)
     found = "||".join("|".join(x) for x in documents(tmp_path / name, counts, **how))
@@ -118,8 +116,7 @@ def test_a_folder_gives_its_corpus_files_in_order(tmp_path):
 
 
 def test_no_document_is_held_beyond_a_limit(tmp_path, monkeypatch):
-    """16 MiB: a text or line that never ends comes in parts, which are counted and lose nothing; a
-    JSON line is refused."""
+    """Of 16 MiB: a longer text comes in parts, which are counted; a JSON line is refused."""
     (tmp_path / "a.txt").write_bytes(b"a" * (2 ** 24 + 1))
     assert [len(text) for text, in documents(tmp_path / "a.txt")] == [2 ** 24, 1]
     monkeypatch.setattr(reader, "LONGEST", 8)

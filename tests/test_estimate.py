@@ -58,8 +58,7 @@ def test_live_bytes_by_hand():
 
 
 def test_memory_does_not_grow_with_the_support_set():
-    """Twice the support examples take the same peak up to 1 %; kept graphs take more, each the
-    bytes that micro_batch_bytes() counts."""
+    """Kept graphs take more, each the bytes that micro_batch_bytes() counts."""
     training, method = train.Training(prompt_length=20, max_tokens=60), Method(micro_tokens=160)
     support = estimate.full_task(64, training, replace(method, micro_tokens=320), 60).support
     assert len(support.ids) == 4
@@ -86,8 +85,7 @@ def test_memory_does_not_grow_with_the_support_set():
     (100, None, 60, 0), (100, 0, 80, 0)])
 def test_kept_graphs_are_those_that_there_are_and_that_fit(
         monkeypatch, positions, given, gib, kept):
-    """Of 32 texts of 80 positions, in micro-batches of 2, 1 and at least 1. Without a number, all
-    are kept where half of the memory holds them: 32 GiB fit into half of 80 and not of 60."""
+    """Of 32 texts of 80 positions; without a number, all where half of the memory holds them."""
     monkeypatch.setattr(estimate, "micro_batch_bytes", lambda *_: (1, 1, 1 << 30))
     monkeypatch.setattr(estimate, "model_shape", lambda _: SMALL)
     monkeypatch.setattr(hubs, "fetch_list", lambda _: [])
@@ -103,8 +101,7 @@ def test_kept_graphs_are_those_that_there_are_and_that_fit(
 
 @pytest.mark.parametrize("layers, tokens", [(1, 412), pytest.param(12, 90, marks=needs_data)])
 def test_the_memory_estimate_is_what_a_step_takes(layers, tokens):
-    """An exact meta-gradient at t5-base's widths takes within 15 % of the estimate for one task,
-    the weights aside, in a fresh process whose allocator returns what it does not use."""
+    """An exact step at t5-base's widths takes within 15 % of it, in a fresh process."""
     method = Method(micro_tokens=100 + tokens)
     training = train.Training(model="t5-base", max_tokens=tokens, tasks=1)
     config = estimate.model_shape("t5-base")._replace(num_layers=layers, num_decoder_layers=layers)
@@ -152,8 +149,7 @@ def test_the_time_is_that_of_the_methods_own_step(monkeypatch, small_world):
 
 
 def test_a_long_run_needs_a_gpu_or_yes(monkeypatch, capsys):
-    """Without a GPU, what a run needs is printed, and one of a corpus from the web or of more than
-    an hour is refused, as is one that lacks memory; --dry-run only prints."""
+    """What it needs is printed; hours on a CPU, or a web corpus, are refused without --yes."""
     monkeypatch.setattr(estimate, "micro_batch_bytes", lambda *_: (MiB, 99 * MiB, MiB))
     monkeypatch.setattr(estimate, "model_shape", lambda _: V11)
     monkeypatch.setattr(hubs, "fetch_list", lambda _: ["download: 242 MB of t5-small"])

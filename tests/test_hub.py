@@ -30,8 +30,7 @@ def zip_of(members):
 
 
 def test_missing_tasks_are_fetched_once(hub):
-    """Out of LM-BFF's tar (whose GLUE-SST-2 is another data set), a zip, the second address where
-    the first fails, or as a file; the archive is not fetched again, nor is the task."""
+    """Out of a tar (GLUE-SST-2 is another set), a zip, the second address, or as a file."""
     hub.files = {
         "/datasets.tar": tar_of({"original/GLUE-SST-2/dev.tsv": b"other", "original/mr/a": b"",
                                  "original/trec/test.csv": b"1,x\n",
@@ -48,8 +47,7 @@ def test_missing_tasks_are_fetched_once(hub):
 
 
 def test_what_cannot_be_used_leaves_no_file(hub):
-    """A server that lacks it, of which the option and the address are named; another checksum, in
-    an archive and alone; a body that is cut short; a server that says nothing."""
+    """Lacking, of another checksum, cut short, or from a server that says nothing."""
     for name in ("dvd", "mr"):
         with pytest.raises(InputError, match=f"{TASKS[name].test} is not in none.*--data FOLDER.*"
                                              "127.0.0.1.*404"):
@@ -107,8 +105,7 @@ LINES = {"sst2": ({"text": "ok", "label": 1, "label_text": "positive"}, 1, "ok")
 
 
 def test_the_hubs_form_of_a_task_is_the_same_rows(hub, monkeypatch):
-    """Every task with a form on the hub: fetched where the first source fails, both files in that
-    form, also without a network once they are in the cache; else both places are named."""
+    """Fetched where the first source fails, both files of one form; then read offline."""
     assert set(LINES) == {name for name, task in TASKS.items() if task.hub}
     assert dict(zip(TASKS["trec"].hub[3], TASKS["trec"].words)) == {
         "DESC": "description", "ENTY": "entity", "ABBR": "expression", "HUM": "human",
@@ -132,8 +129,7 @@ def test_the_hubs_form_of_a_task_is_the_same_rows(hub, monkeypatch):
 
 
 def test_only_the_needed_files_are_fetched(tmp_path, hub, monkeypatch):
-    """Of a repository that has everything twice: config, tokenizer and the single file of weights.
-    A second time nothing is asked for, nor with HF_HUB_OFFLINE, where another model is an error."""
+    """Of a repository that has all twice; a second time, or offline, nothing is asked for."""
     files = contents(save_model(save_shards(tmp_path / "both", V11), V11))
     junk = dict.fromkeys(("pytorch_model.bin", "tf_model.h5", "spiece.model", "README.md"), b"junk")
     hub.repos[ANY] = {"main": (COMMIT, files | junk | {"tokenizer.json": b"{}"})}
@@ -158,8 +154,7 @@ def test_only_the_needed_files_are_fetched(tmp_path, hub, monkeypatch):
 
 
 def test_shards_and_tokenizers_of_others(tmp_path, hub):
-    """Without a single file the index and its shards are fetched; a model with the official
-    vocabulary and without a tokenizer takes t5-base's."""
+    """In place of a single file; a model with the official vocabulary takes t5-base's tokenizer."""
     files = contents(save_shards(tmp_path / "m", V10))
     hub.repos[ANY] = {"main": (COMMIT, files)}
     hub.repos["google-t5/t5-base"] = {
@@ -185,8 +180,7 @@ def test_short_names_are_hub_ids_with_their_commit():
 
 
 def test_what_cannot_be_fetched_says_what_to_do(tmp_path, hub, monkeypatch):
-    """A wrong name or revision, weights in another form, a line that breaks: the way out is named,
-    and no file looks whole; a pull request, and the next try, have it."""
+    """And leaves no file that looks whole; a pull request, and the next try, have the model."""
     files = contents(save_model(tmp_path / "m", V11))
     hub.repos[ANY] = {"main": (COMMIT, {"config.json": files["config.json"], "x.bin": b""}),
                       "refs/pr/7": ("7" * 40, files)}

@@ -68,8 +68,7 @@ COMMANDS = {    # what begins or resumes it; what must not differ from an unbrok
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_killed_command_resumes(name, place, hub, monkeypatch):
-    """Killed at a random moment, with too small a disk (a limit on a file's size), which ends with
-    status 2, as does a read-only folder: the same command then has an unbroken one's result."""
+    """Killed, on a full disk (status 2, as where it may not write): it ends as an unbroken one."""
     monkeypatch.setattr(corpus, "CHUNK", 256)       # so that a small store is saved in parts, too
     monkeypatch.setattr(train, "prepare", lambda _, method, *rest: method)
     write_run("exported", place / "small")

@@ -54,8 +54,7 @@ LONG = "good " * 40_000
     ("a.txt", "1\tgood\n", True, None, "a .txt is a text a line, no label"),
     ("a", "1", True, None, "give .csv, .tsv"), ("a.xlsx", "1", True, None, "give .csv, .tsv")])
 def test_tables_as_people_have_them(tmp_path, name, content, header, rows, says):
-    """Delimiters, spaces, quotes of each kind, no header, ragged lines, JSON: each value in its
-    column, and how it was read is said; what could be misread is refused."""
+    """Each value is in its column, and how it was read is said; what is ambiguous is refused."""
     columns, said = ("label", "my text") if "my text" in says else ("label", "text"), []
     (tmp_path / name).write_bytes(content if type(content) is bytes else content.encode())
     if rows is None:
@@ -86,8 +85,7 @@ def test_tables_as_people_have_them(tmp_path, name, content, header, rows, says)
     ("books", b"\x80\x02r\xff\xff\xff\x7f.", "it has no 2,147,483,647 values"),
     ("books", b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".", "not a whole table")])
 def test_bad_rows_are_refused_with_file_and_line(tmp_path, monkeypatch, name, content, says):
-    """A wrong header, label, width or type, a blank text, another encoding, an open quote; a pickle
-    that has code, which is not run, or claims terabytes."""
+    """Released sets are read strictly; a pickle that has code, which is not run, is refused."""
     monkeypatch.chdir(tmp_path)
     write_task(tmp_path, name, content)
     with pytest.raises(InputError, match=f"{Path(TASKS[name].train).name}.*{says}"):

@@ -20,8 +20,7 @@ from templates import MASK
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_format_literally(tmp_path, name):
-    """Quotes, tabs, byte-order mark, label words, the hypothesis' last point. CR's last row and
-    QQP's ragged ones are left out; both are said, and a size that is not the paper's."""
+    """What is left out is said, and a size that is not the paper's."""
     (written, read), said, size = FORMATS[name], [], TASKS[name].sizes[0]
     write_task(tmp_path, name, written)
     assert load_train(TASKS[name], tmp_path, said.append) == [Row(*row) for row in read]
@@ -67,8 +66,7 @@ def test_templates_and_words_literally():
 @pytest.mark.parametrize("name", ["sst2", "sst5", "mr", "cr", "subj", "cb", "rte", "mrpc",
                                   "airlines", "books", "electronics", "restaurants"])
 def test_real_tasks_are_read_whole(name, tokenizer):
-    """The sizes of the paper's Table 5 and of the domains, and all labels; Restaurants has half,
-    which is said. The longest texts are cut to the limit, and none loses the mask."""
+    """The paper's sizes, but for Restaurants, which is said; a cut text keeps its one mask."""
     said, task = [], TASKS[name]
     train, test = (load(task, SUPMER_DATA, said.append) for load in (load_train, load_test))
     ours = {"restaurants": (1000, 1000)}.get(name, (task.sizes[0] or 1700, task.sizes[1]))
@@ -106,8 +104,7 @@ def own(folder, content, template="{text} It was <X> .", test=None, **options):
     ("11111111111111111111 11111111111111111112", "a,b",        # equal as floats
      "11111111111111111111=a 11111111111111111112=b")])
 def test_labels_are_matched_by_name_or_refused(labels, words, matched):
-    """Explicit, by the words' own names, or as rising numbers; what does not fit is listed with its
-    counts; so are labels of one value, or a label that is named twice."""
+    """By the words given, their names, or as rising numbers; what does not fit is listed."""
     counts = dict.fromkeys(labels.split(), 7)
     if matched:
         found = tasks.match_words("a.csv", counts, words)
@@ -149,8 +146,7 @@ def test_what_was_read_is_printed(tmp_path, content, options, rows, said):
 
 
 def test_a_template_names_columns(tmp_path):
-    """Also ones with spaces and hyphens; an unknown name, or none, is refused, also of the test
-    file, whose rows are not read: they may be of no encoding."""
+    """An unknown one, or none, is refused, also of the test file, whose rows are not read."""
     content, template = "label,my-text,the title\n0,a,b\n1,c,d\n", "{the title}: {my-text} <X>"
     test = tmp_path / "test.csv"
     test.write_bytes(b"\xef\xbb\xbfsep=;\nmy-text;the title;label\n\xff\xfe;1;2")
@@ -201,8 +197,7 @@ def test_label_words_that_cannot_win_are_refused(tokenizer):
     ("a.txt", "a", "cb", [], "a.txt.*no hypothesis"),
     ("a.csv", "id,premise\n1,2\n", "mr", [], "columns id, premise, and not all of text")])
 def test_texts_without_labels_literally(tmp_path, name, content, task, texts, says):
-    """A line of a .txt is a text, tabs and all; other formats name the template's texts, which are
-    prepared as in training; a blank one is left out, and counted."""
+    """A line of a .txt, or the template's columns, prepared as in training."""
     said, rows = [], []
     (tmp_path / name).write_text(content)
     try:
@@ -218,9 +213,7 @@ def labeled_rows(*counts):
 
 
 def test_few_shot_samples_are_balanced_disjoint_and_fixed():
-    """16 + 16 a label, by a hash of seed, label and text, whatever order rows come in. A class of 7
-    texts gives 3 and 3, one of a single text nothing; a text that comes often, even under both
-    labels, is used once."""
+    """By a hash of seed, label and text; half of a small class is for each part."""
     rows = labeled_rows(100, 50, 40)
     train, validation = tasks.few_shot(rows, 16, 10, 3)
     for label, part in enumerate((rows[:100], rows[100:150], rows[150:])):
@@ -243,8 +236,7 @@ def test_few_shot_samples_are_balanced_disjoint_and_fixed():
 
 
 def test_labeled_sets_become_meta_tasks(tmp_path, capsys):
-    """Table 3: a task is one cluster (here: one topic) of one set; labels are the set's own words
-    and what the file says of each text, balanced in both sets, which share no text."""
+    """Table 3: a task is a cluster of one set, with the file's labels, balanced."""
     label = {f"T{i % 3} d{i}": ("good", "bad", "so-so")[i // 3 % 3] for i in range(900)}
     words = [*" ".join(label).split(), "T3", "T4", *tasks.SENTIMENT[5], "so-so", "It", "was", "?"]
     model, tokenizer = write_model(tmp_path / "m", words)

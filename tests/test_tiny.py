@@ -34,8 +34,7 @@ def corpus():
 
 
 def test_splits_are_disjoint_and_unknown_to_the_corpus(corpus):
-    """No text is in two splits or twice in one, by its words; no row shares 8 words in a row with
-    the corpus, but one of the corpus's own sentences does."""
+    """No text comes twice, and no row shares 8 words in a row with the corpus."""
     found, keys = set().union(*(grams(" ".join(paragraphs)) for paragraphs in corpus)), []
     assert not found.isdisjoint(grams("IN THE BEGINNING, God created the heaven and the earth."))
     for task, split in product(GROUPS["offline"], ("train", "dev", "test")):
@@ -48,8 +47,7 @@ def test_splits_are_disjoint_and_unknown_to_the_corpus(corpus):
 
 
 def test_what_is_held_out_was_never_trained_on(corpus):
-    """The documents that train.py holds out of the corpus, whole or its default part, are among
-    those that build.py kept out of the T5's training."""
+    """What train.py holds out of the corpus, build.py kept out of the T5's training."""
     assert hash_share(["It rained."]) == 0.5438340513254594
     shares = np.array([hash_share(paragraphs) for paragraphs in corpus])
     read = np.cumsum([sum(len(p.encode()) for p in paragraphs) for paragraphs in corpus])
@@ -60,8 +58,7 @@ def test_what_is_held_out_was_never_trained_on(corpus):
 
 
 def test_tokenizer_keeps_t5s_conventions(tokenizer):
-    """<pad> 0, </s> 1 and appended, <unk> 2, 100 sentinels down from the last id. Each label word
-    is one piece. Odd text comes back but for spaces and quotes; "it 's" reads as "it's"."""
+    """Special tokens are where T5 has them; each label word is one piece; odd text comes back."""
     last = tokenizer.get_vocab_size() - 1
     names = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(100))]
     assert [tokenizer.token_to_id(name) for name in names] == [
@@ -107,8 +104,7 @@ def test_transformers_loads_the_folder(tokenizer):
 
 
 def test_what_may_be_learned_from(tmp_path):
-    """Lines with a text or paragraphs, a rating or a category; another line ends with its number.
-    A sentence that shares 8 words with a test set is dropped, and so is a very short one."""
+    """No sentence that shares 8 words with a test set; bad lines are named."""
     path = tmp_path / "mine.jsonl.gz"
     lines = ['{"text": "It is fine.<br /><br />You should buy it.", "rating": 9}',
              '{"question": "Who is he?", "category": "people"}',
