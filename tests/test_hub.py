@@ -201,11 +201,12 @@ def test_what_cannot_be_fetched_says_what_to_do(tmp_path, hub, monkeypatch):
 
 
 def test_a_corpus_is_fetched_as_far_as_it_is_wanted(monkeypatch):
-    """As many of its files as hold the bytes; OpenWebText's of the revision that has tars."""
-    monkeypatch.setattr(hubs, "hf_hub_download", lambda filename, repo_id, **rest: filename)
+    """As many of its files as hold the bytes; OpenWebText's of the commit that has tars."""
+    monkeypatch.setattr(hubs, "hf_hub_download", lambda filename, revision="main", **source:
+                        f"{revision[:4]}/{filename}")
     for name, size, count, last in (
-            ("openwebtext", 10 ** 10, 6, "subsets/urlsf_subset05.tar"),
-            ("openwebtext", 10 ** 12, 21, "subsets/urlsf_subset20.tar"),
-            ("c4", 10 ** 9, 2, "en/c4-train.00001-of-01024.json.gz")):
+            ("openwebtext", 10 ** 10, 6, "f380/subsets/urlsf_subset05.tar"),
+            ("openwebtext", 10 ** 12, 21, "f380/subsets/urlsf_subset20.tar"),
+            ("c4", 10 ** 9, 2, "main/en/c4-train.00001-of-01024.json.gz")):
         paths = hubs.corpus_paths(SimpleNamespace(corpus=(name,), bytes=size))
         assert (len(paths), str(paths[-1])) == (count, last)
