@@ -29,7 +29,7 @@ from common import InputError, rng
 from data import FORMATS, PAPER_VARIANTS, VARIANTS
 from ranks import SOLO
 from supmer import descend, first_derivative, init_prompt, loss_shares, prompt_gradient
-from t5 import T5, T5Config, count_weights, expected_shapes, linear, rms_norm
+from t5 import T5, count_weights, expected_shapes, linear, rms_norm
 from tasks import task_examples
 from templates import MASK, compile_template, fill_template, template_fields, tokenize
 
@@ -384,7 +384,6 @@ def parameters_at(config, length):
 
 
 if __name__ == "__main__":
-    base = T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_decoder_layers=12,
-                    num_heads=12, vocab_size=32128, gated=False, tied=True, scaled=True)
-    for name, number in parameters_at(base, 100).items():
+    from shapes import model_shape      # it knows the hub, which nothing else here needs
+    for name, number in parameters_at(model_shape("t5-base"), 100).items():
         print(f"{name:14} {number:>12,} tunable parameters at t5-base")

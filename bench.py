@@ -33,7 +33,7 @@ import settings
 import t5 as T
 from contenders import (LAM, QUICK, WARM, Sizes, clustering, embedding, hf_meta_gradient, hf_model,
                         random_pairs, shape, step, tuning)
-from estimate import stand_in
+from shapes import stand_in
 from supmer import Method, gradient_and_hessian, init_state, prompt_gradient
 
 
@@ -60,10 +60,7 @@ def groups(s):
 
 
 EXACT, KEPT, HF = "exact, recomputed", "exact, graphs kept", "transformers, create_graph"
-# label, against, operations at most: figures that do not depend on the machine
-FLOPS = [(EXACT, "first order", 1.9), (KEPT, "first order", 1.55), (EXACT, HF, 1.0),
-         (KEPT, HF, 0.80)]
-# label, against, what is compared, at most (at the full sizes)
+# label, against, what is compared, at most (at the full sizes); operations hold on any machine
 RATIOS = [
     (EXACT, "first order", "seconds", 1.9), (KEPT, "first order", "seconds", 1.55),
     (EXACT, HF, "seconds", 1.0), (KEPT, HF, "seconds", 0.85), (EXACT, HF, "MB", 0.25),
@@ -74,7 +71,9 @@ RATIOS = [
     ("bf16 exact, graphs kept", "bf16 transformers, create_graph", "MB", 0.9),
     ("embedding", "transformers' encoder", "seconds", 0.80),
     ("k-means", "scikit-learn", "seconds", 1.0),
-    ("few-shot step", "PEFT's few-shot step", "seconds", 1.0)]
+    ("few-shot step", "PEFT's few-shot step", "seconds", 1.0),
+    (EXACT, "first order", "operations", 1.9), (KEPT, "first order", "operations", 1.55),
+    (EXACT, HF, "operations", 1.0), (KEPT, HF, "operations", 0.80)]
 
 
 def peak_bytes(device, reset=False):
@@ -136,14 +135,16 @@ def summary(runs):
     return middle, (max(seconds) - min(seconds)) / middle, max(megabytes), values[-1]
 
 
-def ratios(found):
-    """{label: [(seconds, MB, value)]} -> [(label, against, what, ratio or None, at most)]."""
+def ratios(found, counts):
+    """{label: [(seconds, MB, value)]}, {label: operations} -> [(label, against, what, ratio or
+    None, at most)]."""
+    measured = {label: summary(runs) for label, runs in found.items() if runs}
+    figures = {"seconds": {label: one[0] for label, one in measured.items()},
+               "MB": {label: one[2] for label, one in measured.items()}, "operations": counts}
     rows = []
     for label, against, what, most in RATIOS:
-        ratio, place = None, 2 if what == "MB" else 0
-        if found.get(label) and found.get(against):
-            ours, theirs = (summary(found[name])[place] for name in (label, against))
-            ratio = ours / theirs if theirs else None       # no memory where none is counted
+        ours, theirs = (figures[what].get(name) for name in (label, against))
+        ratio = ours / theirs if ours and theirs else None  # no memory where none is counted
         rows.append((label, against, what, ratio, most))
     return rows
 
@@ -216,15 +217,12 @@ def print_group(group, found, failed):
         print(f"{label:40}{seconds:10.3f}{spread:8.0%}{megabytes:9.0f}{inertia}", flush=True)
 
 
-def print_ratios(rows, counts):
-    """The tables of measured ratios and of operations."""
+def print_ratios(rows):
+    """The table of ratios."""
     print("\n| what | against | of | ratio | at most |\n| --- | --- | --- | --- | --- |")
     for label, against, what, ratio, most in rows:
         shown = "not run" if ratio is None else f"{ratio:.2f}"
         print(f"| {label} | {against} | {what} | {shown} | {most} |")
-    for label, against, most in FLOPS:
-        shown = f"{counts[label] / counts[against]:.2f}" if against in counts else "not run"
-        print(f"| {label} | {against} | operations | {shown} | {most} |")
 
 
 def main(argv):
@@ -254,8 +252,9 @@ def main(argv):
         runs, failed = measure_group(group, repetitions, given.threads)
         print_group(group, runs, failed)
         found |= runs
-    rows, counts, share = ratios(found), operations(s), None
-    print_ratios(rows, counts)
+    counts, share = operations(s), None
+    rows = ratios(found, counts)
+    print_ratios(rows)
     if found[EXACT]:
         best = max(rate for paths in rates.values() for rate in paths.values())
         share = s.tasks * counts[EXACT] * 1e-9 / summary(found[EXACT])[0] / best

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 import corpus
 import data
 import t5 as T
-from common import InputError
+from baselines import BASELINES, tuning_gradient
 from kmeans import kmeans
-from supmer import (Method, init_prompt, init_state, inner_step, meta_gradient, mix, pool,
-                    prompt_gradient)
+from supmer import Method, init_prompt, init_state, inner_step, meta_gradient, mix, pool
 
 RATE, LAM = 50.0, 0.3               # an inner rate at which the second-order part is not noise
 
@@ -102,9 +101,7 @@ def hf_model(t5):
             decoder_start_token_id=0, feed_forward_proj="gated-gelu" if c.gated else "relu",
             attn_implementation="eager"))
     if not table.is_meta:
-        found = model.load_state_dict(t5.weights, strict=False)     # it has the table three times
-        if found.unexpected_keys or not set(found.missing_keys) <= set(T.ALIASES[1:3]):
-            raise InputError(f"transformers' T5 has other tensors than ours: {found}")
+        model.load_state_dict(t5.weights, strict=False)     # it has the table three times
     return model.to(table.device, table.dtype).eval().requires_grad_(False)
 
 
@@ -204,10 +201,12 @@ def tuning(s, peft=False):
             model(input_ids=batch.ids, attention_mask=batch.mask.long(),
                   labels=labels).loss.backward()
     else:
-        parameters, method = [init_prompt(t5, s.prompt, 0)], Method()
+        theta, prompt = init_prompt(t5, s.prompt, 0), BASELINES["learned"]
+        parameters = [theta]
 
         def gradient():
-            parameters[0].grad, _, _ = prompt_gradient(t5, *parameters, examples, method)
+            found, _ = tuning_gradient(t5, prompt, {"theta": theta}, examples, Method())
+            theta.grad = found["theta"]
     optimizer = torch.optim.AdamW(parameters, 0.1)
 
     def run():

@@ -13,8 +13,8 @@ from safetensors.torch import save
 
 import hub
 from common import InputError, read_json, reading, whole_file
-from estimate import model_shape
 from released import read_released
+from shapes import model_shape
 from supmer import REGULARIZERS
 
 LONGEST = 10_000        # vectors of a prompt: a file may claim any number without holding them
@@ -54,19 +54,16 @@ def load_prompt(path, d=None):
 
 def _check(tensors, metadata, d):
     """Raise ValueError unless the tensors are theta (P, d) and phi of the form that the metadata
-    names, and finite."""
-    length, form = len(tensors["theta"]), metadata["regularizer"]
-    plain = "".join(metadata.values()).isprintable()
-    if not 0 < length <= LONGEST or form not in REGULARIZERS or not plain:
-        raise ValueError(f"it has {length:,} vectors, or line breaks in its metadata, or its "
-                         f"regularizer is {form!r}, not one of {', '.join(REGULARIZERS)}")
-    wanted = {f"phi.{name}": x for name, x in REGULARIZERS[form].init(length, d).items()}
-    shapes = {name: tuple(x.shape) for name, x in wanted.items()} | {"theta": (length, d)}
+    names, and finite, and the metadata print as one line."""
+    length = len(tensors["theta"])
+    start = REGULARIZERS[metadata["regularizer"]].init(length, d)
+    shapes = {f"phi.{name}": tuple(x.shape) for name, x in start.items()} | {"theta": (length, d)}
     found = {name: tuple(x.shape) for name, x in tensors.items()}
-    if found != shapes:
+    if found != shapes or not 0 < length <= LONGEST:
         raise ValueError(f"it holds {found}")
-    if not all(x.is_floating_point() and x.float().isfinite().all() for x in tensors.values()):
-        raise ValueError("it has values that are not finite")
+    finite = all(x.is_floating_point() and x.float().isfinite().all() for x in tensors.values())
+    if not (finite and "".join(metadata.values()).isprintable()):
+        raise ValueError("it has values that are not finite, or line breaks in its metadata")
 
 
 def _read_safetensors(path):
@@ -95,12 +92,12 @@ def _read_peft(folder):
     in PEFT itself the first ones are used."""
     config = read_json(folder / "adapter_config.json")
     kind, length = (config["peft_type"], config["task_type"]), config["num_virtual_tokens"]
-    if kind != ("PROMPT_TUNING", "SEQ_2_SEQ_LM"):
-        raise ValueError(f"it is {kind[0]} for {kind[1]}, not PROMPT_TUNING for SEQ_2_SEQ_LM")
     tensors, _ = _read_safetensors(folder / "adapter_model.safetensors")
     vectors = tensors.pop("prompt_embeddings")
-    if tensors or len(vectors) not in (length, 2 * length):
-        raise ValueError(f"it must hold {length} vectors as prompt_embeddings alone")
+    wanted = kind == ("PROMPT_TUNING", "SEQ_2_SEQ_LM") and len(vectors) in (length, 2 * length)
+    if tensors or not wanted:
+        raise ValueError(f"it is {' for '.join(kind)} with {len(vectors)} vectors, not "
+                         f"PROMPT_TUNING for SEQ_2_SEQ_LM with {length}, or holds more")
     base = str(config.get("base_model_name_or_path") or "")
     return {"theta": vectors[:length]}, {"model": base, "regularizer": "none"}
 

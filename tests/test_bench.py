@@ -35,7 +35,7 @@ def test_benchs_ratios_by_hand():
     found = {"exact, recomputed": [(9.0, 10.0, None), (2.0, 30.0, None), (3.0, 20.0, None)],
              "first order": [(2.0, 5.0, None)], "transformers, create_graph": []}
     assert bench.summary(found["exact, recomputed"]) == (3.0, pytest.approx(7 / 3), 30.0, None)
-    ratios = {row[:3]: row[3] for row in bench.ratios(found)}
+    ratios = {row[:3]: row[3] for row in bench.ratios(found, {})}
     assert ratios.pop(("exact, recomputed", "first order", "seconds")) == 1.5
     assert ratios and set(ratios.values()) == {None}
 
