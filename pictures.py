@@ -24,6 +24,13 @@ def import_pyplot():
     return pyplot
 
 
+# A method has one color in all pictures: red learned by MAML with psi, blue by plain pre-training,
+# grey learned nothing.
+COLORS = {"supmer": "C3", "shipped": "C3", "MAML and psi": "C3", "first order and psi": "C1",
+          "MAML without psi": "C4", "MAML and psi, psi off in tuning": "C6", "ppt": "C0",
+          "shipped-ppt": "C0", "PPT, same examples": "C0", "PPT, query sets alone": "C9",
+          "random": "0.35", "small random": "0.5", "vocab": "0.65", "vocabulary": "0.65"}
+OTHERS = ["C2", "C5", "C8"]
 PANELS = {"loss": ("support_loss", "query_loss"), "normalized inner product (Fig. 5)": ("s",),
           "gate, mean entry": ("gate_mean",), "lambda over b": (),
           "validation": ("loss_before", "loss")}
@@ -42,6 +49,20 @@ def plot(folder):
     return save_picture(picture, folder / "log.png", dpi=90)
 
 
+def moving_mean(y, near):
+    """The mean of each value and the near - 1 values to either side."""
+    return [np.mean(y[max(0, i + 1 - near):i + near]) for i in range(len(y))]
+
+
+def name_lines(axis, ends, gap):
+    """Write {name: (x, y, color)} beside the curves' ends, at least gap apart."""
+    place = np.inf
+    for name, (x, y, color) in sorted(ends.items(), key=lambda item: -item[1][1]):
+        place = min(y, place - gap)
+        axis.annotate(name, (x, place), (6, 0), textcoords="offset points", color=color,
+                      va="center", annotation_clip=False)
+
+
 def draw_panel(axis, title, names, entries):
     """One of PANELS: the log's entries {name: value} as dots, and their mean."""
     near, size, faint = (1, 5, 1.0) if title == "validation" else (10, 3, 0.3)
@@ -49,8 +70,7 @@ def draw_panel(axis, title, names, entries):
         x, y = (np.array([entry[key] for entry in entries if name in entry], dtype=float)
                 for key in ("step", name))
         axis.plot(x, y, ".", markersize=size, alpha=faint, color=color)
-        means = [np.mean(y[max(0, i + 1 - near):i + near]) for i in range(len(y))]
-        axis.plot(x, means, color=color, label=name)
+        axis.plot(x, moving_mean(y, near), color=color, label=name)
     if not names:
         mixed = [(entry["b"], lam) for entry in entries if entry.get("b")
                  for lam in entry["lambda"]]
@@ -80,11 +100,12 @@ def draw(rows, settings, path):
     for (target, name), points in found.items():
         axis = axes[0][targets.index(target)]
         x, y = zip(*sorted(points.items()))
+        axis.set_prop_cycle("color", OTHERS)
         spread = [statistics.stdev(one) if len(one) > 1 else 0 for one in y]
         axis.errorbar(x, [statistics.mean(one) for one in y], spread, label=name, marker="o",
-                      markersize=3, capsize=2)
+                      markersize=3, capsize=2, color=COLORS.get(name))
         if along == "prompt":
-            axis.plot([name] * len(y[0]), y[0], "o", alpha=0.4)
+            axis.plot([name] * len(y[0]), y[0], "o", alpha=0.4, color=COLORS.get(name))
             axis.tick_params(axis="x", rotation=20)
         else:
             axis.legend()

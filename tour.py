@@ -22,14 +22,14 @@ import measure
 import supmer
 import templates
 from common import InputError, TINY, bar, run_script
-from pictures import import_pyplot, save_picture
+from pictures import import_pyplot, moving_mean, save_picture
 from prompts import load_prompt
 from run_folder import read_log
 from settings import Parser
 from t5 import load_t5
 
 FOLDER = Path(__file__).resolve().parent / "figures" / "tour"
-GREY, RED, BLUE, GREEN = "0.55", "C3", "C0", "C2"   # start, meta-trained, exact, first order
+GREY, RED, BLACK = "0.55", "C3", "black"    # start, meta-trained, exact
 METHOD = supmer.Method(relative_step=0.03)
 
 
@@ -86,7 +86,7 @@ def clusters(figure):
                 for place in (distance.argmin(), distance.argmax())]
         near, far = (textwrap.shorten(text, 55) for text in world().tokenizer.decode_batch(said))
         axis.plot(*plane.T, ".", color=f"C{color}", alpha=0.5,
-                  label=f"nearest: {near}\nfarthest: {far}")
+                  label=f"{cluster}, nearest: {near}\n{cluster}, farthest: {far}")
         axis.text(*plane.mean(0), str(cluster), weight="bold", fontsize=14, ha="center",
                   bbox={"facecolor": "white", "edgecolor": f"C{color}", "boxstyle": "circle"})
     axis.set_xlabel("first principal direction of the sentence embeddings")
@@ -96,21 +96,25 @@ def clusters(figure):
 
 
 def tasks(figure):
-    """One task of each format, as a reader sees it."""
+    """One task of each format, as a reader sees it: grey support examples, a red query."""
     shown = {"sp-cluster": "sentence pair: the same cluster?", "mc-cluster": "multiple choice: "
              "which one is of its cluster?", "ss-cluster": "single sentence: which cluster?"}
     for axis, (name, title) in zip(figure.subplots(1, 3), shown.items()):
-        task, lines = data.meta_task(world().index, 3, 0, 0, variant=name), []
-        for part, row in (("support", 0), ("support", 1), ("query", 0)):
+        task, line = data.meta_task(world().index, 3, 0, 0, variant=name), 0
+        for part, row, color in (("support", 0, "0.93"), ("support", 1, "0.93"),
+                                 ("query", 0, "mistyrose")):
             source, target = templates.examples_as_text(world().tokenizer, getattr(task, part), row,
-                                                   task.clusters)
+                                                        task.clusters)
             source = source.replace("<extra_id_0>", "___").removesuffix("</s>")
             options = re.sub(r" ([ABCD] \.|Answer)(?= )", r"\n\1", source).splitlines()
             wrapped = [piece for option in options for piece in textwrap.wrap(option, 50)]
-            lines += [f"{part}:", *wrapped, f"___ = {target}", ""]
-        axis.text(0.02, 0.98, "\n".join(lines), va="top", family="monospace", fontsize=8.6)
-        axis.set_title(title)
-        axis.set(xticks=[], yticks=[])
+            lines = [f"{part}:", *wrapped, f"___ = {target}"]
+            axis.text(0.02, line, "\n".join(lines), va="top", family="monospace", fontsize=8.2,
+                      linespacing=1.2, bbox={"facecolor": color, "edgecolor": "none", "pad": 5})
+            line += len(lines) + 1.5
+        axis.set_title(title, loc="left")
+        axis.set_ylim(36, -1)           # a line of text is a unit
+        axis.axis("off")
 
 
 def directions(figure):
@@ -124,7 +128,7 @@ def directions(figure):
             unit = way / way.norm() * theta.norm()
             curves[name].append([query_loss(theta - share * unit, task) for share in shares])
     axis = figure.subplots()
-    for (name, losses), color, style in zip(curves.items(), (GREY, RED, BLUE), "-:-"):
+    for (name, losses), color, style in zip(curves.items(), (GREY, RED, BLACK), "-:-"):
         axis.plot(shares, np.mean(losses, 0), style, color=color, label=name, linewidth=2)
     axis.set_xlabel("length of the step / length of the prompt")
     axis.set_ylabel("query loss, mean of one task of each variant")
@@ -151,18 +155,22 @@ def adapted(figure):
 
 
 def run(figure, folder):
-    """s, b and each task's lambda over a run."""
+    """s, b and each task's lambda over a run; a line is the mean of 19 steps."""
     entries = [entry for entry in read_log(folder) if "s" in entry]
     steps = [entry["step"] for entry in entries]
-    axis = figure.subplots()
-    axis.plot(np.repeat(steps, [len(entry["lambda"]) for entry in entries]),
-              np.concatenate([entry["lambda"] for entry in entries]), ".", color="0.75",
-              label="lambda, a task")
-    axis.plot(steps, [entry["s"] for entry in entries], color=BLUE, alpha=0.6,
-              label="s, cosine of support and query gradient")
-    axis.plot(steps, [entry["b"] for entry in entries], color=RED, label="b")
-    axis.set_xlabel("meta step")
-    figure.legend(loc="outside upper left", ncols=3, fontsize=8)
+    panels = figure.subplots(3, 1, sharex=True)
+    for axis, name in zip(panels, ("s", "b")):
+        values = [entry[name] for entry in entries]
+        axis.plot(steps, values, ".", color=RED, alpha=0.4)
+        axis.plot(steps, moving_mean(values, 10), color=RED, linewidth=2)
+    for entry in entries:
+        panels[2].plot([entry["step"]] * len(entry["lambda"]), entry["lambda"], ".", color=RED,
+                       alpha=0.4, markersize=4)
+    for axis, label in zip(panels, ("s: cosine of support\nand query gradient",
+                                    "b: how much may\nbe mixed (Eq. 10)",
+                                    "lambda: the mixing\nratio of each task")):
+        axis.set_ylabel(label)
+    panels[2].set_xlabel("meta step")
 
 
 def gate(figure):
@@ -200,9 +208,9 @@ def second_order(figure):
     axis.legend()
 
 
-PICTURES = {"clusters": (clusters, (11, 5)), "tasks": (tasks, (12, 5.5)),
+PICTURES = {"clusters": (clusters, (11, 5)), "tasks": (tasks, (12.5, 5.6)),
             "directions": (directions, (6, 4)), "adapted": (adapted, (5.5, 5)),
-            "run": (run, (7, 3.6)), "gate": (gate, (9, 3.8)),
+            "run": (run, (7, 5.5)), "gate": (gate, (9, 3.8)),
             "second_order": (second_order, (6, 4))}
 
 

@@ -248,19 +248,22 @@ def print_table(results):
 
 
 def draw(results, path):
-    """Accuracy over AdamW steps as a PNG, a panel for each world; a method's color is the same."""
-    from pictures import import_pyplot, save_picture
-    picture, axes = import_pyplot().subplots(1, 2, figsize=(14, 4.5), layout="constrained")
-    names = ["MAML and psi", "MAML and psi" + OFF, *WORLDS["shortcut"][1:]]
+    """Accuracy over AdamW steps as a PNG, a panel for each world."""
+    from pictures import COLORS, import_pyplot, name_lines, save_picture
+    picture, axes = import_pyplot().subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     for axis, world in zip(axes, WORLDS):
-        curves = {key.partition(": ")[2]: points(results, key) for key in results[0]
-                  if key.startswith(world)}
-        for name, (means, errors) in sorted(curves.items(), key=lambda item: -item[1][0][-1]):
-            color = f"C{names.index(name)}"
-            axis.errorbar(range(len(STEPS)), means, errors, label=name, capsize=2, color=color)
+        ends = {}
+        for key in results[0]:
+            place, _, name = key.partition(": ")
+            if place == world:
+                means, errors = points(results, key)
+                axis.errorbar(range(len(STEPS)), means, errors, capsize=2, color=COLORS[name],
+                              linewidth=3 if name == "MAML and psi" else 1.5)
+                ends[name] = len(STEPS) - 1, means[-1], COLORS[name]
+        name_lines(axis, ends, gap=3)
         axis.set_xticks(range(len(STEPS)), STEPS)
         axis.set(title=world, xlabel="AdamW steps", ylabel="test accuracy in %", ylim=(40, 101))
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
     save_picture(picture, path, dpi=100)
 
 
