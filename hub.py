@@ -13,9 +13,7 @@ from huggingface_hub.errors import DryRunError, EntryNotFoundError, HFValidation
 from common import TINY, InputError, first_line
 from t5 import INDEX, SINGLE, read_config, weight_files
 
-# Short name -> hub id, @ the commit that others cite. The v1.1 and LM-adapted models are not
-# pinned; two of them are known to have safetensors in a pull request only.
-SIZES = ("small", "base", "large", "xl", "xxl")
+# Short name -> hub id, @ the commit that others cite, or a pull request with safetensors.
 MODELS = {
     "t5-small": "google-t5/t5-small@df1b051c49625cf57a3d0d8d3863ed4d13564fe4",
     "t5-base": "google-t5/t5-base@a9723ea7f1b39c1eae772870f3b547bf6ef7e6c1",
@@ -26,16 +24,13 @@ MODELS = {
     "flan-t5-large": "google/flan-t5-large@0613663d0d48ea86ba8cb3d7a44f0f65dc596a2a",
     "flan-t5-xl": "google/flan-t5-xl@7d6315df2c2fb742f0f5b556879d730926ca9001",
     "flan-t5-xxl": "google/flan-t5-xxl@ae7c9136adc7555eeccc78cdd960dfd60fb346ce",
-    **{f"t5-v1_1-{size}": f"google/t5-v1_1-{size}" for size in SIZES},
-    **{f"t5-{size}-lm-adapt": f"google/t5-{size}-lm-adapt" for size in SIZES},
+    **{name: f"google/{name}" for size in ("small", "base", "large", "xl", "xxl")
+       for name in (f"t5-v1_1-{size}", f"t5-{size}-lm-adapt")},
     "t5-v1_1-base": "google/t5-v1_1-base@refs/pr/1",
     "t5-base-lm-adapt": "google/t5-base-lm-adapt@refs/pr/2",
 }
-OFFICIAL_ROWS = 32128               # embeddings of every official T5: 32,100 pieces, padded
 WHOLE = ["config.json", "tokenizer.json", SINGLE]       # what a model consists of
 SHARDS = [INDEX, "model-*-of-*.safetensors"]            # in place of SINGLE
-
-
 # A file's name, with a place for its number; their number; bytes of a file; of text in it, put low.
 Corpus = namedtuple("Corpus", "source file files archive text")
 CORPORA = {
@@ -47,13 +42,11 @@ CORPORA = {
 }
 
 
-def is_local(name):
-    """Whether a model is a folder."""
-    return name == "tiny" or Path(name).is_dir()
-
-
 def hub_source(name):
-    """One of MODELS, or OWNER/NAME[@REVISION] -> {"repo_id": ..., and, where given, "revision"}."""
+    """One of MODELS, or OWNER/NAME[@REVISION] -> {"repo_id": ..., and, where given, "revision"};
+    {} for tiny and for a folder."""
+    if name == "tiny" or Path(name).is_dir():
+        return {}
     source = dict(zip(("repo_id", "revision"), MODELS.get(name, name).split("@", 1)))
     if "/" not in source["repo_id"]:
         raise InputError(f"no model {name!r}: give tiny, {', '.join(MODELS)}, OWNER/NAME[@REVISION]"
@@ -72,10 +65,9 @@ def asking(source, option):
     try:
         yield
     except (OSError, EntryNotFoundError, HFValidationError, HTTPError) as error:
-        where = "@".join(filter(None, (source["repo_id"], source.get("revision"))))
-        raise InputError(f"{where} was not fetched ({type(error).__name__}: {first_line(error)}): "
-                         "check name, revision and network, or put the files into a folder and "
-                         f"give --{option} FOLDER") from None
+        raise InputError(f"{source['repo_id']} was not fetched ({type(error).__name__}: "
+                         f"{first_line(error)}): check name, revision and network, or put the "
+                         f"files into a folder and give --{option} FOLDER") from None
 
 
 def fetch_file(file, source, option="model"):
@@ -87,39 +79,34 @@ def fetch_file(file, source, option="model"):
 def model_folder(name):
     """The folder of a model: "tiny" (embedded), a folder, or one of MODELS or OWNER/NAME[@REVISION]
     of the hub, of which the single file of weights is fetched or else its shards."""
-    if is_local(name):
-        return TINY if name == "tiny" else Path(name)
     source = hub_source(name)
+    if not source:
+        return TINY if name == "tiny" else Path(name)
     with asking(source, "model"):
         folder = Path(snapshot_download(**source, allow_patterns=WHOLE))
         if not (folder / SINGLE).is_file():
-            commit = source | {"revision": folder.name}
-            snapshot_download(**commit, allow_patterns=SHARDS)
+            folder = Path(snapshot_download(**source, allow_patterns=WHOLE + SHARDS))
     weight_files(folder, source["repo_id"])             # now, not after other downloads
     return folder
 
 
 def model_config(name):
     """The T5Config of a model; of one on the hub only config.json is fetched."""
-    return read_config(model_folder(name) if is_local(name) else
-                       fetch_file("config.json", hub_source(name)).parent)
+    source = hub_source(name)
+    return read_config(fetch_file("config.json", source).parent if source else model_folder(name))
 
 
 def tokenizer_file(folder):
     """tokenizer.json of a model's folder, or t5-base's, fetched: v1.1 and LM-adapted have none."""
     path = Path(folder) / "tokenizer.json"
-    if path.is_file():
-        return path
-    if read_config(folder).vocab_size != OFFICIAL_ROWS:
-        raise InputError(f"{path} is missing: put the model's tokenizer.json there")
-    return fetch_file("tokenizer.json", hub_source("t5-base"))
+    return path if path.is_file() else fetch_file("tokenizer.json", hub_source("t5-base"))
 
 
 def fetch_list(name):
     """What a model's download consists of -> lines to print; none for a folder."""
-    if is_local(name):
-        return []
     source = hub_source(name)
+    if not source:
+        return []
     with asking(source, "model"):
         try:
             files = snapshot_download(**source, allow_patterns=WHOLE + SHARDS, dry_run=True)
@@ -127,7 +114,7 @@ def fetch_list(name):
             return [f"download: the hub does not answer for {name}: its cache must have it"]
     if any(file.filename == SINGLE for file in files):
         files = [file for file in files if file.filename in WHOLE]
-    commit = files[0].commit_hash if files else "no commit"
+    commit = "".join({file.commit_hash for file in files})
     pinned = "" if source.get("revision") == commit else ", not pinned"
     size = sum(file.file_size for file in files if file.will_download) / 1e6
     names = ", ".join(sorted(file.filename for file in files))

@@ -128,8 +128,9 @@ def export_peft(source, folder):
     name = load_prompt(source)[2].get("model", "")
     config = model_shape(name)
     theta, _, _ = load_prompt(source, config.d_model)
-    base = {"model": str(hub.model_folder(name))} if hub.is_local(name) else \
-        dict(zip(("model", "revision"), hub.hub_source(name).values()))
+    source = hub.hub_source(name)
+    base = dict(zip(("model", "revision"), source.values()))
+    base = base or {"model": str(hub.model_folder(name))}
     save_peft(folder, theta, config, **base)
     return (f"{folder}: {len(theta)} vectors for peft.PeftModel.from_pretrained on {base['model']};"
             " psi is left out, PEFT's format has no place for it")
