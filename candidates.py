@@ -19,12 +19,13 @@ from baselines import ABLATIONS, BASELINES, METHODS, ft_memory, given_prompt
 from common import GIB, TINY, InputError, read_json, reading
 from download import find, find_task
 from hub import last_name, model_folder
+from own import own_task, refuse_unread
 from prompts import load_prompt
 from released import RELEASED, released_folder
 from studies import STUDY_RUN
 from supmer import REGULARIZERS
 from t5 import model_fingerprint
-from tasks import GROUPS, TASKS, LabeledTask, own_task, refuse_unread
+from tasks import GROUPS, TASKS, LabeledTask
 
 SHIPPED = {"shipped": TINY / "prompt.safetensors", "shipped-ppt": TINY / "ppt.safetensors"}
 # What train.py makes.
@@ -53,9 +54,13 @@ def plans(settings):
     folder, own, found, not_run = settings.data[0], bool(settings.template), {}, {}
     if not own:
         refuse_unread(settings, "max_tokens")
-    if not own and Path(folder).is_file() or len(settings.data) > 1 + own:
-        raise InputError("a task of your own needs --data FILE, at most a second file to test on, "
-                         "and --template, see --help")
+    unknown = {*settings.task} - {*TASKS, *GROUPS}
+    if unknown:
+        raise InputError(f"no task {', '.join(unknown)}: give {', '.join([*TASKS, *GROUPS])}")
+    lacking = not own and folder != "data" and not Path(folder).is_dir()
+    if lacking or len(settings.data) > 1 + own:
+        raise InputError(f"--data {folder}: give a folder that exists; for a task of your own a "
+                         "file, at most a second file to test on, and --template, see --help")
     if own:
         task = own_task(folder, settings, settings.template, test=settings.data[-1],
                         max_tokens=settings.max_tokens)
@@ -64,8 +69,6 @@ def plans(settings):
         for name in GROUPS.get(group, (group,)):
             plan, tuned_on = ("dg", "airlines") if group == "dg" else (name, name)
             try:
-                if name not in TASKS:
-                    raise InputError(f"there is no such task: give {', '.join([*TASKS, *GROUPS])}")
                 task = find_task(TASKS[tuned_on], folder)
                 target = task if name == tuned_on else TASKS[name]
                 if not (find(target.test, folder) or target.urls):      # now, not after hours

@@ -82,11 +82,11 @@ def build_from(cache, files, read, options, tokenizer, t5, model, embed, progres
     """Find or make the store of the Documents that read(path, counts) yields of each file.
 
     A store is a folder in cache, named by a hash of what it is made of (of a file: its size, first
-    and last megabyte); meta.json is its last file. While
-    another process makes it, wait. model: the folder of tokenizer and t5, to be fingerprinted.
-    embed(ids (B, T), mask (B, T)) -> (B, d) may replace t5's embedding. progress(stage, done, total
-    or None) is called now and then. All ranks must see cache: the first one writes, all embed.
-    Memory: SAMPLE * K embeddings, and 30 bytes a sentence. Raises InputError for too little text.
+    and last megabyte); meta.json is its last file. While another process makes it, wait. model: the
+    folder of tokenizer and t5, to be fingerprinted. embed(ids (B, T), mask (B, T)) -> (B, d) may
+    replace t5's embedding. progress(stage, done, total or None) is called now and then. All ranks
+    must see cache: the first one writes, all embed. Memory: SAMPLE * K embeddings, and 30 bytes a
+    sentence. Raises InputError for too little text.
     """
     made_of = {"corpus": ends_fingerprint(files),
                "model": model_fingerprint(model),
@@ -219,8 +219,8 @@ def _columns(tokenizer, group, counts):
 def _choose(folder, options, progress, wanted):
     """Write held_out and anchor: of equal sentences the first is an anchor. Raises InputError,
     before anything is embedded, for too little text, and for less than `wanted` anchors of a split
-    that another sentence follows: a corpus of the wrong shape. Whether the clusters are
-    large enough shows after them, in data.check_clusters."""
+    that another sentence follows. data.check_clusters says later whether the clusters are large
+    enough."""
     keys = column(folder, "keys")
     first = column(folder, "first")
     shares = column(folder, "shares")

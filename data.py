@@ -150,7 +150,10 @@ class TaskIndex:
         self.first = np.append(store.first, len(store.anchor))          # (documents + 1,)
         held_out = store.held_out[store.first]
         half = 2 * store.centroids.shape[1]                 # of the groups; training's come first
-        self.documents, self.pools, self.usable, counts = {}, {}, {}, {}
+        self.documents = {}
+        self.pools = {}
+        self.usable = {}
+        counts = {}
         for split, chosen, groups in (("train", ~held_out, slice(half + 1)),
                                       ("validation", held_out, slice(half, None))):
             rows = np.flatnonzero(chosen)
@@ -242,7 +245,10 @@ class Draw:
     """One task as it is drawn: each anchor serves once, and waits if it cannot serve a label."""
 
     def __init__(self, index, rng, name, split, clusters):
-        self.index, self.rng, self.name, self.split = index, rng, name, split
+        self.index = index
+        self.rng = rng
+        self.name = name
+        self.split = split
         self.entry = index.table[name]
         self.clusters = clusters
         self.pool = index.pools[split, self.entry.format]
@@ -308,7 +314,9 @@ class Draw:
     def related(self, cluster, anchor, relation):
         """A random sentence of the split in a relation to an anchor of the cluster: next (it
         follows), near (in its document, not adjacent), far (in another), same, other (cluster)."""
-        index, rng, order = self.index, self.rng, self.pool.order
+        index = self.index
+        rng = self.rng
+        order = self.pool.order
         if relation == "next":
             return anchor + 1
         low, high = self.pool.start[cluster:cluster + 2]
@@ -319,8 +327,9 @@ class Draw:
         document = np.searchsorted(index.first, anchor, "right") - 1        # in memory
         first, end = index.first[document:document + 2]
         if relation == "near":
-            low, high = max(anchor - 1, first), min(anchor + 2, end)
-            return int(first) + outside(rng, low - first, high - first, end - first)
+            low = max(anchor - 1, first) - first
+            high = min(anchor + 2, end) - first
+            return int(first) + outside(rng, low, high, end - first)
         rows, start = index.documents[self.split]                           # far
         k = np.searchsorted(rows, document)
         j = outside(rng, start[k], start[k + 1], start[-1])

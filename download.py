@@ -17,7 +17,8 @@ def locate(task, split, folder=TINY):
     """The path of a task's "train" or "test" file: in the folder, in tiny/ or in cache/data, where
     it is fetched. A file that is there is not opened, nor hashed: the test file stays sealed.
     Raises InputError, with where to put what, if the file cannot be fetched."""
-    file, sha256 = getattr(task, split), task.sha256[split == "test"]
+    file = getattr(task, split)
+    sha256 = dict(zip(("train", "test"), task.sha256)).get(split, "")
     path, tried = find(file, folder), []
     for url in task.urls if path is None else ():
         if url.endswith((".tar", ".zip", file.rpartition("/")[2], HUB)):
@@ -36,7 +37,7 @@ def on_hub(task):
     repository, test, columns, labels = task.hub
     return task._replace(train=f"{repository}/train.jsonl", test=f"{repository}/{test}.jsonl",
                          columns=columns, labels=tuple(labels), incomplete="left", urls=(HUB,),
-                         sha256=("", ""), hub=())
+                         sha256=(), hub=())
 
 
 def find_task(task, folder):

@@ -34,6 +34,7 @@ from common import (InputError, fingerprint, interrupt_after, one_process, pick_
 from hub import fetch_list, model_folder, tokenizer_file
 from jobs import TUNED, make_job, read_result, workers
 from measure import measure, score
+from own import OwnTable
 from pictures import import_pyplot
 from predict import predict
 from report import keep_earlier, result_lines, results_file, show
@@ -41,7 +42,7 @@ from settings import from_settings, knob, settings_parser, show_settings
 from studies import QUICK, STUDIES
 from supmer import Method, cosine
 from t5 import load_t5, model_fingerprint
-from tasks import OwnTable, few_shot, first_rows, load_test, load_train, print_cut, task_lines
+from tasks import few_shot, first_rows, load_test, load_train, print_cut, task_lines
 from templates import load_tokenizer
 
 

@@ -13,10 +13,13 @@ import torch
 from common import InputError, fingerprint, rng
 from corpus import Document, build_from, hash_share
 from data import Examples, Task, balanced, check_clusters, shuffled
+from own import OwnTable, own_task
 from ranks import SOLO
 from tables import TABLES
-from tasks import LabeledTask, OwnTable, own_task, read_rows, task_lines
+from tasks import LabeledTask, print_cut, read_rows, task_lines
 from templates import MAX_TOKENS, compile_template, decoder_targets, fill_template
+
+TEMPLATE = LabeledTask("", "").template
 
 
 def find_sets(folder):
@@ -28,13 +31,15 @@ def find_sets(folder):
 
 
 def build_labeled(cache, path, tokenizer, t5, clusters, seed, *, model, table=OwnTable(),
-                  embed=None, progress=lambda stage, done, total: None, ranks=SOLO):
+                  max_tokens=MAX_TOKENS, embed=None,
+                  progress=lambda stage, done, total: None, ranks=SOLO):
     """A labeled file -> Store, as build_store's; it is read, and labels become words, as in
     own_task. A sentence of it is a whole text, cut at MAX_TOKENS, and a document; `label` is the
     place of its word in meta["made_of"]["options"]["words"]."""
-    task = own_task(path, table, LabeledTask("", "").template)
+    task = own_task(path, table, TEMPLATE, max_tokens=max_tokens)
     rows = read_rows(path, task, say=print)
     print("\n".join(task_lines(tokenizer, task, rows)))
+    print_cut(tokenizer, path, task, rows)
 
     def read(path, counts):
         for label, fields in rows:
@@ -55,29 +60,31 @@ class LabeledIndex:
 
     def __init__(self, stores, tokenizer, *, support=32, query=32, max_tokens=MAX_TOKENS,
                  mixing=False):
-        self.stores, self.sizes, self.max_tokens = stores, (support, query), max_tokens
-        self.variants, self.words, self.rows, self.usable = tuple(stores), {}, {}, {}
-        self.parts = compile_template(tokenizer, LabeledTask("", "").template)
-        template = len(fill_template(self.parts, {"text": []}, max_tokens)[0])
+        self.stores = stores
+        self.sizes = (support, query)
+        self.max_tokens = max_tokens
+        self.variants = tuple(stores)
+        self.parts = compile_template(tokenizer, TEMPLATE)
+        self.words = {}
+        self.rows = {}
+        self.usable = {}
         for name, store in stores.items():
-            cut = int((np.diff(store.offsets) + template > max_tokens).sum())
-            if cut:
-                print(f"{name}: of {len(store.anchor):,} texts {cut:,} are cut to {max_tokens} "
-                      "tokens (--max-tokens)")
             words = store.meta["made_of"]["options"]["words"]
             self.words[name] = decoder_targets(tokenizer, words)
-            K, need = len(words), sum(-(-size // len(words)) for size in self.sizes)
-            clusters, found = store.centroids.shape[1], {}
+            K = len(words)
+            need = sum(-(-size // K) for size in self.sizes)
+            clusters = store.centroids.shape[1]
+            found = {}
             for split, inside in (("train", ~store.held_out), ("validation", store.held_out)):
                 rows = np.flatnonzero(inside & store.anchor)
                 group = store.cluster[0][rows] * K + store.label[rows]
                 counts = np.bincount(group, minlength=clusters * K)
-                self.rows[split, name] = np.split(rows[np.argsort(group, kind="stable")],
-                                                  np.cumsum(counts)[:-1])
+                rows = rows[np.argsort(group, kind="stable")]
+                self.rows[split, name] = np.split(rows, np.cumsum(counts)[:-1])
                 enough = counts.reshape(clusters, K).min(1)
                 self.usable[split, name] = np.flatnonzero(enough >= need)
-                found[f"{name}: {split} texts of each label"] = (
-                    enough, 1 + (mixing and split == "train"))
+                ways = 1 + (mixing and split == "train")
+                found[f"{name}: {split} texts of each label"] = enough, ways
             check_clusters("--labeled-clusters", need, 1 + mixing, found)
 
 
@@ -86,15 +93,14 @@ def labeled_task(index, seed, step, i, *, variant=None, split="train", stream="t
     Labels are balanced in each set, no text is in both.
     `A fine film. It was <extra_id_0> ?</s>` -> `great`"""
     draw = rng(seed, step, i, stream)
-    any_one = index.variants[draw.integers(len(index.variants))]
-    variant = variant or any_one
-    store, words = index.stores[variant], index.words[variant]
-    usable = np.setdiff1d(index.usable[split, variant], avoid)
-    if not len(usable):
-        raise InputError(f"{variant}: one usable {split} cluster, mixing needs two: give more rows")
-    cluster, K = int(draw.choice(usable)), len(words)
-    texts = [shuffled(draw, rows)
-             for rows in index.rows[split, variant][cluster * K:(cluster + 1) * K]]
+    drawn = index.variants[draw.integers(len(index.variants))]      # also if it is given
+    variant = variant or drawn
+    store = index.stores[variant]
+    words = index.words[variant]
+    K = len(words)
+    cluster = int(draw.choice(np.setdiff1d(index.usable[split, variant], avoid)))
+    groups = index.rows[split, variant][cluster * K:(cluster + 1) * K]
+    texts = [shuffled(draw, rows) for rows in groups]
     sets = []
     for n in index.sizes:
         labels = balanced(draw, K, n)

@@ -17,9 +17,10 @@ from common import InputError, pick_device, reading, whole_file
 from hub import model_folder, tokenizer_file
 from jobs import TUNED, read_result
 from measure import score
+from own import load_texts, refuse_unread
 from supmer import Method
 from t5 import load_t5, model_fingerprint
-from tasks import LabeledTask, load_texts, print_cut, refuse_unread
+from tasks import LabeledTask, print_cut
 from templates import load_tokenizer, template_fields
 
 
@@ -28,8 +29,6 @@ def predict(settings):
     model, and for an --out that would replace the input."""
     refuse_unread(settings, "template", "max_tokens", read=("header", "encoding", "text_column"))
     source = Path(settings.prompt[0])
-    if not source.is_file():
-        raise InputError(f"{source} is no file: give --prompt FILE, a tuned one from {TUNED}")
     tensors, about = read_result(source)
     if settings.out and Path(settings.out).resolve() in (
             source.resolve(), Path(settings.predict).resolve()):
@@ -64,14 +63,11 @@ def predict(settings):
 def read_task(values):
     """The LabeledTask of a tuned file's JSON. Raises TypeError, ValueError for another value."""
     task = LabeledTask(**values)
-    fields = template_fields(task.template)
-    texts = (task.bare, *fields, *task.words, *task.labels)
-    if type(task.max_tokens) is not int or not all(isinstance(x, str) for x in texts):
-        raise TypeError("a template, words, labels or fields that are not text, or no max_tokens")
-    if len(task.words) < 2 or len(task.labels) not in (0, len(task.words)):
-        raise ValueError("a task of fewer than two words, or with other labels")
-    if task.bare not in ("", *fields):
-        raise ValueError("a task of another field")
+    texts = all(isinstance(x, str) for x in (*task.words, *task.labels))
+    labels = len(task.words) > 1 and len(task.labels) in (0, len(task.words))
+    field = task.bare in ("", *template_fields(task.template))
+    if not (texts and labels and field and type(task.max_tokens) is int):
+        raise ValueError("its task is not one that eval.py wrote")
     return task
 
 

@@ -20,6 +20,7 @@ from common import InputError, reading
 csv.field_size_limit(1 << 27)           # characters of a text
 ENCODING = "mend it, or give --encoding, such as cp1252, utf-16 or utf-16-le"
 TABLES = (".csv", ".tsv", ".jsonl", ".json")        # with named columns
+SEPARATOR = re.compile(r"\A\ufeff?sep=.(?=\r?\n)")      # what Excel may write above the header
 ALONE = "\x1f"                          # the delimiter of one column: no text has it
 # How quotes may be written: what is between those around a text, and csv.reader's options.
 QUOTES = {"quotes around texts": (r'[^"]*+(?:""[^"]*+)*+', {}),
@@ -33,12 +34,19 @@ def read_table(path, columns, header=None, encoding="utf-8-sig", say=lambda line
     as it is known to be written. How a user's is read is said. Raises InputError if it cannot be
     read as its name ends."""
     path = Path(path)
-    read = FORMATS.get(path.suffix.lower())
-    if not read or read is _pickle_rows and header is not None:
-        raise InputError(f"{path}: give {', '.join(filter(None, FORMATS))}")
+    read = reader_of(path, columns, header)
     with reading(path, "a whole table", remedy=ENCODING):
         for line, values in read(path, columns, header, encoding, say):
             yield f"{path}, line {line}", values
+
+
+def reader_of(path, columns, header):
+    """The function of FORMATS that reads a table. Raises InputError for a user's table without
+    names for its columns."""
+    known = FORMATS if header is None else TABLES if len(columns) > 1 else (*TABLES, ".txt")
+    if path.suffix.lower() not in known:
+        raise InputError(f"{path}: give {', '.join(filter(None, known))}")
+    return FORMATS[path.suffix.lower()]
 
 
 def text_of(path, encoding):
@@ -68,18 +76,15 @@ def lacking(path, columns, names):
 
 
 def check_header(path, columns, header, encoding):
-    """Raise InputError for a user's labeled table of another format, or whose header lacks a
-    column; no row is read."""
-    kind = path.suffix.lower()
-    if kind not in TABLES:
-        raise InputError(f"{path}: give {', '.join(TABLES)}, which have named columns")
+    """Raise InputError for a user's table of another format, or whose header lacks a column; no
+    row is read."""
+    path = Path(path)
+    read = reader_of(path, columns, header)
     with reading(path, "a table", remedy=ENCODING), \
             open(path, encoding=encoding, errors="replace") as file:
-        if header and not kind.startswith(".json"):
-            line = next((line for line in file if line.strip() and line[:4] != "sep="), "")
-            if {*"\ufffd\0"} & {*line}:
-                raise InputError(f"line 1 is not {encoding.removesuffix('-sig')}: {ENCODING}")
-            dialect(path, line.removeprefix("\ufeff"), columns, True)
+        if header and read is _csv_rows:
+            start = SEPARATOR.sub("", file.read(1 << 16)).removeprefix("\ufeff")
+            dialect(path, start.lstrip("\n").partition("\n")[0], columns, True)
 
 
 def dialect(path, text, columns, header):
@@ -143,7 +148,7 @@ def _csv_rows(path, columns, header, encoding, say):
     text, own = text_of(path, encoding), header is not None
     how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}
     if own:
-        text = re.sub(r"\Asep=.(?=\r?\n)", "", text)        # Excel's
+        text = SEPARATOR.sub("", text)
         text, how, said = dialect(path, text, columns, header)
         say(said)
     lines = csv.reader(io.StringIO(text, newline=""), strict=True, **how)
@@ -176,8 +181,6 @@ def _jsonl_rows(path, columns, header, encoding, say):
         with reading(f"{path}, line {number}", "an object of texts", remedy="mend or drop it"):
             record = {**json.loads(line, parse_constant=lambda name: None)}     # NaN is no text
             values = [record.get(name) for name in columns]
-            if header is not None and any(isinstance(value, dict | list) for value in values):
-                raise TypeError("a value is a list or an object; in pandas, give orient='records'")
         if not checked and not set(columns) <= set(record):
             raise lacking(path, columns, [*record])
         checked = True                  # the first object's names
@@ -189,8 +192,6 @@ def _jsonl_rows(path, columns, header, encoding, say):
 
 def _txt_rows(path, columns, header, encoding, say):
     """A text a line; of a released set text TAB label."""
-    if header is not None and len(columns) > 1:
-        raise InputError(f"{path}: a .txt is a text a line, no {columns[0]}: give a .csv")
     for number, line in enumerate(io.StringIO(text_of(path, encoding), newline=None), 1):
         values = line.rstrip("\n").rsplit("\t", len(columns) - 1)[::-1]
         yield number, values if len(values) == len(columns) else None
@@ -213,8 +214,6 @@ def _pickle_rows(path, columns, header, encoding, say):
     texts, labels = PlainUnpickler(io.BytesIO(content)).load()
     "".join(texts).encode()         # half a pair of surrogates is no text
     for number, (label, text) in enumerate(zip(labels, texts, strict=True), 1):
-        if type(label) is not int:
-            raise TypeError(f"label {number} is no integer")
         yield number, [str(label), text]
 
 

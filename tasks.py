@@ -1,17 +1,13 @@
 """The labeled few-shot tasks: where their files are, and how rows are read, sampled and posed.
 
-A file of one's own: candidates.plans -> own_task (labels) -> tables.read_table; then as all:
     train, validation = few_shot(load_train(TASKS["sst2"]), shots=16, seed=10)
     examples = task_examples(tokenizer, TASKS["sst2"], train)
 """
 
 import re
-import shlex
 import string
 from collections import Counter
-from dataclasses import dataclass, fields
 from decimal import Decimal
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,8 +15,7 @@ import torch
 from common import TINY, InputError, text_sha256
 from data import Examples
 from download import locate
-from settings import knob
-from tables import check_header, read_table
+from tables import read_table
 from templates import (compile_template, decoder_targets, examples_as_text, fill_template,
                        template_fields, tokenize)
 
@@ -45,36 +40,14 @@ class LabeledTask(NamedTuple):
     columns: tuple[str, ...] = ()       # the file's names of label and fields, where they differ
     incomplete: str = "refused"         # rows without a text: refused, kept (but a last one), left
     bare: str = ""              # the field that loses its final punctuation
-    groups: tuple[str, ...] = ()        # all: Table 1, dg: Table 2, offline: inside tiny/, evidence
+    groups: tuple[str, ...] = ()        # all: Table 1, dg: Table 2, offline: inside tiny/
     header: bool | None = None          # see read_table
     encoding: str = "utf-8-sig"
     urls: tuple[str, ...] = ()          # of the files, or of archives with them; tried in turn
-    sha256: tuple[str, str] = ("", "")  # how those of train and test begin, where they are known
+    sha256: tuple[str, ...] = ()        # how those of train and test begin, where they are known
     hub: tuple = ()     # a second form of it, as JSON lines: repository, split of the paper's test
                         # set, names of label and texts there, its labels in the words' order
     parts: tuple[str, ...] = ()         # tasks whose rows these are: label k has the k-th one's
-
-
-@dataclass(frozen=True)
-class OwnTable:
-    """How a user's own table is read: options of train.py and eval.py alike."""
-    words: str = knob("", "of your own labels, \"spam=junk,ham=fine\"; for numbers in rising "
-                      "order, \"terrible,great\"")
-    label_column: str = knob("label", "of your own table")
-    text_column: str = knob("text", "of your own table: the template's {text}")
-    header: bool = knob(True, "whether your own table begins with its columns' names; if not, the "
-                        "label comes first, then the template's texts")
-    encoding: str = knob("utf-8-sig", "of your own table: cp1252, utf-16, ...")
-
-
-def refuse_unread(settings, *more, read=()):
-    """Raise InputError for an option of OwnTable, or of `more`, that is given and not `read`."""
-    names = {entry.name for entry in fields(OwnTable)}.union(more).difference(read)
-    given = [f"--{'no-' * (entry.default is True)}{entry.name}" for entry in fields(settings)
-             if entry.name in names and getattr(settings, entry.name) != entry.default]
-    if given:
-        raise InputError(f"{', '.join(given).replace('_', '-')}: for a table of your own, which is "
-                         "not read here; see --help")
 
 
 LMBFF = "https://nlp.cs.princeton.edu/projects/lm-bff/datasets.tar"
@@ -85,80 +58,106 @@ ENTAILMENT = '" {hypothesis} " ? <X> , " {premise} "'
 SAME = "Do {a} and {b} have the same meaning? <X> ."
 
 
-def original(folder, sizes, *sha256, test="test.csv", urls=(), evidence=True, **how):
+def original(folder, sizes, *sha256, test="test.csv", urls=(), **how):
     """A data set of LM-BFF's archive."""
-    return LabeledTask(f"original/{folder}/train{test[-4:]}", f"original/{folder}/{test}",
-                       sizes=sizes, sha256=sha256 or ("", ""), urls=(LMBFF, *urls),
-                       groups=("all", "evidence") if evidence else ("all",), **how)
+    train = f"train{test[-4:]}"
+    return LabeledTask(
+        f"original/{folder}/{train}", f"original/{folder}/{test}", sizes=sizes, sha256=sha256,
+        urls=(LMBFF, *urls), groups=("all",), **how)
 
 
 def superglue(folder, sizes, *sha256, **how):
     """A data set of SuperGLUE's."""
-    return LabeledTask(f"superglue/{folder}/train.jsonl", f"superglue/{folder}/val.jsonl",
-                       sizes=sizes, sha256=sha256 or ("", ""), urls=(f"{SUPERGLUE}{folder}.zip",),
-                       max_tokens=256, groups=("all",), **how)
+    return LabeledTask(
+        f"superglue/{folder}/train.jsonl", f"superglue/{folder}/val.jsonl", sizes=sizes,
+        sha256=sha256, urls=(f"{SUPERGLUE}{folder}.zip",), max_tokens=256, groups=("all",), **how)
 
 
-def domain(folder, *sha256, urls=(), file="", groups=("dg",)):
+def domain(folder, *sha256, urls=(), train="train", test="test"):
     """A domain of the sentiment transfer, whose `test` is the whole pool."""
-    return LabeledTask(f"domain/{folder}/{file or 'train'}", f"domain/{folder}/{file or 'test'}",
-                       max_tokens=256, sizes=(0, 2000), sha256=sha256 or ("", ""),
-                       urls=tuple(PERL + url for url in urls), groups=groups)
+    return LabeledTask(
+        f"domain/{folder}/{train}", f"domain/{folder}/{test}", sizes=(0, 2000), sha256=sha256,
+        urls=tuple(PERL + url for url in urls), max_tokens=256, groups=("dg",))
 
 
 # Templates and words as the authors released them; test sets as the paper's (of GLUE: dev; of
 # SuperGLUE: val).
 TASKS = {
     **{name: LabeledTask(f"tasks/{name}/train.csv", f"tasks/{name}/test.csv",
-                         groups=("offline", "evidence"))
+                         groups=("offline",))
        for name in ("movie", "amazon", "nyt", "tweets")},
     # Ours: which of the four is a text from? As many rows of each.
     "source": LabeledTask(
-        "tasks/amazon/train.csv", "tasks/amazon/test.csv", max_tokens=64, words=tuple("ABCD"),
+        "tasks/amazon/train.csv", "tasks/amazon/test.csv", max_tokens=64,
         template="{text} ? A. product B. movie C. newspaper D. message . Answer: <X>",
+        words=("A", "B", "C", "D"),
         parts=("amazon", "movie", "nyt", "tweets")),
-    "sst2": original("SST-2", (6920, 872), "0e2eb9cad237f8bc", "628b5f860a1584f1", test="dev.tsv",
-                     columns=("label", "sentence"),
-                     hub=("SetFit/sst2", "dev", ("label", "text"), "01")),
-    "sst5": original("sst-5", (8544, 2210), "8801a7029ccdf549", "3efa2c4190831c21", evidence=False,
-                     hub=("SetFit/sst5", "test", ("label", "text"), "01234"),
-                     words=("terrible", "bad", "okay", "good", "great")),
+    "sst2": original(
+        "SST-2", (6920, 872), "0e2eb9cad237f8bc", "628b5f860a1584f1", test="dev.tsv",
+        columns=("label", "sentence"),
+        hub=("SetFit/sst2", "dev", ("label", "text"), "01")),
+    "sst5": original(
+        "sst-5", (8544, 2210), "8801a7029ccdf549", "3efa2c4190831c21",
+        words=("terrible", "bad", "okay", "good", "great"),
+        hub=("SetFit/sst5", "test", ("label", "text"), "01234")),
     "mr": original("mr", (8662, 2000), "c1e2cc34d7d271f2", "11884f83ada1fbec"),
-    "cr": original("cr", (1774, 2000), "0eb8e119ee76f8cc", "7fab6959f8ce0d76", max_tokens=256,
-                   incomplete="kept", hub=("SetFit/CR", "test", ("label", "text"), "01")),
-    "subj": original("subj", (8000, 2000), "d281041f21d4d033", "33ce3835e915977e", max_tokens=256,
-                     template="{text} This is <X> .", words=("subjective", "objective"),
-                     hub=("SetFit/subj", "test", ("label", "text"), "10")),
-    "trec": original("trec", (5452, 500), template="{text} <X> :",
-                     words=("description", "entity", "expression", "human", "location", "number"),
-                     hub=("SetFit/TREC-QC", "test", ("label_coarse_original", "text"),
-                          ("DESC", "ENTY", "ABBR", "HUM", "LOC", "NUM"))),
-    "cb": superglue("CB", (250, 56), "32017480d3a10508", "c6125587e9601560", template=ENTAILMENT,
-                    words=("yes", "no", "maybe"), bare="hypothesis",
-                    labels=("entailment", "contradiction", "neutral")),
-    "rte": original("RTE", (2490, 277), "41e3a9b063433392", "80230dfa1347282e", test="dev.tsv",
-                    urls=(GLUE + "RTE.zip",), evidence=False, template=ENTAILMENT, max_tokens=256,
-                    words=("yes", "no"), labels=("entailment", "not_entailment"),
-                    columns=("label", "sentence2", "sentence1"), bare="hypothesis",
-                    hub=("SetFit/rte", "validation", ("label", "text2", "text1"), "01")),
-    "qnli": original("QNLI", (104743, 5463), test="dev.tsv", urls=(GLUE + "QNLIv2.zip",),
-                     evidence=False, template="{sentence} . Question: {question} ? Answer: <X> .",
-                     words=("Yes", "No"), labels=("entailment", "not_entailment"),
-                     hub=("SetFit/qnli", "validation", ("label", "text2", "text1"), "01")),
-    "wic": superglue("WiC", (5428, 638), words=("No", "Yes"), labels=("False", "True"), template=
-                     '" {sentence1} " / " {sentence2} " Similar sense of "{word}"? <X> .'),
-    "mrpc": original("MRPC", (3668, 408), "69abcedee3cf738c", "9e8f284788040f7c", test="dev.tsv",
-                     template=SAME, words=("No", "Yes"),
-                     columns=("Quality", "#1 String", "#2 String"),
-                     hub=("SetFit/mrpc", "validation", ("label", "text1", "text2"), "01")),
-    "qqp": original("QQP", (363846, 40430), test="dev.tsv", urls=(GLUE + "QQP-clean.zip",),
-                    evidence=False, template=SAME, words=("No", "Yes"), incomplete="left",
-                    columns=("is_duplicate", "question1", "question2"),
-                    hub=("SetFit/qqp", "validation", ("label", "text1", "text2"), "01")),
+    "cr": original(
+        "cr", (1774, 2000), "0eb8e119ee76f8cc", "7fab6959f8ce0d76", max_tokens=256,
+        incomplete="kept",
+        hub=("SetFit/CR", "test", ("label", "text"), "01")),
+    "subj": original(
+        "subj", (8000, 2000), "d281041f21d4d033", "33ce3835e915977e", max_tokens=256,
+        template="{text} This is <X> .",
+        words=("subjective", "objective"),
+        hub=("SetFit/subj", "test", ("label", "text"), "10")),
+    "trec": original(
+        "trec", (5452, 500),
+        template="{text} <X> :",
+        words=("description", "entity", "expression", "human", "location", "number"),
+        hub=("SetFit/TREC-QC", "test", ("label_coarse_original", "text"),
+             ("DESC", "ENTY", "ABBR", "HUM", "LOC", "NUM"))),
+    "cb": superglue(
+        "CB", (250, 56), "32017480d3a10508", "c6125587e9601560",
+        template=ENTAILMENT,
+        bare="hypothesis",
+        words=("yes", "no", "maybe"),
+        labels=("entailment", "contradiction", "neutral")),
+    "rte": original(
+        "RTE", (2490, 277), "41e3a9b063433392", "80230dfa1347282e", test="dev.tsv",
+        urls=(GLUE + "RTE.zip",), max_tokens=256,
+        template=ENTAILMENT,
+        bare="hypothesis",
+        words=("yes", "no"),
+        labels=("entailment", "not_entailment"),
+        columns=("label", "sentence2", "sentence1"),
+        hub=("SetFit/rte", "validation", ("label", "text2", "text1"), "01")),
+    "qnli": original(
+        "QNLI", (104743, 5463), test="dev.tsv", urls=(GLUE + "QNLIv2.zip",),
+        template="{sentence} . Question: {question} ? Answer: <X> .",
+        words=("Yes", "No"),
+        labels=("entailment", "not_entailment"),
+        hub=("SetFit/qnli", "validation", ("label", "text2", "text1"), "01")),
+    "wic": superglue(
+        "WiC", (5428, 638),
+        template='" {sentence1} " / " {sentence2} " Similar sense of "{word}"? <X> .',
+        words=("No", "Yes"),
+        labels=("False", "True")),
+    "mrpc": original(
+        "MRPC", (3668, 408), "69abcedee3cf738c", "9e8f284788040f7c", test="dev.tsv",
+        template=SAME,
+        words=("No", "Yes"),
+        columns=("Quality", "#1 String", "#2 String"),
+        hub=("SetFit/mrpc", "validation", ("label", "text1", "text2"), "01")),
+    "qqp": original(
+        "QQP", (363846, 40430), test="dev.tsv", urls=(GLUE + "QQP-clean.zip",),
+        incomplete="left",
+        template=SAME,
+        words=("No", "Yes"),
+        columns=("is_duplicate", "question1", "question2"),
+        hub=("SetFit/qqp", "validation", ("label", "text1", "text2"), "01")),
     "airlines": domain("airline", "b08470f5d334d3b9", "d85588256f052153", urls=(
         "03fb83d677be7a51d0a83973024b2624c2b39f77/data/airline/train",
-        "3f4995487e820bff574232d27ac5c95c91e3aae1/5-fold_data/airline/test"),
-        groups=("dg", "evidence")),
+        "3f4995487e820bff574232d27ac5c95c91e3aae1/5-fold_data/airline/test")),
     "books": domain("books", "", "e139c133cae66c6c", urls=(
         "3f4995487e820bff574232d27ac5c95c91e3aae1/5-fold_data/books/test",)),
     "dvd": domain("dvd", urls=("95db6bc374e80ae575f3faa9d4f84a8cea682e5e/dvd/test",)),
@@ -166,10 +165,11 @@ TASKS = {
         "7e97408fa9eaa25bed2d2d3f16b7a76b3534962c/data/electronics/test",)),
     "kitchen": domain("kitchen", urls=(
         "7e97408fa9eaa25bed2d2d3f16b7a76b3534962c/data/kitchen/test",)),
-    "restaurants": domain("restaurants", file="yelp_labelled.txt"),
+    "restaurants": domain("restaurants", train="yelp_labelled.txt", test="yelp_labelled.txt"),
 }
 GROUPS = {group: tuple(name for name, task in TASKS.items() if group in task.groups)
-          for group in ("all", "dg", "offline", "evidence")}
+          for group in ("all", "dg", "offline")}
+GROUPS["evidence"] = (*GROUPS["offline"], "sst2", "mr", "cr", "subj", "trec", "mrpc", "airlines")
 
 
 # --------------------------------------------------------------------------- reading rows
@@ -194,61 +194,6 @@ def by_part(task, load, folder, say):
     parts = [load(TASKS[name], folder, say) for name in task.parts]
     fewest = min(map(len, parts))
     return [Row(k, row.fields) for k, part in enumerate(parts) for row in part[:fewest]]
-
-
-def own_task(path, options, template, *, test=None, max_tokens=256):
-    """A user's labeled file -> LabeledTask. options: an OwnTable. template: each {column} is one of
-    the file's, {text} that of options.text_column. test: of it the header alone is read.
-    Raises InputError for a column that is missing, and where labels and words do not match."""
-    path, test = Path(path), Path(test or path)
-    template = template.replace("{text}", f"{{{options.text_column}}}")
-    columns = (options.label_column, *template_fields(template))
-    if len({*columns}) < max(2, len(columns)) or {*"{}"} & {*re.sub("{[^{}]*}", "", template)}:
-        raise InputError(f"the template {template!r} shows no {{column}} of {path}, or its label, "
-                         "or other braces: mend it")
-    rows = read_table(path, columns, options.header, options.encoding)
-    counts = Counter(values[0].strip() for _, values in rows if is_whole(values))
-    check_header(test, columns, options.header, options.encoding)
-    if not counts:
-        raise InputError(f"{path} has no rows with {', '.join(columns)}: give some")
-    matched = match_words(path, counts, options.words)
-    return LabeledTask(str(path), str(test), template, tuple(matched.values()), max_tokens,
-                       labels=tuple(matched), columns=columns, incomplete="left",
-                       header=options.header, encoding=options.encoding)
-
-
-SENTIMENT = {2: ("terrible", "great"), 5: ("terrible", "bad", "okay", "good", "great")}
-
-
-def match_words(path, counts, words):
-    """{label: how often a file has it} and OwnTable's words -> {label: word}, in label order.
-    words: "spam=junk,ham=fine"; "junk,fine" if these are the labels, or for numbers (or true and
-    false), in rising order; "": the labels are the words, or two or five numbers, SENTIMENT."""
-    values = {label_value(label): label for label in counts}
-    if len(values) < len(counts):
-        raise InputError(f"{path} writes a label in two ways, as 1, 1.0 and true: write it in one")
-    numbers = all(isinstance(x, Decimal) for x in values)
-    labels = sorted(counts, key=label_value if numbers else None)
-    given = [word.strip() for word in words.split(",")] if words else []
-    if "=" in words:        # a label may have "," and "="
-        known = "|".join(map(re.escape, sorted(counts, key=len, reverse=True)))
-        pair = re.compile(rf"\s*({known}|[^,=]+?)\s*=([^,]*)(?:,|$)")
-        pairs = [] if pair.sub("", words) else pair.findall(words)
-    elif not given:
-        pairs = zip(labels, SENTIMENT.get(len(labels), ()) if numbers else labels)
-    elif set(values) <= set(map(label_value, given)):       # by the words' own names, or values
-        pairs = zip(given, given)
-    else:
-        pairs = zip(labels, given) if numbers and len(labels) == len(given) else ()
-    pairs = [(label, word.strip()) for label, word in pairs]
-    matched = {values.get(label_value(label), label): word for label, word in pairs}
-    different = {label_value(label) for label, _ in pairs}, {*matched.values()} - {""}
-    if not set(labels) <= set(matched) or min(map(len, different)) < max(2, len(pairs)):
-        found = ", ".join(f"{label} ({counts[label]:,} rows)" for label in labels[:20])
-        line = shlex.quote(",".join(f"{label}=WORD" for label in labels))
-        raise InputError(f"{path} has {len(labels)} labels, {found}: give each a word of its "
-                         f"own, two at least (merge labels in the file): --words={line}")
-    return matched
 
 
 def label_value(text):
@@ -283,29 +228,16 @@ def read_rows(path, task, size=0, say=lambda line: None, labeled=True):
     if wrong:
         raise InputError(f"{wrong[0]}; a row is {', '.join(columns)}, its label one of "
                          f"{', '.join(labels)}: mend {len(wrong):,} row(s); tuned work is kept")
-    if task.incomplete == "kept":
-        blank = [not any(map(str.strip, row.fields.values())) for row in rows]
-        if blank and blank.pop():
-            rows.pop()
-            say(f"{path}: the last row, which has no text, is left out")
-        say(f"{path}: {sum(blank)} rows without text are kept")
+    if rows and not "".join(rows[-1].fields.values()).strip():
+        rows.pop()
+        say(f"{path}: the last row, which has no text, is left out")
     if skipped:
         say(f"{path}: {skipped:,} rows without {' or '.join(columns)} are left out")
     if not rows:
         raise InputError(f"{path} has no rows of {', '.join(columns)}: fetch or mend it")
-    if size:
-        agrees = ", as in the paper" if len(rows) == size else f", the paper has {size:,}"
-        say(f"{path}: {len(rows):,} rows{agrees}")
+    if size and len(rows) != size:
+        say(f"{path}: {len(rows):,} rows, the paper has {size:,}")
     return rows
-
-
-def load_texts(path, task, options=OwnTable(), say=lambda line: None):
-    """Unlabeled rows -> [Row], of label 0; a .txt's line `A joy.` -> Row(0, {"text": "A joy."})"""
-    names = template_fields(task.template)
-    columns = [options.text_column if name == "text" else name for name in names]
-    task = task._replace(columns=("", *columns), incomplete="left", header=options.header,
-                         encoding=options.encoding)
-    return read_rows(path, task, say=say, labeled=False)
 
 
 def make_row(task, label, texts):
@@ -325,8 +257,7 @@ def few_shot(rows, shots, seed, classes=2, names=()):
     rows [Row(0, a), Row(1, b), Row(0, c), Row(1, d)], shots 1 -> [Row(0, c), Row(1, b)],
     [Row(0, a), Row(1, d)]"""
     def key(row):
-        parts = (str(seed), str(row.label), *row.fields.values())
-        return text_sha256("\t".join(parts)).digest()
+        return row_hash(row, str(seed), str(row.label))
     first = {tuple(row.fields.values()): row for row in sorted(rows, key=key, reverse=True)}
     train, validation = [], []
     for label in range(classes):
@@ -342,9 +273,12 @@ def few_shot(rows, shots, seed, classes=2, names=()):
 
 def first_rows(rows, number):
     """The first rows by sha256 of their texts, whatever their order in the file."""
-    def key(row):
-        return text_sha256("\t".join(row.fields.values())).digest()
-    return sorted(rows, key=key)[:number] if number < len(rows) else rows
+    return sorted(rows, key=row_hash)[:number] if number < len(rows) else rows
+
+
+def row_hash(row, *before):
+    """sha256 of some texts and a row's, with tabs between them."""
+    return text_sha256("\t".join((*before, *row.fields.values()))).digest()
 
 
 def task_examples(tokenizer, task, rows):

@@ -28,7 +28,7 @@ import corpus
 import data
 import hub
 import labeled
-import tasks
+import own
 import templates
 from baselines import (ABLATIONS, METHODS, PLAIN, UNIFIED, examples_per_step, mixes, name_of,
                        ppt_step)
@@ -50,7 +50,7 @@ from t5 import load_t5
 
 
 @dataclass(frozen=True)
-class Training(tasks.OwnTable):
+class Training(own.OwnTable):
     """A run's settings beside the method's own: data, sizes, when to validate and save."""
     model: str = knob("tiny", "tiny, a name such as flan-t5-xl, a hub id, or a folder", first=True)
     corpus: tuple = knob(("openwebtext",), "openwebtext, c4, embedded, or files and folders of "
@@ -257,7 +257,8 @@ def open_sources(training, method, model_folder, tokenizer, t5, ranks=SOLO):
         made_of |= store.meta["made_of"]
     if training.labeled:
         stores = {path.name: store_of(path.name, labeled.build_labeled, path,
-                                      training.labeled_clusters, table=training)
+                                      training.labeled_clusters, table=training,
+                                      max_tokens=training.max_tokens)
                   for path in labeled.find_sets(training.labeled)}
         index = labeled.LabeledIndex(stores, tokenizer, **sizes)
         sources.append((labeled.labeled_task, index))
@@ -312,7 +313,7 @@ def parse(argv):
     values = {name: value for name, (value, _) in tiny.items()} | usual | given | ablated
     training, method = from_settings(Training, values), from_settings(Method, values)
     if not training.labeled:
-        tasks.refuse_unread(training)
+        own.refuse_unread(training)
         if training.method == "metapt":
             raise InputError("--method metapt learns from labeled sentiment: give --labeled FOLDER")
     elif training.method == "unified-ppt":

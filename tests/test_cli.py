@@ -32,7 +32,8 @@ OWN = ["--model", "small", "--prompt-length", "3", "--prompt", "vocab", "--templ
     (train, "WORLD --labeled empty", "--labeled empty: no folder with .csv"),
     (train, "WORLD --relative-step 0 --inner-rate 1e29", "not finite"),
     (train, "WORLD --run corpus.jsonl", "corpus.jsonl exists: name another --run"),
-    (evaluation, "--task sst3", "sst3: there is no such task: give movie, "),
+    (evaluation, "--task movie sst3", "no task sst3: give movie, "),
+    (evaluation, "WORLD --prompt vocab --data nowhere", "--data nowhere: give a folder"),
     (evaluation, "--model elsewhere", "RUN|released|random|vocab"),         # no finished run
     (evaluation, "WORLD --prompt randm", "randm is missing: it should be a prompt"),
     (evaluation, "WORLD --prompt released", "released prompts for t5-base and flan-t5-xl only"),

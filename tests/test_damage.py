@@ -30,11 +30,12 @@ from conftest import (Evil, FORMATS, V10, affine_start, ended, forked, make_run,
                       released_files, save_model, tar_of, write_model, write_task)
 from corpus import open_store
 from documents import documents
+from own import OwnTable, own_task
 from eval import Settings
 from download import archive_member
 from predict import predict
 from supmer import Method, init_state
-from tasks import TASKS, OwnTable, own_task, read_rows
+from tasks import TASKS, read_rows
 from templates import load_tokenizer, tokenize
 
 DAMAGES, RETYPED = 56, 30       # of each file; of those that hold JSON

@@ -49,9 +49,9 @@ LONG = "good " * 40_000
     ("a.csv", "text,label,text\na,1,b\n", True, None, "the column text twice"),
     ("a.csv", "\n", True, None, "is empty"), ("a.csv", "", False, None, "is empty"),
     ("a.json", '[{"label": 1, "text": "a"}, [1, "a"]]', True, None, "line 2 .*'list' object"),
-    ("a.json", '{"label": {"0": 1}, "text": {"0": "a"}}', True, None, "orient='records'"),
+    ("a.json", '{"label": {"0": 1}, "text": {"0": "a"}}', True, [None], "^$"),
     ("a.csv", "a,b".encode("utf-16-le"), True, None, "line 1: byte 0x00 is not .*--encoding"),
-    ("a.txt", "1\tgood\n", True, None, "a .txt is a text a line, no label"),
+    ("a.txt", "1\tgood\n", True, None, "give .csv, .tsv, .jsonl, .json$"),
     ("a", "1", True, None, "give .csv, .tsv"), ("a.xlsx", "1", True, None, "give .csv, .tsv")])
 def test_tables_as_people_have_them(tmp_path, name, content, header, rows, says):
     """Each value is in its column, and how it was read is said; what is ambiguous is refused."""
@@ -80,7 +80,6 @@ def test_tables_as_people_have_them(tmp_path, name, content, header, rows, says)
     ("books", pickle.dumps(Evil()), "code that is not run"),
     ("books", pickle.dumps((["a", "b"], [0, Evil()])), "code that is not run"),
     ("books", pickle.dumps((["a"], [0, 1])), "not a whole table"),
-    ("books", pickle.dumps((["a"], ["0"])), "label 1 is no integer"),
     ("books", pickle.dumps((["a", "b"], [0, 2])), "line 2"),
     ("books", b"\x80\x02r\xff\xff\xff\x7f.", "it has no 2,147,483,647 values"),
     ("books", b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".", "not a whole table")])

@@ -13,8 +13,9 @@ import tasks
 import templates
 from common import InputError
 from conftest import FORMATS, SUPMER_DATA, by_topic, needs_data, write_model, write_task
+from own import SENTIMENT, OwnTable, load_texts, match_words, own_task
 from settings import settings_parser
-from tasks import TASKS, LabeledTask, OwnTable, Row, load_test, load_train
+from tasks import TASKS, LabeledTask, Row, load_test, load_train
 from templates import MASK
 
 
@@ -24,7 +25,7 @@ def test_each_format_literally(tmp_path, name):
     (written, read), said, size = FORMATS[name], [], TASKS[name].sizes[0]
     write_task(tmp_path, name, written)
     assert load_train(TASKS[name], tmp_path, said.append) == [Row(*row) for row in read]
-    wanted = {"cr": ["last row", "1 rows without"], "qqp": ["2 rows without"]}.get(name, [])
+    wanted = {"cr": ["last row"], "qqp": ["2 rows without"]}.get(name, [])
     wanted += [f"{len(read):,} rows, the paper has {size:,}"] if size else []
     assert len(said) == len(wanted) and all(b in a for a, b in zip(said, wanted))
 
@@ -83,7 +84,7 @@ def own(folder, content, template="{text} It was <X> .", test=None, **options):
     """own_task() of a new file -> the task, its rows as (label word, text, ...), what was said."""
     path, said = folder / "a.csv", []
     path.write_bytes(content if type(content) is bytes else content.encode())
-    task = tasks.own_task(path, OwnTable(**options), template, test=test)
+    task = own_task(path, OwnTable(**options), template, test=test)
     rows = [(task.words[row.label], *row.fields.values())
             for row in load_train(task, say=said.append)]
     return task, rows, said
@@ -98,7 +99,7 @@ def own(folder, content, template="{text} It was <X> .", test=None, **options):
     ("True False", "", "False=terrible True=great"), ("no yes", "", "no=no yes=yes"),
     ("yes", "no,yes,maybe", "no=no yes=yes maybe=maybe"), ("no", "", ""), ("0 1 2", "", ""),
     ("False True", "1=good,false=bad", "True=good False=bad"), ("spam ham", "spam=junk", ""),
-    ("1 1.0 2", "1=a,1.0=b,2=c", ""), ("1 true", "", ""), ("0 1", "0=good,1=good", ""),
+    ("0 1", "0=good,1=good", ""),
     ("spam ham", "spam=a,ham=b,spam=c", ""), ("0 1", "0=a,1=b,true=c", ""),
     ("0 1", "0=good,1", ""), (".5 1", "bad,good", ".5=bad 1=good"),
     ("11111111111111111111 11111111111111111112", "a,b",        # equal as floats
@@ -107,24 +108,24 @@ def test_labels_are_matched_by_name_or_refused(labels, words, matched):
     """By the words given, their names, or as rising numbers; what does not fit is listed."""
     counts = dict.fromkeys(labels.split(), 7)
     if matched:
-        found = tasks.match_words("a.csv", counts, words)
+        found = match_words("a.csv", counts, words)
         assert " ".join(f"{label}={word}" for label, word in found.items()) == matched
         return
     last = labels.split()[-1]
     listed = f"{len(counts)} labels, .*{last} .7 rows.*--words=.*{last}=WORD"
-    with pytest.raises(InputError, match=f"{listed}|writes a label in two ways"):
-        tasks.match_words("a.csv", counts, words)
+    with pytest.raises(InputError, match=listed):
+        match_words("a.csv", counts, words)
 
 
 def test_the_words_to_copy_can_be_pasted():
     """Into a shell, whatever is in the labels."""
     counts = dict.fromkeys(("-1", "it's", "a,b", "a", "b", "a=b", "x = y", "$(c) d", "e\u200bf"), 7)
     with pytest.raises(InputError) as error:
-        tasks.match_words("a.csv", counts, "x")
+        match_words("a.csv", counts, "x")
     option, = shlex.split(str(error.value).partition("file): ")[2])
     words = "".join(part + str(k) for k, part in enumerate(option.split("WORD")))
     given = settings_parser("", [OwnTable], {}).parse_args([words[:-1]])
-    matched = tasks.match_words("a.csv", counts, given.words)
+    matched = match_words("a.csv", counts, given.words)
     assert matched == {label: str(k) for k, label in enumerate(sorted(counts))}
 
 
@@ -137,10 +138,11 @@ def test_the_words_to_copy_can_be_pasted():
     ("label;text\n0;a\n1;b\n".encode("utf-16"), {"encoding": "utf-16"},
      [("terrible", "a"), ("great", "b")],
      ["2 rows in 3 lines; columns label, text; delimiter ';'"]),
-    ("0,a\n1\u200b,b\n", {"header": False}, [("terrible", "a"), ("great", "b")],
-     ["2 rows in 2 lines; columns label, text; delimiter ','"])])
+    ("0,a\n1\u200b,b\ntrue,c\n1.0,d\n", {"header": False},
+     [("terrible", "a"), ("great", "b"), ("great", "c"), ("great", "d")],
+     ["4 rows in 4 lines; columns label, text; delimiter ','"])])
 def test_what_was_read_is_printed(tmp_path, content, options, rows, said):
-    """Columns, delimiter and what is left out."""
+    """Columns, delimiter and what is left out. Labels of one value are one."""
     _, found, lines = own(tmp_path, content, **options)
     assert found == rows and [line.partition(": ")[2] for line in lines] == said
 
@@ -155,13 +157,12 @@ def test_a_template_names_columns(tmp_path):
     for template, header, says in (
             ("{my-text} {other-col} <X>", "", "columns label, my-text, the title, .* other-col"),
             ("my-text <X>", "", "shows no {column}"), ("{my-text} {label} <X>", "", "or its label"),
-            ("{{my-text}} <X>", "", "other braces"), ("{my-text} {a <X>", "", "other braces"),
             (template, "label,my-text\n", "test.csv has the columns label, my-text, and not"),
-            (template, "label\n", "line 1 is not utf-8: .*--encoding")):
-        test.write_text(header, "utf-16-le" if "encoding" in says else "utf-8")
+            (template, "label\n", "test.csv has the columns label, and not all of")):
+        test.write_text(header)
         with pytest.raises(InputError, match=says):
             own(tmp_path, content, template, test=test)
-    with pytest.raises(InputError, match="test.txt: give .csv, .tsv, .jsonl, .json, which have"):
+    with pytest.raises(InputError, match="test.txt: give .csv, .tsv, .jsonl, .json$"):
         own(tmp_path, content, template, test="test.txt")
 
 
@@ -194,14 +195,14 @@ def test_label_words_that_cannot_win_are_refused(tokenizer):
     ("a.csv", 'text\n"Good, really.\nA joy."\n"No, no."\n', "mr", [["Good, really.\nA joy."],
                                                                  ["No, no."]], "2 rows in 4"),
     ("a.txt", "", "mr", [], "a.txt has no rows of text"),
-    ("a.txt", "a", "cb", [], "a.txt.*no hypothesis"),
+    ("a.txt", "a", "cb", [], "a.txt: give .csv"),
     ("a.csv", "id,premise\n1,2\n", "mr", [], "columns id, premise, and not all of text")])
 def test_texts_without_labels_literally(tmp_path, name, content, task, texts, says):
     """A line of a .txt, or the template's columns, prepared as in training."""
     said, rows = [], []
     (tmp_path / name).write_text(content)
     try:
-        rows = tasks.load_texts(tmp_path / name, TASKS[task], say=said.append)
+        rows = load_texts(tmp_path / name, TASKS[task], say=said.append)
     except InputError as error:
         said.append(str(error))
     assert [[*row.fields.values()] for row in rows] == texts and re.search(says, " ".join(said))
@@ -238,12 +239,13 @@ def test_few_shot_samples_are_balanced_disjoint_and_fixed():
 def test_labeled_sets_become_meta_tasks(tmp_path, capsys):
     """Table 3: a task is a cluster of one set, with the file's labels, balanced."""
     label = {f"T{i % 3} d{i}": ("good", "bad", "so-so")[i // 3 % 3] for i in range(900)}
-    words = [*" ".join(label).split(), "T3", "T4", *tasks.SENTIMENT[5], "so-so", "It", "was", "?"]
+    words = [*" ".join(label).split(), "T3", "T4", *SENTIMENT[5], "so-so", "It", "was", "?"]
     model, tokenizer = write_model(tmp_path / "m", words)
     lines = [f"{word},{text}" for text, word in label.items()]
     (tmp_path / "set.csv").write_text("\n".join(["label,text", *lines]))
     store = labeled.build_labeled(tmp_path / "cache", tmp_path / "set.csv", tokenizer, None, 3, 0,
-                                  model=model, embed=by_topic(tokenizer))
+                                  model=model, max_tokens=6, embed=by_topic(tokenizer))
+    assert "set.csv: of 900 texts 900 are cut to 6 tokens" in capsys.readouterr().out
     index = labeled.LabeledIndex({"set": store}, tokenizer, support=7, query=3)
     for step in range(20):
         split, sources = ("train", "validation")[step % 2], []
@@ -262,11 +264,8 @@ def test_labeled_sets_become_meta_tasks(tmp_path, capsys):
         assert len(set(sources)) == 10 and len({text[:2] for text in sources}) == 1
     again = labeled.labeled_task(index, 0, 19, 0, split="validation")
     assert again.support.ids == task.support.ids and again.query.ids == task.query.ids
-    with pytest.raises(InputError, match="set: one usable train cluster, mixing needs two"):
-        labeled.labeled_task(index, 0, 0, 0, stream="partner", variant="set", avoid=range(3))
     one = store._replace(cluster=np.zeros_like(store.cluster))
-    labeled.LabeledIndex({"set": one}, tokenizer, support=7, query=3, max_tokens=6)
-    assert "set: of 900 texts 900 are cut to 6 tokens" in capsys.readouterr().out
+    labeled.LabeledIndex({"set": one}, tokenizer, support=7, query=3)
     for wrong, support, query, says in (
             (store, 60, 60, "validation texts of each label: 1 .* must have 40, .* no --label"),
             (one, 7, 3, "train texts .* 2 .* the largest have 280, 0: no")):
