@@ -12,7 +12,8 @@ Where the prompt starts, if not at random: it is meta-trained or pre-trained on 
     ppt, unified-ppt       by the plain loss on the same meta tasks     Gu et al. 2022
     metapt                 by MAML on labeled sentiment data            Huang et al. 2022
     supmer without a part of it: the ablations of Table 4
-Each is a set of train.py's numbers; the first two also take another step, ppt_step.
+Each is a set of train.py's options, which train.parse sets; the first two also take another step,
+ppt_step.
 Letters: P prompt or prefix tokens, d model width, h heads, k d_kv, m the MLP's width.
 """
 
@@ -338,7 +339,7 @@ METHODS = {
     "metapt": {"inner_rate": 0.08, "prompt_rate": 0.025, "patience": 6, "regularizer": "none",
                "augmentation": False, "labeled_share": 1.0},     # C.2
 }
-ABLATIONS = {   # Table 4, and the released code's order (ours)
+ABLATIONS = {   # Table 4, the released code's order (ours); train.parse puts them above the rest
     **{f"only-{form}": {"variants": tuple(x for x in PAPER_VARIANTS if VARIANTS[x].format == form)}
        for form in FORMATS},
     "no-ta": {"augmentation": False}, "no-curriculum": {"curriculum": False},

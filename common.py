@@ -17,9 +17,11 @@ from tqdm import tqdm
 TINY = Path(__file__).resolve().parent / "tiny"     # the embedded model
 GIB = 2 ** 30
 # The numbers of the random streams are part of every result.
-STREAMS = {"task": 1, "partner": 2, "k-means sample": 2, "validation": 3, "labeled": 4,
-           "prompt": 9, "batches": 11, "normal prompt": 12, "prefix": 13, "demonstrations": 15,
-           "order": 16, "world T5": 17, "world task": 18, "world tuning": 19}
+STREAMS = {
+    "task": 1, "partner": 2, "k-means sample": 2, "validation": 3, "labeled": 4,    # meta-training
+    "prompt": 9, "normal prompt": 12, "prefix": 13,                                 # starts
+    "batches": 11, "demonstrations": 15, "order": 16,               # eval.py; baselines.py
+    "world T5": 17, "world task": 18, "world tuning": 19}           # world.py
 
 
 def rng(seed, step, i, stream):

@@ -201,8 +201,8 @@ def check_clusters(option, wanted, least, found):
 def meta_task(index, seed, step, i, *, variant=None, split="train", stream="task", avoid=()):
     """Task i of a step, a pure function of its arguments (section 3.2, A.2; Eq. 17-19).
 
-    variant: None draws one of the index's. stream: of common.STREAMS. avoid: the `clusters` of the
-    task whose partner in Eq. 4 this one is: it gets others (the index needs mixing). All sentences
+    variant: None draws one of the index's. stream: of common.STREAMS. avoid: of a partner
+    (train.Run.batch), its task's `clusters`, to get others (the index needs mixing). All sentences
     are of the split. Labels are balanced in each set, and the sets share no anchor. VARIANTS says
     what the sources are and what a label means.
     """

@@ -26,7 +26,7 @@ JSON = "lines of JSON"
 # How a file's name ends, and its documents unless a shape is asked for. A .tar holds .txt files.
 KINDS = {".txt": "blank-lines", ".txt.gz": "blank-lines", ".jsonl": JSON, ".jsonl.gz": JSON,
          ".json.gz": JSON, ".tar": "files", ".tar.xz": "files", ".md": "files", ".json": JSON}
-ABOUT = (".md", ".json")    # in a folder of other text these are about it
+ABOUT = (".md", ".json")    # corpus_files skips these in a folder that has other text
 STOPS = ".!?…。！？।॥۔؟"
 
 

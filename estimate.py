@@ -9,6 +9,7 @@ import resource
 import time
 import weakref
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -92,17 +93,17 @@ class LiveBytes(TorchDispatchMode):
         self.bytes -= size
 
 
+@cache
 def micro_batch_bytes(config, training, method):
     """Bytes of the weights; the most that a full micro-batch of the longest texts takes beside
-    them, in a mixed gradient or a Hessian-vector product; its graph's, if that is kept."""
+    them, in a mixed gradient or a Hessian-vector product; its graph's, which method keeps."""
     task = full_task(config.d_model, training, method, training.max_tokens)
     with LiveBytes() as live:
         t5 = stand_in(config, getattr(torch, training.dtype), "meta")
         weights = live.bytes
         theta = torch.empty(training.prompt_length, config.d_model, device="meta")
         supmer.prompt_gradient(t5, theta, task.query, method, task.query, 0.5)
-        keeping = replace(method, keep_graphs=1)
-        *_, hessian = supmer.gradient_and_hessian(t5, theta, task.support, keeping)
+        *_, hessian = supmer.gradient_and_hessian(t5, theta, task.support, method)
         graph = live.bytes - weights
         hessian(theta)
         return weights, live.peak - weights, graph
@@ -111,7 +112,8 @@ def micro_batch_bytes(config, training, method):
 def memory_needed(config, training, method):
     """The most bytes that meta-training will hold -> {part: bytes}. The C library's allocator can
     hold more than is used; MALLOC_MMAP_THRESHOLD_=65536 in the environment prevents that."""
-    weights, peak, graph = micro_batch_bytes(config, training, method)
+    keeping = replace(method, keep_graphs=1)        # the same for every number of graphs: cached
+    weights, peak, graph = micro_batch_bytes(config, training, keeping)
     at_once = max(1, method.micro_tokens // (training.prompt_length + training.max_tokens))
     kept = min(method.keep_graphs, math.ceil(training.support / at_once))
     with torch.device("meta"):

@@ -29,6 +29,7 @@ MODELS = {
     "t5-v1_1-base": "google/t5-v1_1-base@refs/pr/1",
     "t5-base-lm-adapt": "google/t5-base-lm-adapt@refs/pr/2",
 }
+OFFICIAL_ROWS = 32128       # embeddings of every official T5: 32,100 pieces, padded
 WHOLE = ["config.json", "tokenizer.json", SINGLE]       # what a model consists of
 SHARDS = [INDEX, "model-*-of-*.safetensors"]            # in place of SINGLE
 # A file's name, with a place for its number; their number; bytes of a file; of text in it, put low.
@@ -99,7 +100,11 @@ def model_config(name):
 def tokenizer_file(folder):
     """tokenizer.json of a model's folder, or t5-base's, fetched: v1.1 and LM-adapted have none."""
     path = Path(folder) / "tokenizer.json"
-    return path if path.is_file() else fetch_file("tokenizer.json", hub_source("t5-base"))
+    if path.is_file():
+        return path
+    if read_config(folder).vocab_size != OFFICIAL_ROWS:
+        raise InputError(f"{path} is missing: put the model's tokenizer.json there")
+    return fetch_file("tokenizer.json", hub_source("t5-base"))
 
 
 def fetch_list(name):

@@ -16,7 +16,8 @@ from supmer import (encode_with_prompt, inner_step, micro_batches, prompt_gradie
 
 @torch.no_grad()
 def score(t5, theta, examples, method):
-    """log p of every label word for n examples, in their order -> (n, K)."""
+    """log p of every label word for n examples, in their order -> (n, K), over the full vocabulary,
+    whatever method.words_only says."""
     scores = theta.new_empty(len(examples.ids), len(examples.words))
     for rows, batch, _ in micro_batches(examples, theta, method):
         H, mask = encode_with_prompt(t5, theta, batch)

@@ -45,13 +45,16 @@ def own_task(path, options, template, *, test=None, max_tokens=256):
     Raises InputError for a column that is missing, and where labels and words do not match."""
     template = template.replace("{text}", f"{{{options.text_column}}}")
     columns = (options.label_column, *template_fields(template))
-    if len({*columns}) < max(2, len(columns)):
-        raise InputError(f"the template {template!r} shows no {{column}} of {path}, or its label: "
-                         "mend it")
+    rest = re.sub("{[^{}]*}", "", template)
+    if len({*columns}) < max(2, len(columns)) or {*"{}"} & {*rest}:
+        raise InputError(f"the template {template!r} shows no {{column}} of {path}, or its label, "
+                         "or other braces: mend it")
     rows = read_table(path, columns, options.header, options.encoding)
     found = [values[0].strip() for _, values in rows if is_whole(values)]
     names = {label_value(label): label for label in reversed(found)}
     counts = Counter(names[label_value(label)] for label in found)
+    if not found:
+        raise InputError(f"{path} has no row with a text in each of {', '.join(columns)}")
     if test:
         check_header(test, columns, options.header, options.encoding)
     matched = match_words(path, counts, options.words)

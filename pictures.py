@@ -6,6 +6,7 @@
 
 import statistics
 from collections import defaultdict
+from itertools import cycle
 
 import numpy as np
 
@@ -97,15 +98,16 @@ def draw(rows, settings, path):
     picture, axes = import_pyplot().subplots(
         1, len(targets), squeeze=False, sharey=len(targets) > 2,
         figsize=(max(4 * len(targets), 5), 4), layout="constrained")
+    names = [name for name in settings.prompt if name not in COLORS]
+    colors = dict(zip(names, cycle(OTHERS))) | COLORS
     for (target, name), points in found.items():
         axis = axes[0][targets.index(target)]
         x, y = zip(*sorted(points.items()))
-        axis.set_prop_cycle("color", OTHERS)
         spread = [statistics.stdev(one) if len(one) > 1 else 0 for one in y]
         axis.errorbar(x, [statistics.mean(one) for one in y], spread, label=name, marker="o",
-                      markersize=3, capsize=2, color=COLORS.get(name))
+                      markersize=3, capsize=2, color=colors[name])
         if along == "prompt":
-            axis.plot([name] * len(y[0]), y[0], "o", alpha=0.4, color=COLORS.get(name))
+            axis.plot([name] * len(y[0]), y[0], "o", alpha=0.4, color=colors[name])
             axis.tick_params(axis="x", rotation=20)
         else:
             axis.legend()

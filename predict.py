@@ -1,7 +1,7 @@
 """Label new texts with a tuned prompt: python eval.py --predict FILE --prompt TUNED.
 
 Writes CSV lines: the template's texts, the label, and the label words' probabilities, which sum to
-1. The tuned file names the task's template and words, so that nothing else has to be given.
+1. The tuned file has the task's template and words. Give --model where it is not tiny.
 """
 
 import csv

@@ -44,7 +44,7 @@ def outcome(folder, model, best):
                  .format(*gains))
     if model == "tiny":
         lines.append("A demonstration: the embedded T5 knew such tasks before, see tiny/README.md.")
-    lines += [f"lowest validation loss {best:.4f}: {folder}/prompt.safetensors",
+    lines += [f"lowest validation loss {best:.4f} (full vocabulary): {folder}/prompt.safetensors",
               f"tune it on a task: python eval.py --prompt {folder}"]
     return "\n".join(lines)
 

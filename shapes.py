@@ -15,7 +15,6 @@ V11 = {"small": (512, 64, 1024, 8, 6, True), "base": (768, 64, 2048, 12, 12, Tru
        "xxl": (4096, 64, 10240, 24, 64, True)}
 SHAPES |= {family.format(size): shape for size, shape in V11.items()
            for family in ("t5-v1_1-{}", "t5-{}-lm-adapt", "flan-t5-{}")}
-OFFICIAL_ROWS = 32128       # embeddings of every official T5: 32,100 pieces, padded
 
 
 def model_shape(name):
@@ -23,7 +22,7 @@ def model_shape(name):
     if name not in SHAPES or os.path.isdir(name):
         return hub.model_config(name)
     d, k, ff, layers, heads, gated = SHAPES[name]
-    return T5Config(d, k, ff, layers, layers, heads, OFFICIAL_ROWS, gated, tied=not gated,
+    return T5Config(d, k, ff, layers, layers, heads, hub.OFFICIAL_ROWS, gated, tied=not gated,
                     scaled=not gated)
 
 

@@ -7,7 +7,7 @@ Generalization", arXiv 2303.12314. The whole method (Alg. 1), and the function t
     s = -1                                                                  init_state
     in each step:
         b = (m^((1+s)/2) - 1) / (m - 1)                                     curriculum       Eq. 10
-        for each of n tasks (D_s, D_q), with a partner task's D_q':         data.meta_task
+        for each of n tasks (D_s, D_q), with a partner task's D_q':         Run.batch, meta_task
             lambda ~ Beta(b alpha, alpha)                                   draw_lambda
             g      = grad L(D_s; theta)                                     prompt_gradient  Eq. 1
             theta' = theta - a1 psi(g; phi)                                 inner_step       Eq. 5-6
@@ -44,7 +44,7 @@ from ranks import SOLO
 from settings import knob
 from t5 import PAD, decode, embed_tokens, encode, next_token_logits
 
-REGULARIZERS = {}       # {name: Regularizer}, filled below, and by prompts.py with the authors'
+REGULARIZERS = {}       # {name: Regularizer}, filled below, and by released.py
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Method:
     exact_cosine: bool = knob(
         False, "s from q = grad L_query(theta), one pass more, instead of v (Alg. 1, lines 13, 15)")
     words_only: bool = knob(
-        False, "loss over the label words, not the whole vocabulary (LM-BFF, PERFECT)")
+        False, "train on the loss over the label words, not the vocabulary (LM-BFF, PERFECT)")
     micro_tokens: int = knob(
         2048, "encoder positions, with padding, that are computed together: memory and speed, not "
         "the result (ours); not given: 512 on a CPU, except for tiny")
@@ -296,7 +296,7 @@ def affine(phi, g):
 
 
 def gate(phi, pooled):
-    """z = sigmoid(W H + c), in (0, 1)^d; H is the support set's mean encoder state, pooled (d,)."""
+    """z = sigmoid(W H + c), in (0, 1)^d. The paper's H is pooled (d,), the support set's mean."""
     return torch.sigmoid(phi["W"] @ pooled + phi["c"])
 
 

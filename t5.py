@@ -317,7 +317,7 @@ def load_t5(folder, dtype=torch.float32, device="cpu"):
     The peak of memory is the model in dtype and one file. Raises InputError unless the weights are
     finite and exactly those that config.json implies."""
     config = read_config(folder)
-    # transformers 5 calls v1.1 tied, too, but not scaled. There a head in the file counts.
+    # transformers 5 writes v1.1 as tied, too, but not scaled: there the file's head is its own
     copies = ALIASES if config.tied and config.scaled else ALIASES[:3]
     weights, wrong = {}, []
     for name, stored in read_tensors(weight_files(folder)):

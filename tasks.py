@@ -252,8 +252,9 @@ def make_row(task, label, texts):
 
 def few_shot(rows, shots, seed, classes=2, names=()):
     """Sample `shots` rows a label for training, as many for validation (section 4.1) -> both lists.
-    Ordered by sha256 of seed and row: the same on every machine. No text comes twice. A class of
-    fewer than 2 * shots texts gives half to each; InputError for fewer than two texts in a class.
+    Ordered by sha256 of seed and row: the same on every machine, and more shots begin with the same
+    rows. No text comes twice. A class of fewer than 2 * shots texts gives half to each; InputError
+    for fewer than two texts in a class.
     rows [Row(0, a), Row(1, b), Row(0, c), Row(1, d)], shots 1 -> [Row(0, c), Row(1, b)],
     [Row(0, a), Row(1, d)]"""
     def key(row):

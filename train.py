@@ -182,7 +182,8 @@ class Run:
 
     def validate(self):
         """Measure the held-out tasks and log it; write the prompt if its loss is the lowest yet.
-        Raises InputError for a loss that is not finite, which no comparison would notice."""
+        That is the loss over the full vocabulary, after the inner step (PPT: before). Raises
+        InputError for a loss that is not finite, which no comparison would notice."""
         step, plain = self.state.step, self.training.method in PLAIN
         result = validate(self.t5, self.state, self.held_out, self.method, self.ranks)
         before, after = result["loss_before"], result["loss"]

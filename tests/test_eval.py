@@ -196,6 +196,7 @@ def test_groups_and_the_curve_over_steps(place, monkeypatch, capsys):
         (*target, step) for target in (("dg", "airlines", 40), ("dg", "books", 30),
                                        ("sst2", "sst2", 40)) for step in (0, 2, 3)]
     assert len(list(jobs.TUNED.glob("dg-vocab-*"))) == 1
+    assert len(rows_of("out.json", split="test", kind="tuned")) == 3
     not_run, printed = json.loads(Path("out.json").read_text())["not_run"], capsys.readouterr().out
     assert set(not_run) == {*tasks.GROUPS["all"], *tasks.GROUPS["dg"]} - {
         "sst2", "airlines", "books"}

@@ -154,14 +154,18 @@ def test_only_the_needed_files_are_fetched(tmp_path, hub, monkeypatch):
 
 
 def test_shards_and_tokenizers_of_others(tmp_path, hub):
-    """In place of a single file; a model without a tokenizer takes t5-base's."""
+    """In place of a single file; a model with the official vocabulary takes t5-base's
+    tokenizer."""
     files = contents(save_shards(tmp_path / "m", V10))
     hub.repos[ANY] = {"main": (COMMIT, files)}
     hub.repos["google-t5/t5-base"] = {
         hubs.MODELS["t5-base"].split("@")[1]: ("d" * 40, {"tokenizer.json": b'"base"'})}
     fetched = hubs.model_folder(ANY)
     assert load_t5(fetched).config == V10
-    assert hubs.tokenizer_file(fetched).read_bytes() == b'"base"'
+    with pytest.raises(InputError, match="tokenizer.json is missing: put the model's"):
+        hubs.tokenizer_file(fetched)
+    save_model(tmp_path / "m", V10, vocab_size=hubs.OFFICIAL_ROWS)
+    assert hubs.tokenizer_file(tmp_path / "m").read_bytes() == b'"base"'
 
 
 def test_short_names_are_hub_ids_with_their_commit():

@@ -158,6 +158,7 @@ def test_a_template_names_columns(tmp_path):
             ("{my-text} {other-col} <X>", "", "columns label, my-text, the title, .* other-col"),
             ("my-text <X>", "", "shows no {column}"), ("{my-text} {label} <X>", "", "or its label"),
             (template, "label,my-text\n", "test.csv has the columns label, my-text, and not"),
+            ("{{my-text}} <X>", "", "other braces"), ("{my-text} {a <X>", "", "other braces"),
             (template, "label\n", "test.csv has the columns label, and not all of")):
         test.write_text(header)
         with pytest.raises(InputError, match=says):
