@@ -100,11 +100,9 @@ def model_config(name):
 def tokenizer_file(folder):
     """tokenizer.json of a model's folder, or t5-base's, fetched: v1.1 and LM-adapted have none."""
     path = Path(folder) / "tokenizer.json"
-    if path.is_file():
-        return path
-    if read_config(folder).vocab_size != OFFICIAL_ROWS:
+    if not path.is_file() and read_config(folder).vocab_size != OFFICIAL_ROWS:
         raise InputError(f"{path} is missing: put the model's tokenizer.json there")
-    return fetch_file("tokenizer.json", hub_source("t5-base"))
+    return path if path.is_file() else fetch_file("tokenizer.json", hub_source("t5-base"))
 
 
 def fetch_list(name):

@@ -85,8 +85,8 @@ class Training(own.OwnTable):
 TINY_VALUES = {
     "corpus": (("embedded",), "see tiny/README.md"),
     "prompt_length": (20, "its texts have some 30 tokens: 100 vectors would outnumber them"),
-    "relative_step": (0.03, "a1 = 0.1 moves it by 1e-4 of its length, see docs/results.md"),
-    "exact_cosine": (True, "at this relative step v is a poor stand-in, see docs/results.md"),
+    "relative_step": (0.03, "a1 = 0.1 moves it by 1e-4 of its length, see docs/ledger.md"),
+    "exact_cosine": (True, "at this relative step v is a poor stand-in, see docs/ledger.md"),
     "prompt_rate": (0.02, "about 0.1 of the embedding table's RMS"),
     "keep_graphs": (99, "all fit into memory, and a step takes a fifth less"),
 }

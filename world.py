@@ -253,17 +253,14 @@ def draw(results, path):
     picture, axes = import_pyplot().subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     for axis, world in zip(axes, WORLDS):
         ends = {}
-        for key in results[0]:
-            place, _, name = key.partition(": ")
-            if place == world:
-                means, errors = points(results, key)
-                axis.errorbar(range(len(STEPS)), means, errors, capsize=2, color=COLORS[name],
-                              linewidth=3 if name == "MAML and psi" else 1.5)
-                ends[name] = len(STEPS) - 1, means[-1], COLORS[name]
+        for key in filter(lambda key: key.startswith(world), results[0]):
+            (means, errors), name = points(results, key), key.partition(": ")[2]
+            axis.errorbar(range(len(STEPS)), means, errors, capsize=2, color=COLORS[name],
+                          linewidth=3 if name == "MAML and psi" else 1.5)
+            ends[name] = len(STEPS) - 1, means[-1], COLORS[name]
         name_lines(axis, ends, gap=3)
         axis.set_xticks(range(len(STEPS)), STEPS)
         axis.set(title=world, xlabel="AdamW steps", ylabel="test accuracy in %", ylim=(40, 101))
-        axis.spines[["top", "right"]].set_visible(False)
     save_picture(picture, path, dpi=100)
 
 
