@@ -55,8 +55,10 @@ def load_prompt(path, d=None):
 def _check(tensors, metadata, d):
     """Raise ValueError unless the tensors are theta (P, d) and phi of the form that the metadata
     names, and finite, and the metadata print as one line."""
-    length = len(tensors["theta"])
-    start = REGULARIZERS[metadata["regularizer"]].init(length, d)
+    length, form = len(tensors["theta"]), metadata["regularizer"]
+    if form not in REGULARIZERS:
+        raise ValueError(f"its regularizer is {form!r}, not one of {', '.join(REGULARIZERS)}")
+    start = REGULARIZERS[form].init(length, d)
     shapes = {f"phi.{name}": tuple(x.shape) for name, x in start.items()} | {"theta": (length, d)}
     found = {name: tuple(x.shape) for name, x in tensors.items()}
     if found != shapes or not 0 < length <= LONGEST:

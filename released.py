@@ -29,7 +29,9 @@ def released_folder(config):
 
 def read_released(folder, d):
     """The authors' prompt_*.pt and gradient_edit_*.pt for a T5 of width d."""
-    name = {width: name for (width, _), name in RELEASED.items()}[d]
+    name = {width: name for (width, _), name in RELEASED.items()}.get(d)
+    if not name:
+        raise ValueError("the authors released prompts of widths 768 and 2048")
     read = []
     for file in (f"prompt_{name}.pt", f"gradient_edit_{name}.pt"):
         with reading(folder / file, "a file of github.com/beepkh/SUPMER"):

@@ -42,7 +42,8 @@ def test_ours_are_read_and_others_refused(tmp_path):
     refused(path, 16, "not a prompt for a T5 of width 16 .it holds")
     none = {"regularizer": "none"}
     for theta, metadata, says in (
-            (ones, {"regularizer": "affine"}, "it holds"), (ones, {"regularizer": "x"}, "'x'"),
+            (ones, {"regularizer": "affine"}, "it holds"),
+            (ones, {"regularizer": "x"}, "'x', not one"),
             (ones, {}, "regularizer"), (ones, none | {"model": "m\nforged"}, "line breaks"),
             (ones * math.nan, none, "finite"), (ones[0], none, "holds"),
             (torch.ones(10_001, 8), none, "10001, 8")):
@@ -82,7 +83,7 @@ def test_released_prompts_are_read(tmp_path):
         assert all(torch.equal(x, read_phi[name]) for name, x in phi.items())
     assert phi["mlp.layers.0.u"].shape == (2048, 1920)          # as in their file
     folder = tmp_path / "t5base"
-    refused(folder, 512, "not a prompt for a T5 of width 512")
+    refused(folder, 512, "of widths 768 and 2048")
     refused(folder, 2048, "prompt_flant5xl.pt is missing")
     torch.save({"mlp.linear_1.weight": torch.zeros(2)}, folder / "gradient_edit_t5base.pt")
     refused(folder, 768, "is not a prompt for a T5 of width 768")
