@@ -15,6 +15,7 @@ import corpus
 import data
 import t5 as T
 from baselines import BASELINES, tuning_gradient
+from common import InputError
 from kmeans import kmeans
 from supmer import Method, init_prompt, init_state, inner_step, meta_gradient, mix, pool
 
@@ -101,7 +102,9 @@ def hf_model(t5):
             decoder_start_token_id=0, feed_forward_proj="gated-gelu" if c.gated else "relu",
             attn_implementation="eager"))
     if not table.is_meta:
-        model.load_state_dict(t5.weights, strict=False)     # it has the table three times
+        found = model.load_state_dict(t5.weights, strict=False)     # it has the table three times
+        if found.unexpected_keys or not set(found.missing_keys) <= set(T.ALIASES[1:3]):
+            raise InputError(f"transformers' T5 has other tensors than ours: {found}")
     return model.to(table.device, table.dtype).eval().requires_grad_(False)
 
 
