@@ -214,6 +214,8 @@ def _pickle_rows(path, columns, header, encoding, say):
     texts, labels = PlainUnpickler(io.BytesIO(content)).load()
     "".join(texts).encode()         # half a pair of surrogates is no text
     for number, (label, text) in enumerate(zip(labels, texts, strict=True), 1):
+        if type(label) is not int:
+            raise TypeError(f"label {number} is no integer")
         yield number, [str(label), text]
 
 

@@ -80,6 +80,7 @@ def test_tables_as_people_have_them(tmp_path, name, content, header, rows, says)
     ("books", pickle.dumps(Evil()), "code that is not run"),
     ("books", pickle.dumps((["a", "b"], [0, Evil()])), "code that is not run"),
     ("books", pickle.dumps((["a"], [0, 1])), "not a whole table"),
+    ("books", pickle.dumps((["a"], ["0"])), "label 1 is no integer"),
     ("books", pickle.dumps((["a", "b"], [0, 2])), "line 2"),
     ("books", b"\x80\x02r\xff\xff\xff\x7f.", "it has no 2,147,483,647 values"),
     ("books", b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".", "not a whole table")])
