@@ -14,16 +14,16 @@ import corpus as corpus_module
 import measure
 import supmer
 import train
-from common import InputError
 from conftest import TINY, logits, needs_transformers
 from corpus import hash_share
 from t5 import EOS, PAD, embed_tokens, load_t5
 from tasks import GROUPS, TASKS, load_test, task_examples
 from templates import MASK
-from tiny.sources import forbidden_grams, gather, grams, held_out, read_records, words_of
+from tiny.build import forbidden_grams, grams, words_of
 
 LABEL_WORDS = ("yes no maybe Yes No A B C D terrible great bad okay good subjective objective "
                "description entity expression human location number").split()
+UNSEEN = 0.07       # documents of a smaller hash_share were kept out of the T5's training
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,13 @@ def corpus():
         return [json.loads(line)["paragraphs"] for line in file]
 
 
-def test_splits_are_disjoint_and_unknown_to_the_corpus(corpus):
-    """No text comes twice, and no row shares 8 words in a row with the corpus."""
+def test_splits_are_disjoint_and_unknown_to_the_corpus(corpus, tmp_path):
+    """No text comes twice, and no row shares 8 words in a row with the corpus. What must not be
+    shared is read from every file of the test sets and from all rated sentences."""
+    (tmp_path / "original/sst").mkdir(parents=True)
+    (tmp_path / "original/sst/test.csv").write_text("1,B C d: E f g h\"I j")
+    assert forbidden_grams({"movie": [(2.0, "S t u v w x y Z.")]}, tmp_path) == {
+        "1 b c d e f g h", "b c d e f g h i", "c d e f g h i j", "s t u v w x y z"}
     found, keys = set().union(*(grams(" ".join(paragraphs)) for paragraphs in corpus)), []
     assert not found.isdisjoint(grams("IN THE BEGINNING, God created the heaven and the earth."))
     for task, split in product(GROUPS["offline"], ("train", "dev", "test")):
@@ -47,14 +52,14 @@ def test_splits_are_disjoint_and_unknown_to_the_corpus(corpus):
 
 
 def test_what_is_held_out_was_never_trained_on(corpus):
-    """What train.py holds out of the corpus, build.py kept out of the T5's training."""
+    """What train.py holds out of the corpus is among the 7 % that the T5 never learned from."""
     assert hash_share(["It rained."]) == 0.5438340513254594
     shares = np.array([hash_share(paragraphs) for paragraphs in corpus])
     read = np.cumsum([sum(len(p.encode()) for p in paragraphs) for paragraphs in corpus])
     for part in (shares, shares[read <= train.TINY_VALUES["bytes"][0]]):
         chosen = corpus_module.hold_out(part)
-        assert chosen.sum() >= 2 and held_out(part[chosen]).all()
-    assert 0.05 < held_out(shares).mean() < 0.09
+        assert chosen.sum() >= 2 and (part[chosen] < UNSEEN).all()
+    assert 0.05 < (shares < UNSEEN).mean() < 0.09
 
 
 def test_tokenizer_keeps_t5s_conventions(tokenizer):
@@ -101,21 +106,3 @@ def test_transformers_loads_the_folder(tokenizer):
     t5 = load_t5(TINY)
     ours = logits(t5, embed_tokens(t5, ids), mask, start)
     assert torch.allclose(ours, model(input_ids=ids, decoder_input_ids=start).logits, atol=1e-4)
-
-
-def test_what_may_be_learned_from(tmp_path):
-    """No sentence that shares 8 words with a test set; bad lines are named."""
-    path = tmp_path / "mine.jsonl.gz"
-    lines = ['{"text": "It is fine.<br /><br />You should buy it.", "rating": 9}',
-             '{"question": "Who is he?", "category": "people"}',
-             '{"paragraphs": ["One two three four five six seven eight. It rained all day. Yes."]}']
-    path.write_bytes(gzip.compress("\n".join(lines).encode()))
-    (tmp_path / "original/sst").mkdir(parents=True)
-    (tmp_path / "original/sst/test.csv").write_text("1,ONE, two three four five six seven: eight!")
-    found, dropped = gather([path], forbidden_grams({}, tmp_path))
-    assert dropped == {"mine": 1} and {(x.rating, x.category, *x.sentences) for x in found} == {
-        (9, "", "It is fine.", "You should buy it."), (0, "people", "Who is he?"),
-        (0, "", "It rained all day.")}
-    path.write_bytes(gzip.compress(b'{"text": "Fine."}\n{"paragraphs": [1]}\n'))
-    with pytest.raises(InputError, match="mine.jsonl.gz, line 2 is not a record"):
-        list(read_records(path))
