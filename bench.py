@@ -2,7 +2,8 @@
 
     python bench.py             # t5-base's width, 3 + 3 layers, one thread: 15 minutes with AVX-512
     python bench.py --quick     # a small shape, in 3 minutes (AVX2: 6); rough ratios
-    python bench.py --json result.json --threads 2 --device cuda
+    python bench.py --only step --micro-tokens 1024         # one group of contenders
+    python bench.py --json result.json --threads 2 --device cuda --micro-tokens 2048
 
 It prints the machine; its rate at matrix products, forward and backward; a line for each contender:
 median seconds, their spread, peak memory above that of the loaded model and data; the ratios
@@ -40,23 +41,31 @@ from supmer import Method, gradient_and_hessian, init_state, prompt_gradient
 # ------------------------------------------------------------------------------------- measuring
 
 def groups(s):
-    """Who is measured beside whom: lists of {label: (contender, its sizes)}; "once": repeated 1."""
+    """Who is measured beside whom -> {group: {label: (contender, its sizes)}}; "once": repeated 1.
+    """
     half, deep = replace(s, dtype="bfloat16"), replace(s, layers=2 * s.layers)
     kept, hf_step = partial(step, keep_graphs=1000), partial(step, hf=True)
-    return [
-        {"exact, recomputed": (step, s), "exact, graphs kept": (kept, s),
-         "first order": (partial(step, first_order=True), s),
-         "transformers, create_graph": (hf_step, s),
-         "transformers, first order, padded": (partial(hf_step, padded=True, first_order=True), s)},
-        {"bf16 exact, graphs kept": (kept, half),
-         "bf16 transformers, create_graph": (hf_step, half)},
-        {"twice the layers (once)": (step, deep),
-         "transformers, twice the layers (once)": (hf_step, deep),
-         "four times the support (once)": (step, replace(s, support=4 * s.support))},
-        {"embedding": (embedding, deep),
-         "transformers' encoder": (partial(embedding, hf=True), deep)},
-        {"few-shot step": (tuning, s), "PEFT's few-shot step": (partial(tuning, peft=True), s)},
-        {"k-means": (clustering, s), "scikit-learn": (partial(clustering, sklearn=True), s)}]
+    padded = partial(hf_step, padded=True, first_order=True)
+    return {
+        "step": {
+            "exact, recomputed": (step, s), "exact, graphs kept": (kept, s),
+            "first order": (partial(step, first_order=True), s),
+            "transformers, create_graph": (hf_step, s),
+            "transformers, first order, padded": (padded, s)},
+        "bfloat16": {
+            "bf16 exact, graphs kept": (kept, half),
+            "bf16 transformers, create_graph": (hf_step, half)},
+        "memory": {
+            "twice the layers (once)": (step, deep),
+            "transformers, twice the layers (once)": (hf_step, deep),
+            "four times the support (once)": (step, replace(s, support=4 * s.support))},
+        "embedding": {
+            "embedding": (embedding, deep),
+            "transformers' encoder": (partial(embedding, hf=True), deep)},
+        "few-shot": {
+            "few-shot step": (tuning, s), "PEFT's few-shot step": (partial(tuning, peft=True), s)},
+        "k-means": {
+            "k-means": (clustering, s), "scikit-learn": (partial(clustering, sklearn=True), s)}}
 
 
 EXACT, KEPT, HF = "exact, recomputed", "exact, graphs kept", "transformers, create_graph"
@@ -230,6 +239,10 @@ def main(argv):
     parser = settings.Parser(description=__doc__, allow_abbrev=False,
                              formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small shape, 2 repetitions, not 5")
+    parser.add_argument("--only", nargs="+", choices=groups(QUICK), default=[*groups(QUICK)],
+                        help="groups of contenders [all]")
+    parser.add_argument("--micro-tokens", type=settings.number(int), default=Sizes.micro_tokens,
+                        help=f"of our steps [{Sizes.micro_tokens}, train.py's on a CPU]")
     parser.add_argument("--threads", type=settings.number(int), default=1,
                         help="of each process [1]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
@@ -237,7 +250,8 @@ def main(argv):
     given = parser.parse_args(argv)
     if given.json:
         given.json.touch()                                  # better an error now than after all
-    s = replace(QUICK if given.quick else Sizes(), device=str(common.pick_device(given.device)))
+    device = str(common.pick_device(given.device))
+    s = replace(QUICK if given.quick else Sizes(), device=device, micro_tokens=given.micro_tokens)
     os.environ["OMP_NUM_THREADS"] = str(given.threads)      # of scikit-learn's and faiss's, too
     torch.set_num_threads(given.threads)
     print(machine(given.threads, s))
@@ -248,14 +262,15 @@ def main(argv):
         print(f"products of matrices, {direction}: {shown} GFLOP/s")
     repetitions, found = 2 if given.quick else 5, {}
     print(f"\n{f'median of {repetitions}':40}{'seconds':>10}{'spread':>8}{'peak MB':>9}")
-    for group in groups(s):
+    for name in given.only:
+        group = groups(s)[name]
         runs, failed = measure_group(group, repetitions, given.threads)
         print_group(group, runs, failed)
         found |= runs
     counts, share = operations(s), None
     rows = ratios(found, counts)
     print_ratios(rows)
-    if found[EXACT]:
+    if found.get(EXACT):
         best = max(rate for paths in rates.values() for rate in paths.values())
         share = s.tasks * counts[EXACT] * 1e-9 / summary(found[EXACT])[0] / best
         print(f"\nThe exact step's products alone would take {share:.0%} of its time at that rate.")

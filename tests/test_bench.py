@@ -45,7 +45,8 @@ def test_benchs_ratios_by_hand():
 def test_each_contender_runs():
     """At the smallest sizes, beside PEFT and transformers. Every ratio is of two that run."""
     pytest.importorskip("peft", reason="peft is not installed")
-    every = {name: one for group in bench.groups(contenders.QUICK) for name, one in group.items()}
+    every = {name: one for group in bench.groups(contenders.QUICK).values()
+             for name, one in group.items()}
     assert all({row[0], row[1]} <= every.keys() for row in bench.RATIOS)
     for contender, s in every.values():
         contender(replace(s, **contenders.WARM))()
