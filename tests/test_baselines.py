@@ -57,11 +57,15 @@ def test_each_method_learns_a_planted_task(name, rate):
 
 
 def test_tunable_parameters_are_the_published_ones():
-    """PT 76,800 at t5-base (C.1: 77 K); of P-Tuning-v2 two vectors a layer and position."""
+    """PT 76,800 at t5-base (C.1: 77 K); of P-Tuning-v2 two vectors a layer and position. The MLP of
+    Prefix-Tuning makes as many, which begin at the same size."""
     m, out = baselines.PREFIX_WIDTH, 24 * 2 * 768
     assert baselines.parameters_at(estimate.model_shape("t5-base"), 100) == {
         "random": 76_800, "vocab": 76_800, "ft": 222_903_552, "p-tuning-v2": 20 * out,
         "prefix-tuning": 20 * 768 + 768 * m + m + m * out + out}
+    made, direct = (torch.stack([*baselines.BASELINES[name].fold(t5, begin(name)(t5)).values()])
+                    for t5 in [small_t5()] for name in ("prefix-tuning", "p-tuning-v2"))
+    assert made.shape == direct.shape and 0.8 < made.std() / direct.std() < 1.25
 
 
 @pytest.mark.parametrize("name, tied", [("vocab", False), ("prefix-tuning", False),

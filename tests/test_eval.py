@@ -19,6 +19,7 @@ import eval as evaluation
 import jobs
 import measure
 import report
+import run_folder
 import supmer
 import t5 as T
 import tasks
@@ -38,7 +39,8 @@ def small_group(monkeypatch, *names):
 
 
 def test_prompts_by_default(place):
-    """The SUPMER run of this model that finished last, else a shipped prompt or the authors'."""
+    """The SUPMER run of this model that finished last, else a shipped prompt or the authors'. A new
+    run has the first free number."""
     assert evaluation.parse([])[0].prompt == ("shipped", "random")
     assert evaluation.parse(["--model", "t5-base"])[0].prompt == ("released", "random")
     quick, why = evaluation.parse(["--quick", "--epochs", "9", "--shots", "4"])
@@ -47,10 +49,11 @@ def test_prompts_by_default(place):
     assert why["prompt_length"].startswith("100 vectors") and why["epochs"] == "given"
     for name, ended, more in (("b", 20.0, {}), ("a", 30.0, {}), ("z", 10.0, {}),
                               ("y", 99.0, {"model": "other"}), ("w", 99.0, {"name": "no-mgr"}),
-                              ("x", 0.0, {"finished": False})):
+                              ("x", 0.0, {"finished": False}), ("small-1", 1.0, {})):
         write_run(f"runs/{name}", ended=ended, **more)
     assert candidates.newest_run("small") == "runs/a"
     assert candidates.newest_run("elsewhere/other") == "runs/y"
+    assert run_folder.next_free("elsewhere/small", "supmer") == Path("runs/small-2")
 
 
 def test_rows_are_complete(place, capsys):
@@ -176,7 +179,8 @@ def test_a_result_depends_on_all_that_made_it():
         return jobs.make_job(made_of, "a/b c", function, **arguments).path
     assert path() == path() and path().name.startswith("a_b_c-")
     other = [path("code"), path(function=evaluation.score_job), path(seed=20),
-             path(start=start(torch.zeros(3, 16))), path(start=start(torch.ones(3, 16).double())),
+             path(start=start(torch.zeros(3, 16))),
+             path(start=start(torch.ones(3, 16).view(torch.int))),      # the same bytes
              path(start=start(torch.ones(3, 16), baselines.normal_prompt)),
              path(sample=small_examples(4)), path(sample=small_examples(4, 1)),
              path(psi=partial(supmer.regularize, {"A": torch.ones(1)}))]

@@ -14,12 +14,16 @@ import exercises
 grad = torch.func.grad
 
 
-def which_first(documents, words, mask, end, n, seed, *, answerable=True, balanced=True, shift=0,
+def last_place(sentences, sentence):
+    return len(sentences) - 1 - sentences[::-1].index(sentence)
+
+
+def which_first(documents, words, mask, end, n, seed, *, place=last_place, balanced=True, shift=0,
                 turned=0):
     """The right solution, or with another keyword a wrong one."""
     rng, ids = np.random.default_rng(seed), []
-    pairs = [[(a, b) for i, a in enumerate(d) for j, b in enumerate(d) if i < j and (
-        not answerable or len(d) - 1 - d[::-1].index(a) < d.index(b))] for d in documents]
+    pairs = [[(a, b) for i, a in enumerate(d) for b in d[i + 1:] if place(d, a) < d.index(b)]
+             for d in documents]
     pairs = [p for p in pairs if p]
     labels = rng.permutation(np.arange(n) % 2) if balanced else rng.integers(2, size=n)
     for label in labels:
@@ -74,7 +78,8 @@ WRONG = {
         grad(loss)(x + 1e-4 * u) - grad(loss)(x - 1e-4 * u)) / 2e-4,
     "which_first: labels turned": partial(which_first, turned=1),
     "which_first: unbalanced": partial(which_first, balanced=False),
-    "which_first: a sentence that comes twice": partial(which_first, answerable=False),
+    "which_first: a sentence that comes twice": partial(which_first, place=lambda d, a: -1),
+    "which_first: a sentence where it comes first": partial(which_first, place=list.index),
     "which_first: of two documents": partial(which_first, shift=1),
     "row_steps: nothing at the start": row_steps(0.0, lambda x: x),
     "row_steps: steps below 0": row_steps(1.0, lambda x: x),

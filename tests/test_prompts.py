@@ -58,16 +58,16 @@ def test_ours_are_read_and_others_refused(tmp_path):
 def test_released_regularizer_by_hand():
     """Width 2, rank 2: the mean of g and h where the gate is 1/2, g where it is 1."""
     phi = {name: x.clone() for name, x in released.init_released(3, 2).items()}
-    for name in ("0.u", "0.v", "1.u"):
-        phi[f"mlp.layers.{name}"] = torch.eye(2)
-    phi |= {"mlp.layers.1.v": torch.eye(2).flip(0), "mlp.layers.1.bias": torch.tensor([0., -1.]),
-            "mlp.linear_1.weight": torch.ones(24, 2) / 4,
-            "mlp.linear_2.weight": torch.ones(1, 24), "mlp.linear_2.bias": torch.tensor([-24.])}
+    phi |= {"mlp.layers.0.u": torch.eye(2), "mlp.layers.0.v": torch.eye(2),
+            "mlp.layers.1.u": torch.tensor([2., 1.]).diag(), "mlp.layers.1.v": torch.eye(2).flip(0),
+            "mlp.layers.1.bias": torch.tensor([0., -1.]),
+            "mlp.linear_1.weight": torch.ones(24, 2) / 4, "mlp.linear_2.weight": torch.ones(1, 24),
+            "mlp.linear_2.bias": torch.tensor([-24.])}
     g, pooled = torch.tensor([[3., 4.], [-3., 4.], [0., 0.], [-3., -4.]]), torch.tensor([1., 3.])
     # the gate: sigmoid(1 * relu(24 * (1 + 3) / 4) - 24) = 1/2; relu(g): (3, 4), (0, 4), 0, 0;
-    # swapped, - (0, 1), relu: (4, 2), (4, 0), 0, 0; and rescaled to |g|: h
-    h = torch.tensor([[4., 2.], [5., 0.], [0., 0.], [0., 0.]])
-    h[0] *= 5 / 20 ** 0.5
+    # swapped, * (2, 1), - (0, 1), relu: (8, 2), (8, 0), 0, 0; and rescaled to |g|: h
+    h = torch.tensor([[8., 2.], [5., 0.], [0., 0.], [0., 0.]])
+    h[0] *= 5 / 68 ** 0.5
     assert torch.allclose(released.regularize_released(phi, g, pooled), (g + h) / 2, rtol=1e-6)
     phi["mlp.linear_2.bias"] += 124
     assert torch.allclose(released.regularize_released(phi, g, pooled), g)

@@ -63,6 +63,7 @@ def test_tuning_all_tasks_at_once_equals_one_after_the_other():
         exact = -names[attribute].expand(P, -1)
         right.append(score(t5, exact, examples, METHOD).argmax(1) == examples.labels)
     assert torch.cat(right).float().mean() > 0.9
+    t5.weights["shared.weight"] *= 0.3                  # a unit of rates that is not nearly 1
     start = 0.3 * torch.randn(P, world.D, generator=generator)
     phi = {name: x + 0.1 * torch.randn(x.shape, generator=generator)
            for name, x in init_affine(P, world.D).items()}
