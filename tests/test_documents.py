@@ -143,9 +143,10 @@ def test_no_document_is_held_beyond_a_limit(tmp_path, monkeypatch):
     ("a.tar", tar_of({"b.jsonl": b'{"text": "ok"}'}), "no .txt inside"),
     ("a.tar", tar_of({"b.xz": lzma.compress(b"x" * 999)[:-9]}), "a.tar, b.xz is not a tar of text"),
     ("a.tar", tar_of({"b.txt": b"a" * 9999})[:6000], "a.tar is not readable text"),
+    ("a.tar", tar_of({"b.txt": b"a", "c.txt": b"a"}).replace(b"c.t", b"d.t"), "(bad checksum)"),
 ])
 def test_bad_corpus_files_are_refused_with_file_and_reason(tmp_path, name, content, says):
-    """File and line are named; a truncated archive is never a shorter corpus."""
+    """File and line are named; a damaged archive is never a shorter corpus."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=re.escape(says)):
         list(documents(tmp_path / name))

@@ -268,7 +268,7 @@ def test_labeled_sets_become_meta_tasks(tmp_path, capsys):
     one = store._replace(cluster=np.zeros_like(store.cluster))
     labeled.LabeledIndex({"set": one}, tokenizer, support=7, query=3)
     for wrong, support, query, says in (
-            (store, 60, 60, "validation texts of each label: 1 .* must have 40, .* no --label"),
+            (store, 58, 59, "validation texts of each label: 1 .* must have 40, .* no --label"),
             (one, 7, 3, "train texts .* 2 .* the largest have 280, 0: no")):
         with pytest.raises(InputError, match=f"set: {says}"):
             labeled.LabeledIndex({"set": wrong}, tokenizer, support=support, query=query,
