@@ -6,10 +6,11 @@
     python bench.py --json result.json --threads 2 --device cuda --micro-tokens 2048
 
 It prints the machine; its rate at matrix products, forward and backward; a line for each contender:
-median seconds, their spread, peak memory above that of the loaded model and data; the ratios
-between them, beside the largest that is wanted; ratios of operations, which hold on any machine.
-Each contender runs in a process of its own, and they take turns, so that a noisy machine is unfair
-to none. One that fails, or whose library is not installed, is "not run", with the reason.
+median and shortest seconds, their spread, peak memory above that of the loaded model and data; the
+ratios between them, beside the largest that is wanted; ratios of operations, which hold on any
+machine. Each contender runs in a process of its own, and they take turns, so that a noisy machine
+is unfair to none; noise only adds, so the shortest times say most there. One that fails, or whose
+library is not installed, is "not run", with the reason.
 """
 
 import json
@@ -137,11 +138,12 @@ def measure_group(group, repetitions, threads):
 
 
 def summary(runs):
-    """[(seconds, MB, value)] -> median seconds, their spread (largest - smallest) / median, the
-    most MB, the last value."""
+    """[(seconds, MB, value)] -> median and shortest seconds, their spread (largest - smallest) /
+    median, the most MB, the last value."""
     seconds, megabytes, values = zip(*runs)
     middle = statistics.median(seconds)
-    return middle, (max(seconds) - min(seconds)) / middle, max(megabytes), values[-1]
+    spread = (max(seconds) - min(seconds)) / middle
+    return middle, min(seconds), spread, max(megabytes), values[-1]
 
 
 def ratios(found, counts):
@@ -149,12 +151,14 @@ def ratios(found, counts):
     None, at most)]."""
     measured = {label: summary(runs) for label, runs in found.items() if runs}
     figures = {"seconds": {label: one[0] for label, one in measured.items()},
-               "MB": {label: one[2] for label, one in measured.items()}, "operations": counts}
+               "shortest": {label: one[1] for label, one in measured.items()},
+               "MB": {label: one[3] for label, one in measured.items()}, "operations": counts}
     rows = []
     for label, against, what, most in RATIOS:
-        ours, theirs = (figures[what].get(name) for name in (label, against))
-        ratio = ours / theirs if ours and theirs else None  # no memory where none is counted
-        rows.append((label, against, what, ratio, most))
+        for kind in ("seconds", "shortest") if what == "seconds" else (what,):
+            ours, theirs = (figures[kind].get(name) for name in (label, against))
+            ratio = ours / theirs if ours and theirs else None  # no memory where none is counted
+            rows.append((label, against, kind, ratio, most))
     return rows
 
 
@@ -215,23 +219,28 @@ def machine(threads, s):
 
 # -------------------------------------------------------------------------------------- printing
 
+COLUMNS = f"{'seconds':>10}{'shortest':>10}{'spread':>8}{'peak MB':>9}"
+
+
 def print_group(group, found, failed):
     """A line for each contender."""
     for label in group:
         if label in failed:
             print(f"{label:40}   not run: {failed[label]}", flush=True)
             continue
-        seconds, spread, megabytes, value = summary(found[label])
+        seconds, shortest, spread, megabytes, value = summary(found[label])
         inertia = f"  inertia {value:.7g}" if value else ""
-        print(f"{label:40}{seconds:10.3f}{spread:8.0%}{megabytes:9.0f}{inertia}", flush=True)
+        print(f"{label:40}{seconds:10.3f}{shortest:10.3f}{spread:8.0%}{megabytes:9.0f}{inertia}",
+              flush=True)
 
 
 def print_ratios(rows):
     """The table of ratios."""
     print("\n| what | against | of | ratio | at most |\n| --- | --- | --- | --- | --- |")
     for label, against, what, ratio, most in rows:
-        shown = "not run" if ratio is None else f"{ratio:.2f}"
-        print(f"| {label} | {against} | {what} | {shown} | {most} |")
+        if ratio is None:
+            continue                    # a contender that was left out, or did not run
+        print(f"| {label} | {against} | {what} | {ratio:.2f} | {most} |")
 
 
 def main(argv):
@@ -261,9 +270,8 @@ def main(argv):
         shown = ", ".join(f"{name} {rate:.0f}" for name, rate in paths.items())
         print(f"products of matrices, {direction}: {shown} GFLOP/s")
     repetitions, found = 2 if given.quick else 5, {}
-    print(f"\n{f'median of {repetitions}':40}{'seconds':>10}{'spread':>8}{'peak MB':>9}")
-    for name in given.only:
-        group = groups(s)[name]
+    print(f"\n{f'median of {repetitions}':40}" + COLUMNS)
+    for group in map(groups(s).get, given.only):
         runs, failed = measure_group(group, repetitions, given.threads)
         print_group(group, runs, failed)
         found |= runs
@@ -272,7 +280,7 @@ def main(argv):
     print_ratios(rows)
     if found.get(EXACT):
         best = max(rate for paths in rates.values() for rate in paths.values())
-        share = s.tasks * counts[EXACT] * 1e-9 / summary(found[EXACT])[0] / best
+        share = s.tasks * counts[EXACT] * 1e-9 / summary(found[EXACT])[1] / best
         print(f"\nThe exact step's products alone would take {share:.0%} of its time at that rate.")
     if given.json:
         values = {"machine": machine(given.threads, s), "sizes": asdict(s), "gflops": rates,

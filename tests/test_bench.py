@@ -34,12 +34,14 @@ def test_benchs_transformers_compute_the_same_gradient(first_order):
 
 
 def test_benchs_ratios_by_hand(monkeypatch):
-    """Medians are compared, peaks for memory; what fails is not run and has no ratio."""
+    """Medians and shortest times are compared, peaks for memory; what fails has no ratio."""
     found = {"exact, recomputed": [(9.0, 10.0, None), (2.0, 30.0, None), (3.0, 20.0, None)],
              "first order": [(2.0, 5.0, None)], "transformers, create_graph": []}
-    assert bench.summary(found["exact, recomputed"]) == (3.0, pytest.approx(7 / 3), 30.0, None)
+    assert bench.summary(found["exact, recomputed"]) == (
+        3.0, 2.0, pytest.approx(7 / 3), 30.0, None)
     ratios = {row[:3]: row[3] for row in bench.ratios(found, {})}
     assert ratios.pop(("exact, recomputed", "first order", "seconds")) == 1.5
+    assert ratios.pop(("exact, recomputed", "first order", "shortest")) == 1.0
     assert ratios and set(ratios.values()) == {None}
     monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda n, context: ThreadPoolExecutor(n))
     group = {"a": (lambda s: 1 / 0, contenders.QUICK)}

@@ -142,16 +142,17 @@ def test_lost_steps_are_repeated_exactly(small_world, method):
         make_run(small_world, name, prompt_length=5)
 
 
-@pytest.mark.parametrize("number, expected", [(signal.SIGTERM, 128 + signal.SIGTERM),
-                                              (signal.SIGALRM, 0)])
-def test_a_signal_ends_the_step_and_saves(small_world, monkeypatch, number, expected):
-    """SIGTERM, and --max-minutes' SIGALRM with status 0, end the step at work and save it."""
+@pytest.mark.parametrize("number, steps, expected", [
+    (signal.SIGTERM, 2, 128 + signal.SIGTERM), (signal.SIGALRM, 2, 0), (signal.SIGTERM, 1, 0)])
+def test_a_signal_ends_the_step_and_saves(small_world, monkeypatch, number, steps, expected):
+    """SIGTERM, and --max-minutes' SIGALRM with status 0, end the step at work and save it. A run
+    whose last step this is has nothing to resume."""
     folder, options = small_world
-    step, name = train.meta_step, f"stopped-{number}"
+    step, name = train.meta_step, f"stopped-{number}-{steps}"
     monkeypatch.setattr(train, "meta_step", lambda *a: (os.kill(os.getpid(), number), step(*a))[1])
-    argv = ["--max-minutes", "9", "--steps", "2", "--run", name]
+    argv = ["--max-minutes", "9", "--steps", str(steps), "--run", name]
     status, said = run_script(train, *options, *argv, folder=folder)
-    assert status == expected and f"python train.py --resume {name}" in said
+    assert status == expected and (f"python train.py --resume {name}" in said) == (steps > 1)
     assert torch.load(folder / name / "state.pt", weights_only=True)["step"] == 1
 
 
