@@ -9,8 +9,8 @@ It prints the machine; its rate at matrix products, forward and backward; a line
 median and shortest seconds, their spread, peak memory above that of the loaded model and data; the
 ratios between them, beside the largest that is wanted; ratios of operations, which hold on any
 machine. Each contender runs in a process of its own, and they take turns, so that a noisy machine
-is unfair to none; noise only adds, so the shortest times say most there. One that fails, or whose
-library is not installed, is "not run", with the reason.
+is unfair to none. On a busy one trust the shortest times: noise only adds. A contender that fails,
+or whose library is not installed, is "not run", with the reason.
 """
 
 import json
@@ -42,8 +42,8 @@ from supmer import Method, gradient_and_hessian, init_state, prompt_gradient
 # ------------------------------------------------------------------------------------- measuring
 
 def groups(s):
-    """Who is measured beside whom -> {group: {label: (contender, its sizes)}}; "once": repeated 1.
-    """
+    """Who is measured beside whom -> {group: {label: (contender, its sizes)}}; "(once)": in one
+    repetition only."""
     half, deep = replace(s, dtype="bfloat16"), replace(s, layers=2 * s.layers)
     kept, hf_step = partial(step, keep_graphs=1000), partial(step, hf=True)
     padded = partial(hf_step, padded=True, first_order=True)
@@ -207,6 +207,15 @@ def operations(s):
     return counts
 
 
+def share_of_rate(found, counts, rates, s):
+    """The share of the exact step's shortest time that its products would take at the best of the
+    rates; None if it did not run."""
+    if not found.get(EXACT):
+        return None
+    best = max(rate for paths in rates.values() for rate in paths.values())
+    return s.tasks * counts[EXACT] * 1e-9 / summary(found[EXACT])[1] / best
+
+
 def machine(threads, s):
     """One line: processor, its instructions, threads, version."""
     cpu, name = Path("/proc/cpuinfo"), platform.processor()
@@ -249,9 +258,10 @@ def main(argv):
                              formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small shape, 2 repetitions, not 5")
     parser.add_argument("--only", nargs="+", choices=groups(QUICK), default=[*groups(QUICK)],
-                        help="groups of contenders [all]")
-    parser.add_argument("--micro-tokens", type=settings.number(int), default=Sizes.micro_tokens,
-                        help=f"of our steps [{Sizes.micro_tokens}, train.py's on a CPU]")
+                        help="groups of contenders; one of memory's ratios needs step, too [all]")
+    parser.add_argument("--micro-tokens", type=settings.number(int),
+                        help="positions that our meta-steps compute together [512, as train.py on "
+                        "a CPU; with --quick 256]")
     parser.add_argument("--threads", type=settings.number(int), default=1,
                         help="of each process [1]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
@@ -259,8 +269,8 @@ def main(argv):
     given = parser.parse_args(argv)
     if given.json:
         given.json.touch()                                  # better an error now than after all
-    device = str(common.pick_device(given.device))
-    s = replace(QUICK if given.quick else Sizes(), device=device, micro_tokens=given.micro_tokens)
+    s = replace(QUICK if given.quick else Sizes(), device=str(common.pick_device(given.device)))
+    s = replace(s, micro_tokens=given.micro_tokens or s.micro_tokens)
     os.environ["OMP_NUM_THREADS"] = str(given.threads)      # of scikit-learn's and faiss's, too
     torch.set_num_threads(given.threads)
     print(machine(given.threads, s))
@@ -275,13 +285,12 @@ def main(argv):
         runs, failed = measure_group(group, repetitions, given.threads)
         print_group(group, runs, failed)
         found |= runs
-    counts, share = operations(s), None
-    rows = ratios(found, counts)
+    counts = operations(s)
+    rows, share = ratios(found, counts), share_of_rate(found, counts, rates, s)
     print_ratios(rows)
-    if found.get(EXACT):
-        best = max(rate for paths in rates.values() for rate in paths.values())
-        share = s.tasks * counts[EXACT] * 1e-9 / summary(found[EXACT])[1] / best
-        print(f"\nThe exact step's products alone would take {share:.0%} of its time at that rate.")
+    if share:
+        print("\nAt the best of those rates the exact step's products alone would take "
+              f"{share:.0%} of its shortest time.")
     if given.json:
         values = {"machine": machine(given.threads, s), "sizes": asdict(s), "gflops": rates,
                   "share": share, "operations": counts, "runs": found, "ratios": rows}

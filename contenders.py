@@ -48,7 +48,7 @@ class Sizes:
 WARM = dict(layers=1, d=64, ff=64, heads=1, support=2, query=2, shortest=12, longest=20, padded=22,
             prompt=2, batch=2, sentences=4, points=100, clusters=4)
 QUICK = Sizes(layers=2, d=512, ff=2048, heads=8, support=4, query=4, shortest=32, longest=96,
-              padded=206, prompt=50, batch=16, points=10_000, clusters=64)
+              padded=206, prompt=50, micro_tokens=256, batch=16, points=10_000, clusters=64)
 
 
 # ---------------------------------------------------------------- what all contenders are given

@@ -208,6 +208,10 @@ def main(argv):
     parser.add_argument("--work", type=Path, default=Path(".tiny_work"),
                         help="keeps the packages [.tiny_work]")
     options = parser.parse_args(argv)
+    for kind in TEST_SETS:
+        if not (options.data / kind).is_dir():
+            raise InputError(f"{options.data} has no {kind}/, whose sentences must stay out: "
+                             "put the test sets there")
     packages = fetch(options.work / "packages")
     rated = rated_sentences(packages["rated"])
     forbidden = forbidden_grams(rated, options.data)
