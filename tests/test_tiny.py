@@ -14,11 +14,13 @@ import corpus as corpus_module
 import measure
 import supmer
 import train
+from common import InputError
 from conftest import TINY, logits, needs_transformers
 from corpus import hash_share
 from t5 import EOS, PAD, embed_tokens, load_t5
 from tasks import GROUPS, TASKS, load_test, task_examples
 from templates import MASK
+from tiny import build
 from tiny.build import forbidden_grams, grams, words_of
 
 LABEL_WORDS = ("yes no maybe Yes No A B C D terrible great bad okay good subjective objective "
@@ -35,7 +37,10 @@ def corpus():
 
 def test_splits_are_disjoint_and_unknown_to_the_corpus(corpus, tmp_path):
     """No text comes twice, and no row shares 8 words in a row with the corpus. What must not be
-    shared is read from every file of the test sets and from all rated sentences."""
+    shared is read from every file of the test sets, which must be there, and from all rated
+    sentences."""
+    with pytest.raises(InputError, match="has no original/, whose sentences must stay out"):
+        build.main(["--data", str(tmp_path), "--out", str(tmp_path)])
     (tmp_path / "original/sst").mkdir(parents=True)
     (tmp_path / "original/sst/test.csv").write_text("1,B C d: E f g h\"I j")
     assert forbidden_grams({"movie": [(2.0, "S t u v w x y Z.")]}, tmp_path) == {
