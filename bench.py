@@ -7,10 +7,10 @@
 
 It prints the machine; its rate at matrix products, forward and backward; a line for each contender:
 median and shortest seconds, their spread, peak memory above that of the loaded model and data; the
-ratios between them, beside the largest that is wanted; ratios of operations, which hold on any
-machine. Each contender runs in a process of its own, and they take turns, so that a noisy machine
-is unfair to none. On a busy one trust the shortest times: noise only adds. A contender that fails,
-or whose library is not installed, is "not run", with the reason.
+ratios between them, beside the largest that is wanted; with the group step also ratios of
+operations, which hold on any machine. Each contender runs in a process of its own, and they take
+turns, so that a noisy machine is unfair to none. On a busy one trust the shortest times: noise only
+adds. A contender that fails, or whose library is not installed, is "not run", with the reason.
 """
 
 import json
@@ -148,13 +148,15 @@ def summary(runs):
 
 def ratios(found, counts):
     """{label: [(seconds, MB, value)]}, {label: operations} -> [(label, against, what, ratio or
-    None, at most)]."""
+    None, at most)], for the labels that were to be measured."""
     measured = {label: summary(runs) for label, runs in found.items() if runs}
     figures = {"seconds": {label: one[0] for label, one in measured.items()},
                "shortest": {label: one[1] for label, one in measured.items()},
                "MB": {label: one[3] for label, one in measured.items()}, "operations": counts}
     rows = []
     for label, against, what, most in RATIOS:
+        if not {label, against} <= found.keys():
+            continue
         for kind in ("seconds", "shortest") if what == "seconds" else (what,):
             ours, theirs = (figures[kind].get(name) for name in (label, against))
             ratio = ours / theirs if ours and theirs else None  # no memory where none is counted
@@ -247,9 +249,8 @@ def print_ratios(rows):
     """The table of ratios."""
     print("\n| what | against | of | ratio | at most |\n| --- | --- | --- | --- | --- |")
     for label, against, what, ratio, most in rows:
-        if ratio is None:
-            continue                    # a contender that was left out, or did not run
-        print(f"| {label} | {against} | {what} | {ratio:.2f} | {most} |")
+        shown = "not run" if ratio is None else f"{ratio:.2f}"
+        print(f"| {label} | {against} | {what} | {shown} | {most} |")
 
 
 def main(argv):
@@ -285,7 +286,7 @@ def main(argv):
         runs, failed = measure_group(group, repetitions, given.threads)
         print_group(group, runs, failed)
         found |= runs
-    counts = operations(s)
+    counts = operations(s) if EXACT in found else {}
     rows, share = ratios(found, counts), share_of_rate(found, counts, rates, s)
     print_ratios(rows)
     if share:

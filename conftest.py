@@ -146,6 +146,11 @@ def affine_start(d, dtype=torch.float32):
     return {name: x.to(dtype) for name, x in supmer.init_affine(1, d).items()}
 
 
+def nudged(phi, size, generator):
+    """phi away from its start, by normal numbers of this size."""
+    return {name: x + size * torch.randn(x.shape, generator=generator) for name, x in phi.items()}
+
+
 def small_state(method, P=3):
     """A float32 T5, and the state of step 0."""
     t5 = random_t5(dtype=torch.float32)
@@ -445,8 +450,7 @@ def write_run(folder, model="small", finished=True, ended=1.0, P=3, d=16, name="
     (folder / "run.json").write_text(json.dumps({
         "model": str(model), "name": name, "training": {}, "method": {}, "finished": finished,
         "ended": ended if finished else None}))
-    phi = {k: v + 0.2 * torch.randn(v.shape, generator=generator)
-           for k, v in affine_start(d).items()}
+    phi = nudged(affine_start(d), 0.2, generator)
     theta = torch.randn(P, d, generator=generator)
     prompts.save_prompt(folder / "prompt.safetensors", theta, phi, {
         "model": str(model), "method": name, "corpus": "embedded", "step": "7", "steps": "9",

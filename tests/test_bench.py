@@ -9,7 +9,7 @@ import torch
 import bench
 import contenders
 import supmer
-from conftest import affine_start, needs_sklearn, needs_transformers, relative
+from conftest import affine_start, needs_sklearn, needs_transformers, nudged, relative
 from supmer import Method
 
 
@@ -20,8 +20,7 @@ def test_benchs_transformers_compute_the_same_gradient(first_order):
     s = contenders.Sizes(**contenders.WARM, dtype="float64")
     t5, (pair,) = contenders.random_t5(s), contenders.random_pairs(s)
     theta, generator = supmer.init_prompt(t5, 2, 0).double(), torch.Generator().manual_seed(0)
-    phi = {name: x + 0.1 * torch.randn(x.shape, generator=generator)
-           for name, x in affine_start(64, torch.float64).items()}
+    phi = nudged(affine_start(64, torch.float64), 0.1, generator)
     method = Method(inner_rate=1000.0, micro_tokens=40, gate_weight=0.0, first_order=first_order)
     ours, other = (supmer.meta_gradient(t5, theta, phi, *pair, 0.3, 0.5, one) for one in (
         method, replace(method, first_order=not first_order)))

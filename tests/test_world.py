@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import world
+from conftest import nudged
 from measure import score
 from supmer import Method, init_affine, prompt_gradient, regularize
 from common import rng
@@ -65,8 +66,7 @@ def test_tuning_all_tasks_at_once_equals_one_after_the_other():
     assert torch.cat(right).float().mean() > 0.9
     t5.weights["shared.weight"] *= 0.3                  # a unit of rates that is not nearly 1
     start = 0.3 * torch.randn(P, world.D, generator=generator)
-    phi = {name: x + 0.1 * torch.randn(x.shape, generator=generator)
-           for name, x in init_affine(P, world.D).items()}
+    phi = nudged(init_affine(P, world.D), 0.1, generator)
     together = world.tune(t5, start, phi, METHOD, *world.tuning_tasks(0, TEST, 0.5), 0.3, (0, 1, 2))
     unit = float(t5.weights["shared.weight"].square().mean().sqrt())
     for i, sign in enumerate((-1, 1)):                              # the first attribute's tasks
